@@ -1,0 +1,54 @@
+# Every target makes its own virtual environment in .venv. A stamp file stands for each set of installed extras.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test bench lint format clean
+
+demo: $(VENV)/demo
+	$(BIN)/python -m se_fused demo $(DEMO_OPTIONS)
+
+test: $(VENV)/test
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/bench
+	$(BIN)/python -m se_fused bench
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*')
+	$(BIN)/mypy
+
+format: $(VENV)/dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*')
+
+clean:
+	rm -rf $(VENV) build *.egg-info se_fused/_native
+
+# torch comes first, so that the build finds it and no other version is fetched.
+$(VENV)/torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch setuptools ninja pybind11
+	touch $@
+
+$(VENV)/package: $(VENV)/torch pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
+	$(PIP) --no-build-isolation --editable .
+	touch $@
+
+# torchvision's wheel asks for a CUDA torch of the same version; --no-deps keeps the one that is there.
+$(VENV)/models: $(VENV)/torch
+	$(PIP) --no-deps torchvision timm
+	$(PIP) pillow huggingface_hub safetensors pyyaml numpy transformers
+	touch $@
+
+$(VENV)/demo $(VENV)/test $(VENV)/bench: $(VENV)/package $(VENV)/models
+	$(PIP) --no-build-isolation --editable '.[$(notdir $@)]'
+	touch $@
+
+$(VENV)/dev: $(VENV)/package
+	$(PIP) --no-build-isolation --editable '.[dev]'
+	touch $@
