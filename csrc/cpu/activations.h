@@ -1,0 +1,195 @@
+// The activations and their derivatives, each written once for a vector or a single element (simd.h).
+// NaN and the infinities behave as in PyTorch: comparisons are arranged so that a NaN falls through.
+#pragma once
+
+#include <cmath>
+
+#include "../se.h"
+#include "simd.h"
+
+namespace se::cpu {
+namespace {
+
+// exp(x) = scale * (1 + q): scale = 2^n with n the integer next to x / ln 2, q = expm1(x - n ln 2) by its Taylor
+// series, whose first omitted term is below half a unit in the last place for |x - n ln 2| <= ln(2) / 2.
+template <class V>
+SE_INLINE void exp_parts(V x, V& q, V& scale) {
+  using A = typename Traits<V>::Element;
+  using Bits = typename Traits<V>::Bits;
+  constexpr bool kSingle = sizeof(A) == 4;
+  constexpr int kTerms = kSingle ? 7 : 13;
+  constexpr int kMantissa = kSingle ? 23 : 52, kBias = kSingle ? 127 : 1023;
+  constexpr A kRound = kSingle ? A(0x1.8p23) : A(0x1.8p52);  // adding it leaves the nearest integer in the low bits
+  constexpr A kLn2High = kSingle ? A(0x1.62e4p-1) : A(0x1.62e42fefap-1);
+  constexpr A kLn2Low = A(0.693147180559945309417232121458L - (long double)kLn2High);
+  const V shifted = x * A(1.44269504088896340735992468100) + kRound;
+  const V n = shifted - kRound;
+  const V r = (x - n * kLn2High) - n * kLn2Low;
+  V sum = splat<V>(A(1) / kTerms);
+  for (int k = kTerms - 1; k >= 1; --k) sum = (sum * r + A(1)) * (A(1) / k);
+  q = sum * r;
+  // The integer is in shifted's low bits; what stands above them is shifted out with the exponent field's place.
+  scale = bit_cast<V>((bit_cast<Bits>(shifted) + kBias) << kMantissa);
+}
+
+template <class V>
+SE_INLINE V exp_(V x) {
+  using A = typename Traits<V>::Element;
+  constexpr A kLow = sizeof(A) == 4 ? A(-87.3) : A(-708.3), kHigh = sizeof(A) == 4 ? A(88.3) : A(709.4);
+  const V clamped = select<V>(x < kLow, splat<V>(kLow), select<V>(x > kHigh, splat<V>(kHigh), x));
+  V q, scale;
+  exp_parts(clamped, q, scale);
+  V y = scale * q + scale;
+  y = select<V>(x < kLow, V{}, y);
+  y = select<V>(x > kHigh, splat<V>(__builtin_huge_val()), y);
+  return select<V>(x != x, x, y);
+}
+
+template <class V>
+SE_INLINE V sigmoid(V v) {
+  return 1 / (1 + exp_(-v));
+}
+
+// Through expm1, so that small arguments keep their relative accuracy.
+template <class V>
+SE_INLINE V tanh_(V v) {
+  using A = typename Traits<V>::Element;
+  const V a = select<V>(v < 0, -v, v);
+  V q, scale;
+  exp_parts(select<V>(a > A(20), splat<V>(-40), A(-2) * a), q, scale);
+  const V e = scale * q + (scale - 1);
+  const V t = -e / (e + 2);
+  return select<V>(v != v, v, select<V>(v < 0, -t, t));
+}
+
+template <class V>
+SE_INLINE V erf_(V v) {
+  using A = typename Traits<V>::Element;
+  if constexpr (sizeof(A) == 4) {
+    // Abramowitz and Stegun 7.1.26, absolute error below 1.5e-7.
+    const V a = select<V>(v < 0, -v, v);
+    const V t = 1 / (1 + A(0.3275911) * a);
+    const V series =
+        ((((A(1.061405429) * t - A(1.453152027)) * t + A(1.421413741)) * t - A(0.284496736)) * t + A(0.254829592)) * t;
+    const V e = 1 - series * exp_(-a * a);
+    return select<V>(v < 0, -e, e);
+  } else if constexpr (std::is_same_v<V, A>) {
+    return std::erf(v);
+  } else {
+    V e;
+    for (int i = 0; i < kWidth<A>; ++i) e[i] = std::erf(v[i]);
+    return e;
+  }
+}
+
+template <class V>
+SE_INLINE V clamp(V v, typename Traits<V>::Element low, typename Traits<V>::Element high) {
+  return select<V>(v < low, splat<V>(low), select<V>(v > high, splat<V>(high), v));
+}
+
+constexpr double kSqrtHalf = 0.70710678118654752440, kSqrtTwoOverPi = 0.79788456080286535588;
+constexpr double kGeluCubic = 0.044715, kLeakySlope = 0.01;
+
+template <Activation kActivation, class V>
+SE_INLINE V value(V v, [[maybe_unused]] const Options& o) {
+  using A = typename Traits<V>::Element;
+  if constexpr (kActivation == Activation::kRelu) return select<V>(v < 0, V{}, v);
+  if constexpr (kActivation == Activation::kRelu6) return clamp(v, 0, 6);
+  if constexpr (kActivation == Activation::kSilu) return v * sigmoid(v);
+  if constexpr (kActivation == Activation::kHardswish) return v * clamp<V>(v + 3, 0, 6) / 6;
+  if constexpr (kActivation == Activation::kGelu) return A(0.5) * v * (1 + erf_(v * A(kSqrtHalf)));
+  if constexpr (kActivation == Activation::kGeluTanh)
+    return A(0.5) * v * (1 + tanh_(A(kSqrtTwoOverPi) * (v + A(kGeluCubic) * v * v * v)));
+  if constexpr (kActivation == Activation::kLeakyRelu) return select<V>(v > 0, v, A(kLeakySlope) * v);
+  if constexpr (kActivation == Activation::kMish) {
+    // tanh(log(1 + e^v)) = n / (n + 2) with n = e^v (e^v + 2); above 20 it is 1 in float, above 40 in double.
+    const V e = exp_(select<V>(v > 40, splat<V>(40), v)), n = e * (e + 2);
+    return v * (n / (n + 2));
+  }
+  if constexpr (kActivation == Activation::kSigmoid) return sigmoid(v);
+  if constexpr (kActivation == Activation::kTanh) return tanh_(v);
+  if constexpr (kActivation == Activation::kHardSigmoid) return clamp<V>(A(o.slope) * v + A(o.offset), 0, 1);
+  if constexpr (kActivation == Activation::kIdentity) return v;
+}
+
+template <Activation kActivation, class V>
+SE_INLINE V derivative(V v, [[maybe_unused]] const Options& o) {
+  using A = typename Traits<V>::Element;
+  const V one = splat<V>(1);
+  if constexpr (kActivation == Activation::kRelu) return select<V>(v <= 0, V{}, one);
+  if constexpr (kActivation == Activation::kRelu6) return select<V>((v <= 0) | (v >= 6), V{}, one);
+  if constexpr (kActivation == Activation::kSilu) {
+    const V s = sigmoid(v);
+    return s * (1 + v * (1 - s));
+  }
+  if constexpr (kActivation == Activation::kHardswish)
+    return select<V>(v <= -3, V{}, select<V>(v >= 3, one, v / 3 + A(0.5)));
+  if constexpr (kActivation == Activation::kGelu)
+    return A(0.5) * (1 + erf_(v * A(kSqrtHalf))) + v * exp_(A(-0.5) * v * v) * A(0.5 * kSqrtTwoOverPi);
+  if constexpr (kActivation == Activation::kGeluTanh) {
+    const V t = tanh_(A(kSqrtTwoOverPi) * (v + A(kGeluCubic) * v * v * v));
+    const V inner = A(kSqrtTwoOverPi) * (1 + A(3 * kGeluCubic) * v * v);
+    return A(0.5) * (1 + t) + A(0.5) * v * (1 - t * t) * inner;
+  }
+  if constexpr (kActivation == Activation::kLeakyRelu) return select<V>(v > 0, one, splat<V>(kLeakySlope));
+  if constexpr (kActivation == Activation::kMish) {
+    const V e = exp_(select<V>(v > 40, splat<V>(40), v)), n = e * (e + 2), t = n / (n + 2);
+    return t + v * (e / (e + 1)) * (1 - t * t);
+  }
+  if constexpr (kActivation == Activation::kSigmoid) {
+    const V s = sigmoid(v);
+    return s * (1 - s);
+  }
+  if constexpr (kActivation == Activation::kTanh) {
+    const V t = tanh_(v);
+    return 1 - t * t;
+  }
+  if constexpr (kActivation == Activation::kHardSigmoid) {
+    const V line = A(o.slope) * v + A(o.offset);
+    return select<V>((line < 0) | (line > 1), V{}, splat<V>(o.slope));
+  }
+  if constexpr (kActivation == Activation::kIdentity) return one;
+}
+
+template <Activation kActivation>
+struct Tag {
+  static constexpr Activation kValue = kActivation;
+};
+
+template <int kCode = 0, class Body>
+void with_activation(Activation activation, Body&& body) {
+  if constexpr (kCode < kActivations) {
+    if (static_cast<int>(activation) == kCode) return body(Tag<static_cast<Activation>(kCode)>{});
+    with_activation<kCode + 1>(activation, body);
+  }
+}
+
+// v = activation(v), in place.
+template <class A>
+void activate(Activation activation, const Options& o, A* v, int64_t n) {
+  if (activation == Activation::kIdentity) return;
+  with_activation(activation, [&](auto tag) {
+    lanes<A>(n, [&](int64_t i, auto type) {
+      using V = decltype(type);
+      store(v + i, value<decltype(tag)::kValue>(load<V>(v + i), o));
+    });
+  });
+}
+
+// g *= activation'(v), in place.
+template <class A>
+void chain(Activation activation, const Options& o, const A* v, A* g, int64_t n) {
+  if (activation == Activation::kIdentity) return;
+  with_activation(activation, [&](auto tag) {
+    lanes<A>(n, [&](int64_t i, auto type) {
+      using V = decltype(type);
+      const V d = derivative<decltype(tag)::kValue>(load<V>(v + i), o);
+      // Where the derivative is 0 so is the gradient, whatever g: relu's backward in PyTorch selects, it does not
+      // multiply.
+      store(g + i, select<V>(d == 0, V{}, load<V>(g + i) * d));
+    });
+  });
+}
+
+}  // namespace
+}  // namespace se::cpu

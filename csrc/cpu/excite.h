@@ -1,0 +1,133 @@
+// The two fully connected layers and their gradients: three small matrix products, tiled in registers so that a matrix
+// is read once for several samples and a sample once for several rows. Every sum is taken in an order that depends on
+// nothing but its own length: not on the tile, the batch or the threads.
+#pragma once
+
+#include "walk.h"
+
+namespace se::cpu {
+namespace {
+
+// A tile of 4 x 2 vectors of sums: eight are enough to hide the latency of a multiply-add and leave registers for
+// operands.
+constexpr int kRows = 4, kColumns = 2;
+
+// body(i, size) over [begin, end) in tiles of kTile, then of one; the size is a constant.
+template <int kTile, class Body>
+SE_INLINE void tiles(int64_t begin, int64_t end, Body&& body) {
+  int64_t i = begin;
+  for (; i + kTile <= end; i += kTile) body(i, std::integral_constant<int, kTile>{});
+  for (; i < end; ++i) body(i, std::integral_constant<int, 1>{});
+}
+
+// The same for `count` elements of A along a row: tiles of kTile vectors, then one vector, then one element; V is
+// V(type).
+template <int kTile, class A, class Body>
+SE_INLINE void vector_tiles(int64_t begin, int64_t end, Body&& body) {
+  int64_t i = begin;
+  for (; i + kTile * kWidth<A> <= end; i += kTile * kWidth<A>) body(i, std::integral_constant<int, kTile>{}, Vec<A>{});
+  lanes<A>(end - i, [&](int64_t j, auto type) { body(i + j, std::integral_constant<int, 1>{}, type); });
+}
+
+// One by one, because GCC clears a whole array by a string instruction that costs more than the tile.
+template <class V, int kI, int kJ>
+SE_INLINE void clear(V (&sums)[kI][kJ]) {
+  for (auto& row : sums) {
+    for (V& sum : row) sum = V{};
+  }
+}
+
+// out[n, i] = bias[i] + sum_k m[i, k] v[n, k] for rows i in [i0, i1), samples n in [n0, n1); m [I, K], v [N, K], out
+// [N, I].
+template <class A, class W>
+void product(const W* m, const W* bias, const A* v, A* out, int64_t rows, int64_t depth, int64_t n0, int64_t n1,
+             int64_t i0, int64_t i1) {
+  tiles<kRows>(i0, i1, [&](int64_t i, auto tile_rows) {
+    tiles<kColumns>(n0, n1, [&](int64_t n, auto tile_samples) {
+      constexpr int kI = decltype(tile_rows)::value, kN = decltype(tile_samples)::value;
+      Vec<A> sums[kI][kN];
+      A rest[kI][kN];
+      clear(sums);
+      clear(rest);
+      int64_t k = 0;
+      for (; k + kWidth<A> <= depth; k += kWidth<A>) {
+        for (int b = 0; b < kI; ++b) {
+          const auto weights = load<Vec<A>>(m + (i + b) * depth + k);
+          for (int s = 0; s < kN; ++s) {
+            sums[b][s] = multiply_add(weights, load<Vec<A>>(v + (n + s) * depth + k), sums[b][s]);
+          }
+        }
+      }
+      for (; k < depth; ++k) {
+        for (int b = 0; b < kI; ++b) {
+          for (int s = 0; s < kN; ++s) {
+            rest[b][s] = multiply_add(load<A>(m + (i + b) * depth + k), v[(n + s) * depth + k], rest[b][s]);
+          }
+        }
+      }
+      for (int b = 0; b < kI; ++b) {
+        for (int s = 0; s < kN; ++s) {
+          const A sum = horizontal_sum<A>(sums[b][s]) + rest[b][s];
+          out[(n + s) * rows + i + b] = bias ? sum + load<A>(bias + i + b) : sum;
+        }
+      }
+    });
+  });
+}
+
+// out[n, j] = sum_k a[n, k] m[k, j] for columns j in [j0, j1), samples n in [n0, n1); m [K, J], a [N, K], out [N, J].
+template <class A, class W>
+void transposed_product(const W* m, const A* a, A* out, int64_t depth, int64_t columns, int64_t n0, int64_t n1,
+                        int64_t j0, int64_t j1) {
+  tiles<kColumns>(n0, n1, [&](int64_t n, auto tile_samples) {
+    vector_tiles<kRows, A>(j0, j1, [&](int64_t j, auto tile_columns, auto type) {
+      using V = decltype(type);
+      constexpr int kJ = decltype(tile_columns)::value, kN = decltype(tile_samples)::value;
+      constexpr int kStep = sizeof(V) / sizeof(A);
+      V sums[kN][kJ];
+      clear(sums);
+      for (int64_t k = 0; k < depth; ++k) {
+        for (int b = 0; b < kJ; ++b) {
+          const V row = load<V>(m + k * columns + j + b * kStep);
+          for (int s = 0; s < kN; ++s) sums[s][b] = multiply_add(splat<V>(a[(n + s) * depth + k]), row, sums[s][b]);
+        }
+      }
+      for (int s = 0; s < kN; ++s) {
+        for (int b = 0; b < kJ; ++b) store(out + (n + s) * columns + j + b * kStep, sums[s][b]);
+      }
+    });
+  });
+}
+
+// out[i, j] = sum_n a[n, i] b[n, j] for rows i in [i0, i1); bias[i] = sum_n a[n, i]; either may be null.
+template <class A, class W>
+void outer_product(const A* a, const A* b, W* out, W* bias, int64_t samples, int64_t rows, int64_t columns, int64_t i0,
+                   int64_t i1) {
+  for (int64_t i = i0; bias && i < i1; ++i) {
+    A sum = 0;
+    for (int64_t n = 0; n < samples; ++n) sum += a[n * rows + i];
+    store(bias + i, sum);
+  }
+  if (!out) return;
+  tiles<kRows>(i0, i1, [&](int64_t i, auto tile_rows) {
+    vector_tiles<kColumns, A>(0, columns, [&](int64_t j, auto tile_columns, auto type) {
+      using V = decltype(type);
+      constexpr int kI = decltype(tile_rows)::value, kJ = decltype(tile_columns)::value;
+      constexpr int kStep = sizeof(V) / sizeof(A);
+      V sums[kI][kJ];
+      clear(sums);
+      for (int64_t n = 0; n < samples; ++n) {
+        for (int t = 0; t < kJ; ++t) {
+          const V row = load<V>(b + n * columns + j + t * kStep);
+          for (int s = 0; s < kI; ++s) sums[s][t] = multiply_add(splat<V>(a[n * rows + i + s]), row, sums[s][t]);
+        }
+      }
+      for (int s = 0; s < kI; ++s) {
+        for (int t = 0; t < kJ; ++t) store(out + (i + s) * columns + j + t * kStep, sums[s][t]);
+      }
+    });
+  });
+}
+
+}  // namespace
+}  // namespace se::cpu

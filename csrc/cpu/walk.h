@@ -1,0 +1,139 @@
+// How the kernels walk maps: in spans of one row (contiguous) or one position (channels_last), a cache-sized block at a
+// time.
+#pragma once
+
+#include "activations.h"
+#include "kernels.h"
+
+namespace se::cpu {
+namespace {
+
+// Elements of a span that are staged at once; three float buffers of it are 6 KB of the 32 KB first-level cache.
+constexpr int64_t kBlock = 512;
+
+// Work for one chunk of a parallel loop, in elements: forking costs about as long as reading this many (some 5 us).
+constexpr int64_t kGrain = 49152;
+
+// The sums of a channels_last map are taken over at most this many groups of positions, then over the groups. The
+// grouping follows from the shape alone, so that the number of threads changes no bit.
+constexpr int64_t kMaxGroups = 16;
+constexpr int64_t kGroupElements = 32768;
+inline int64_t position_groups(const Problem& p) {
+  const int64_t groups = p.c * p.l / kGroupElements;
+  return groups < 1 ? 1 : groups > kMaxGroups ? kMaxGroups : groups;
+}
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t at_least_one(int64_t v) { return v < 1 ? 1 : v; }
+
+// A lambda as the body of a parallel loop.
+template <class Body>
+void parallel(const Pool& pool, int64_t count, int64_t grain, Body&& body) {
+  if (count == 0) return;
+  if (pool.threads == 1 || count <= grain) return body(int64_t{0}, count);
+  using B = std::remove_reference_t<Body>;
+  pool.run(
+      count, grain, [](void* context, int64_t begin, int64_t end) { (*static_cast<B*>(context))(begin, end); }, &body);
+}
+
+// Samples [n0, n1) for one pass over the weights: as many as it takes for the maps to outweigh them, up to the
+// second-level cache's worth of maps (kGroupBytes), but never less than one.
+constexpr int64_t kGroupBytes = 4 << 20;
+inline int64_t samples_at_once(const Problem& p, int64_t element_bytes) {
+  const int64_t map_bytes = at_least_one(p.c * p.l * element_bytes);
+  const int64_t weight_bytes = 2 * p.c * (p.r ? p.r : p.c) * element_bytes;
+  const int64_t wanted = divide_up(weight_bytes, map_bytes), fit = at_least_one(kGroupBytes / map_bytes);
+  return wanted < fit ? at_least_one(wanted) : fit;
+}
+
+// body(pool, n0, n1) for groups of samples: each thread has its own groups where the samples divide well among the
+// threads, else all threads share every group. The same body in both cases gives the same bits.
+template <class Body>
+void for_each_group(const Problem& p, const Pool& pool, int64_t element_bytes, Body&& body) {
+  const int64_t at_once = samples_at_once(p, element_bytes);
+  const Pool alone{nullptr, 1};
+  const bool own = p.n % pool.threads == 0 || p.n >= 4 * pool.threads;
+  const bool worth = p.n * p.c * (p.l + 2 * p.r) > kGrain;
+  auto groups = [&](const Pool& inner, int64_t begin, int64_t end) {
+    for (int64_t n0 = begin; n0 < end; n0 += at_once) body(inner, n0, n0 + at_once < end ? n0 + at_once : end);
+  };
+  if (!own || !worth) return groups(worth ? pool : alone, 0, p.n);
+  parallel(pool, p.n, 1, [&](int64_t begin, int64_t end) { groups(alone, begin, end); });
+}
+
+// The span as accumulation type after `activation`: the map's own memory where nothing has to be done, else `buffer`.
+template <class T, class A>
+SE_INLINE const A* stage(const T* span, int64_t n, Activation activation, const Options& o, A* buffer) {
+  if constexpr (std::is_same_v<T, A>) {
+    if (activation == Activation::kIdentity) return span;
+  }
+  lanes<A>(n, [&](int64_t i, auto type) { store(buffer + i, load<decltype(type)>(span + i)); });
+  activate(activation, o, buffer, n);
+  return buffer;
+}
+
+// One value for each channel, seen along a span: the same one along a row, the next one along a position.
+template <class A>
+struct AlongRow {
+  A value;
+  template <class V>
+  SE_INLINE V at(int64_t) const {
+    return splat<V>(value);
+  }
+};
+template <class A>
+struct AlongPosition {
+  const A* values;
+  template <class V>
+  SE_INLINE V at(int64_t i) const {
+    return load<V>(values + i);
+  }
+};
+
+// body(T{}) with the element type of `dtype`; body(float{}) etc. for the maps, with A fixed for the weights.
+template <class Body>
+void with_map_type(DType dtype, Body&& body) {
+  switch (dtype) {
+    case DType::kFloat32: return body(float{});
+    case DType::kFloat64: return body(double{});
+    case DType::kFloat16: return body(Half{});
+    case DType::kBFloat16: return body(BFloat16{});
+  }
+}
+template <class A, class Body>
+void with_weight_type(DType dtype, Body&& body) {
+  if constexpr (std::is_same_v<A, double>) {
+    body(double{});
+  } else {
+    switch (dtype) {
+      case DType::kFloat16: return body(Half{});
+      case DType::kBFloat16: return body(BFloat16{});
+      default: return body(float{});
+    }
+  }
+}
+
+// Consecutive arrays in one piece of memory; with null memory it only counts.
+class Arena {
+ public:
+  explicit Arena(void* memory) : memory_(static_cast<char*>(memory)) {}
+  template <class A>
+  A* take(int64_t count) {
+    A* out = reinterpret_cast<A*>(memory_ + bytes_);
+    bytes_ += (static_cast<size_t>(count) * sizeof(A) + 63) / 64 * 64;
+    return out;
+  }
+  // `given` where there is one, else a new array.
+  template <class A>
+  A* take_unless(void* given, int64_t count) {
+    return given ? static_cast<A*>(given) : take<A>(count);
+  }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  char* memory_;
+  size_t bytes_ = 0;
+};
+
+}  // namespace
+}  // namespace se::cpu

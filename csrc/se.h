@@ -1,0 +1,75 @@
+// The map of the native code: the operation's alphabet, its options, and one argument struct for every backend.
+//
+//   u = pre_act(x)   z = squeeze(u)   h = act(W1 z + b1)   s = gate(W2 h + b2)   y = post_act(u * s + residual)
+//
+// Every map is dense, [N, C, L] or (channels_last) [N, L, C], with L the number of spatial positions. Reductions and
+// the excitation are computed in the accumulation type A: double for float64 maps, else float.
+#pragma once
+
+#include <cstdint>
+
+namespace se {
+
+// The order is that of ACTIVATIONS in se_fused/reference.py; kHardSigmoid serves as a gate only.
+enum class Activation : int32_t {
+  kIdentity,
+  kRelu,
+  kRelu6,
+  kSilu,
+  kHardswish,
+  kGelu,
+  kGeluTanh,
+  kLeakyRelu,
+  kMish,
+  kSigmoid,
+  kTanh,
+  kHardSigmoid,
+};
+constexpr int kActivations = static_cast<int>(Activation::kHardSigmoid) + 1;
+
+// The order is that of SQUEEZES in se_fused/reference.py.
+enum class Squeeze : int32_t { kMean, kMax, kMeanMax };
+
+enum class DType : int32_t { kFloat32, kFloat64, kFloat16, kBFloat16 };
+
+struct Options {
+  Activation act, gate, pre_act, post_act;
+  double slope, offset;  // of a kHardSigmoid gate: clamp(slope * v + offset, 0, 1)
+  Squeeze squeeze;
+};
+
+struct Problem {
+  int64_t n, c, r, l;  // r = 0: the one-FC form
+  bool channels_last;
+  DType dtype, weight_dtype;  // of the maps; of w1, b1, w2, b2
+  Options options;
+  const void* x;         // map
+  const void* residual;  // map, or null
+  const void* w1;        // [R, C], null in the one-FC form
+  const void* b1;        // [R], or null
+  const void* w2;        // [C, R]; [C, C] in the one-FC form
+  const void* b2;        // [C], or null
+};
+
+struct Forward : Problem {
+  void* y;   // map; may be x
+  void* z;   // A [N, C], or null: what backward needs, beside the inputs
+  void* p1;  // A [N, R], or null: W1 z + b1
+  void* p2;  // A [N, C], or null: W2 h + b2
+};
+
+struct Backward : Problem {
+  const void* g;       // map: the gradient of y
+  const void* z;       // as forward left them
+  const void* p1;      //
+  const void* p2;      //
+  bool residual_is_x;  // the gradient of the residual is added to dx
+  void* dx;            // map, or null if not wanted; so are the following
+  void* dw1;           // [R, C]
+  void* db1;           // [R]
+  void* dw2;           // [C, R]
+  void* db2;           // [C]
+  void* dresidual;     // map
+};
+
+}  // namespace se
