@@ -1,0 +1,25 @@
+"""Squeeze-and-Excitation as one fused operation for PyTorch."""
+
+from . import backends, reference
+from .backends import BackendUnavailable, Explanation, use_backend
+from .modules import SqueezeExcite
+from .ops import explain, squeeze_excite
+from .reference import HardSigmoid
+from .replace import Report, replace, restore
+
+__version__ = "0.1.0"
+__all__ = [
+    "BackendUnavailable",
+    "Explanation",
+    "HardSigmoid",
+    "Report",
+    "SqueezeExcite",
+    "explain",
+    "reference",
+    "replace",
+    "restore",
+    "squeeze_excite",
+    "use_backend",
+]
+
+backends.load()

@@ -1,0 +1,184 @@
+"""The checks of the public call, and its options as the numbers that the operators take."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from .reference import ACTIVATIONS, GATES, SQUEEZES, HardSigmoid
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_HALF = (torch.float16, torch.bfloat16)
+_ACT_CODE: dict[str | None, int] = {name: code for code, name in enumerate(ACTIVATIONS)}
+_PLACE_CODE: dict[str | None, int] = {None: 0, **_ACT_CODE}  # pre_act, post_act
+_GATE_CODE = {name: _ACT_CODE[name] for name in GATES if name in _ACT_CODE}
+_HARD_SIGMOID_CODE = len(ACTIVATIONS)
+_SQUEEZE_CODE = {name: code for code, name in enumerate(SQUEEZES)}
+
+
+def _refuse(error: type[Exception], argument: str, got: str, wanted: str, caller: str = "squeeze_excite") -> NoReturn:
+    raise error(f"{caller}: {argument} is {got}; wanted {wanted}")
+
+
+def _describe(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return f"{value!r}" if value is None or isinstance(value, (str, int, float)) else f"a {type(value).__name__}"
+    layout = "" if value.layout == torch.strided else f"{value.layout} "
+    return f"a {layout}tensor of shape {list(value.shape)}, {value.dtype}, on {value.device}"
+
+
+def _check_map(name: str, t: Any) -> None:
+    wanted = "a dense floating-point tensor [N, C, *spatial] with 1 to 3 spatial dimensions"
+    if not isinstance(t, Tensor) or t.layout != torch.strided or t.is_nested or t.dtype not in _DTYPES:
+        got = "a nested tensor" if isinstance(t, Tensor) and t.is_nested else _describe(t)
+        _refuse(TypeError, name, got, f"{wanted}, of {', '.join(map(str, _DTYPES))}")
+    if not 3 <= t.dim() <= 5 or t.shape[1] == 0:
+        _refuse(ValueError, name, _describe(t), f"{wanted}, and C >= 1")
+
+
+def _check_parameter(name: str, t: Any, shape: tuple[int, ...], like: Tensor, *, kernel: bool = False) -> None:
+    """`like`: w2, whose dtype and device the others share. `kernel`: a 1x1 convolution's trailing ones are allowed."""
+    if not isinstance(t, Tensor):
+        _refuse(TypeError, name, _describe(t), f"a tensor of shape {list(shape)}")
+    got = t.shape
+    if got != shape and not (kernel and len(got) <= 5 and got == shape + (1,) * (len(got) - 2)):
+        _refuse(
+            ValueError,
+            name,
+            _describe(t),
+            f"shape {list(shape)}" + (", or that of a 1x1 convolution" if kernel else ""),
+        )
+    if t is like:
+        return
+    if not (t.is_cpu and like.is_cpu) and t.device != like.device:
+        _refuse(ValueError, name, f"on {t.device}", f"{like.device}, the device of w2")
+    if t.dtype is not like.dtype or t.layout is not torch.strided:
+        _refuse(TypeError, name, _describe(t), f"a dense tensor of {like.dtype}, the dtype of w2")
+
+
+def check(x: Any, w1: Any, b1: Any, w2: Any, b2: Any, residual: Any, inplace: bool) -> None:
+    """Raise TypeError or ValueError naming the first argument that `se_fused.squeeze_excite` does not take."""
+    _check_map("x", x)
+    c = x.shape[1]
+    if not isinstance(w2, Tensor):
+        _refuse(TypeError, "w2", _describe(w2), "a tensor of shape [C, R]")
+    if w2.layout is not torch.strided or (
+        w2.dtype is not x.dtype and not (w2.dtype is torch.float32 and x.dtype in _HALF)
+    ):
+        also = " or torch.float32" if x.dtype in _HALF else ""
+        _refuse(TypeError, "w2", _describe(w2), f"a dense tensor of {x.dtype}, the dtype of x{also}")
+    if not (w2.is_cpu and x.is_cpu) and w2.device != x.device:
+        _refuse(ValueError, "w2", f"on {w2.device}", f"{x.device}, the device of x")
+    r = c
+    if w1 is not None:
+        if not isinstance(w1, Tensor):
+            _refuse(TypeError, "w1", _describe(w1), f"a tensor of shape [R, {c}], or None for the one-FC form")
+        r = w1.shape[0] if w1.dim() else 0
+        if r == 0:
+            _refuse(ValueError, "w1", _describe(w1), f"shape [R, {c}] with R >= 1")
+        _check_parameter("w1", w1, (r, c), w2, kernel=True)
+        if b1 is not None:
+            _check_parameter("b1", b1, (r,), w2)
+    elif b1 is not None:
+        _refuse(ValueError, "b1", _describe(b1), "None, because w1 is None (the one-FC form)")
+    _check_parameter("w2", w2, (c, r), w2, kernel=True)
+    if b2 is not None:
+        _check_parameter("b2", b2, (c,), w2)
+    if residual is not None and residual is not x:
+        _check_map("residual", residual)
+        if residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device:
+            _refuse(ValueError, "residual", _describe(residual), f"the shape, dtype and device of x: {_describe(x)}")
+    if not inplace:
+        return
+    if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
+        _refuse(
+            ValueError,
+            "x",
+            "a tensor that overlaps itself (expanded)",
+            "memory of its own for each element, to write to",
+        )
+    if needs_grad(x, w1, b1, w2, b2, residual):
+        _refuse(ValueError, "inplace", "True", "False, because an input requires grad: backward needs x as it was")
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd would record a call with these inputs."""
+    if not torch.is_grad_enabled():
+        return False
+    for t in tensors:  # noqa: SIM110 (a generator costs a microsecond here)
+        if t is not None and t.requires_grad:
+            return True
+    return False
+
+
+def autocast(x: Tensor, *others: Tensor | None) -> list[Tensor | None]:
+    """`x`, w1, b1, w2, b2, residual in dtypes that `check` takes, where eager PyTorch under autocast would mix them.
+
+    As in eager, y has the wider dtype of x and residual; the interior is float32 whatever the autocast dtype.
+    """
+    if not all(t is None or (isinstance(t, Tensor) and t.is_floating_point()) for t in (x, *others)):
+        return [x, *others]
+    *weights, residual = others
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    weight_dtype = dtype
+    if dtype in _HALF and any(w is not None and w.dtype != dtype for w in weights):
+        weight_dtype = torch.float32
+    cast = [w if w is None else w.to(weight_dtype) for w in weights]
+    return [x.to(dtype), *cast, residual if residual is None else residual.to(dtype)]
+
+
+def encode(
+    act: Any, gate: Any, squeeze: Any, pre_act: Any, post_act: Any, caller: str = "squeeze_excite"
+) -> tuple[int, int, float, float, int, int, int]:
+    """The options in the order of the schema: act, gate, slope, offset, squeeze, pre_act, post_act.
+
+    Raises:
+        ValueError: in the name of `caller`, for an option that does not exist.
+    """
+    slope = offset = 0.0
+    try:
+        if isinstance(gate, HardSigmoid) or gate == "hard_sigmoid":
+            slope, offset = map(float, HardSigmoid() if isinstance(gate, str) else gate)
+            gate_code = _HARD_SIGMOID_CODE
+        else:
+            gate_code = _GATE_CODE[gate]
+        return (
+            _ACT_CODE[act],
+            gate_code,
+            slope,
+            offset,
+            _SQUEEZE_CODE[squeeze],
+            _PLACE_CODE[pre_act],
+            _PLACE_CODE[post_act],
+        )
+    except (KeyError, TypeError, ValueError):
+        _refuse_option(caller, act, gate, squeeze, pre_act, post_act)
+
+
+def _refuse_option(caller: str, act: Any, gate: Any, squeeze: Any, pre_act: Any, post_act: Any) -> NoReturn:
+    options: tuple[tuple[str, Any, Any, str], ...] = (
+        ("act", act, _ACT_CODE, ""),
+        ("squeeze", squeeze, _SQUEEZE_CODE, ""),
+        ("pre_act", pre_act, _ACT_CODE, "None, or "),
+        ("post_act", post_act, _ACT_CODE, "None, or "),
+    )
+    for name, value, known, also in options:
+        if not (isinstance(value, str) and value in known) and not (also and value is None):
+            _refuse(ValueError, name, repr(value), f"{also}one of {', '.join(known)}", caller)
+    _refuse(ValueError, "gate", repr(gate), f"one of {', '.join(GATES)}, or a HardSigmoid of two numbers", caller)
+
+
+def decode(
+    act: int, gate: int, slope: float, offset: float, squeeze: int, pre_act: int, post_act: int
+) -> dict[str, Any]:
+    """The inverse of `encode`, as keyword arguments of the public call."""
+    names = list(ACTIVATIONS)
+    return {
+        "act": names[act],
+        "gate": HardSigmoid(slope, offset) if gate == _HARD_SIGMOID_CODE else names[gate],
+        "squeeze": SQUEEZES[squeeze],
+        "pre_act": names[pre_act],
+        "post_act": names[post_act],
+    }

@@ -1,0 +1,84 @@
+"""`SqueezeExcite`, the operation as a layer."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .arguments import encode
+from .ops import squeeze_excite
+from .reference import HardSigmoid
+
+
+class SqueezeExcite(nn.Module):
+    """Squeeze-and-Excitation (Hu et al., section 3) over [N, C, *spatial] maps of 1 to 3 spatial dimensions.
+
+    Args:
+        channels: C.
+        reduction: C / R; R = max(1, channels // reduction).
+        hidden: R itself; takes precedence over `reduction`.
+        bias: whether both layers have one.
+        act, gate, squeeze, pre_act, post_act: as in `se_fused.squeeze_excite`.
+        inplace: write the result over the input wherever autograd does not record.
+
+    Parameters: `w1` [R, C], `b1` [R], `w2` [C, R], `b2` [C]; initialised as by `nn.Linear`.
+
+    Raises:
+        ValueError: for sizes below 1 or an unknown name.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        reduction: int = 16,
+        *,
+        hidden: int | None = None,
+        bias: bool = True,
+        act: str = "relu",
+        gate: str | HardSigmoid = "sigmoid",
+        squeeze: str = "mean",
+        pre_act: str | None = None,
+        post_act: str | None = None,
+        inplace: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, size in (("channels", channels), ("reduction", reduction), ("hidden", hidden)):
+            if size is not None and size < 1:
+                raise ValueError(f"SqueezeExcite: {name} is {size}; wanted 1 or more")
+        encode(act, gate, squeeze, pre_act, post_act, caller="SqueezeExcite")
+        r = max(1, channels // reduction) if hidden is None else hidden
+        self.w1 = nn.Parameter(torch.empty(r, channels, device=device, dtype=dtype))
+        self.w2 = nn.Parameter(torch.empty(channels, r, device=device, dtype=dtype))
+        self.b1 = nn.Parameter(torch.empty(r, device=device, dtype=dtype)) if bias else None
+        self.b2 = nn.Parameter(torch.empty(channels, device=device, dtype=dtype)) if bias else None
+        self.act, self.gate, self.squeeze = act, gate, squeeze
+        self.pre_act, self.post_act, self.inplace = pre_act, post_act, inplace
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters as `nn.Linear` does: uniform within 1 / sqrt(inputs)."""
+        for w, b in ((self.w1, self.b1), (self.w2, self.b2)):
+            bound = 1 / math.sqrt(w.shape[1])
+            nn.init.uniform_(w, -bound, bound)
+            if b is not None:
+                nn.init.uniform_(b, -bound, bound)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return squeeze_excite(
+            x, self.w1, self.b1, self.w2, self.b2,
+            act=self.act, gate=self.gate, squeeze=self.squeeze,
+            pre_act=self.pre_act, residual=residual, post_act=self.post_act,
+            inplace=self.inplace and not torch.is_grad_enabled(),
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        r, c = self.w1.shape
+        options = f"act={self.act!r}, gate={self.gate!r}, squeeze={self.squeeze!r}"
+        for name in ("pre_act", "post_act"):
+            if getattr(self, name) is not None:
+                options += f", {name}={getattr(self, name)!r}"
+        return f"{c}, hidden={r}, bias={self.b1 is not None}, {options}" + (", inplace=True" if self.inplace else "")

@@ -1,0 +1,359 @@
+"""The contract: what the operation takes, what it returns, how it is differentiated.
+
+    squeeze_excite (public)  -> checks, then the reference or one of
+      torch.ops.se_fused.squeeze_excite            inference: y
+      torch.ops.se_fused.squeeze_excite_           inference, y written over x
+      torch.ops.se_fused.squeeze_excite_train      y, and for backward z, p1 = W1 z + b1, p2 = W2 h + b2
+      torch.ops.se_fused.squeeze_excite_backward   the gradients
+        torch.ops.se_fused.forward_out, backward_out: what a backend implements, into memory allocated here
+
+A backend registers `forward_out` and `backward_out` for its dispatch key and nothing else. It sees every map dense, in
+the order [N, C, *spatial] or [N, *spatial, C], and every weight dense.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends, reference
+from .arguments import autocast, check, decode, encode, needs_grad
+from .reference import HardSigmoid
+
+_INPUTS = "Tensor x, Tensor? w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? residual"
+# act, gate, pre_act, post_act: enum Activation; slope, offset: a hard-sigmoid gate's; squeeze: enum Squeeze (se.h).
+_OPTIONS = "int act, int gate, float slope, float offset, int squeeze, int pre_act, int post_act"
+_SAVED = "Tensor z, Tensor p1, Tensor p2"
+
+_LIBRARY = torch.library.Library("se_fused", "DEF")
+for _schema in (
+    f"squeeze_excite({_INPUTS}, {_OPTIONS}) -> Tensor",
+    f"squeeze_excite_({_INPUTS.replace('Tensor x', 'Tensor(a!) x')}, {_OPTIONS}) -> ()",
+    f"squeeze_excite_train({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    # needs: which of dx, dw1, db1, dw2, db2, dresidual are wanted; each other one comes back with no elements.
+    # residual_is_x: dresidual is added to dx.
+    f"squeeze_excite_backward(Tensor g, {_INPUTS}, {_SAVED}, {_OPTIONS}, bool[6] needs, bool residual_is_x)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"forward_out({_INPUTS}, {_OPTIONS}, bool channels_last,"
+    " Tensor(a!) y, Tensor(b!)? z, Tensor(c!)? p1, Tensor(d!)? p2) -> ()",
+    f"backward_out(Tensor g, {_INPUTS}, {_SAVED}, {_OPTIONS}, bool channels_last, bool residual_is_x,"
+    " Tensor(a!)? dx, Tensor(b!)? dw1, Tensor(c!)? db1, Tensor(d!)? dw2, Tensor(e!)? db2, Tensor(f!)? dresidual) -> ()",
+):
+    _LIBRARY.define(_schema, tags=torch.Tag.pt2_compliant_tag)
+_forward_out = torch.ops.se_fused.forward_out.default
+_backward_out = torch.ops.se_fused.backward_out.default
+
+
+def _is_channels_last(t: Tensor) -> bool:
+    return not t.is_contiguous() and t.movedim(1, -1).is_contiguous()
+
+
+def _dense(t: Tensor | None, channels_last: bool) -> Tensor | None:
+    if t is None:
+        return None
+    return t.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else t.contiguous()
+
+
+def _fillable(t: Tensor, channels_last: bool) -> Tensor:
+    """`t`, or where it is dense in some third order (a transposed map), a contiguous stand-in to be copied from."""
+    return t if channels_last or t.is_contiguous() else torch.empty_like(t, memory_format=torch.contiguous_format)
+
+
+def _flat(w: Tensor | None) -> Tensor | None:
+    return w if w is None else w.contiguous()
+
+
+def _forward(
+    x: Tensor, w1: Tensor | None, b1: Tensor | None, w2: Tensor, b2: Tensor | None, residual: Tensor | None,
+    *options: Any, saved: tuple[Tensor | None, ...] = (None, None, None),
+) -> Tensor:  # fmt: skip
+    y = torch.empty_like(x)  # eager's strides
+    channels_last = _is_channels_last(y)
+    out = _fillable(y, channels_last)
+    _forward_out(
+        _dense(x, channels_last), _flat(w1), _flat(b1), _flat(w2), _flat(b2), _dense(residual, channels_last),
+        *options, channels_last, out, *saved,
+    )  # fmt: skip
+    return y if out is y else y.copy_(out)
+
+
+def _forward_inplace(
+    x: Tensor, w1: Tensor | None, b1: Tensor | None, w2: Tensor, b2: Tensor | None, residual: Tensor | None,
+    *options: Any,
+) -> None:  # fmt: skip
+    channels_last = _is_channels_last(x)
+    out = _dense(x, channels_last)
+    assert out is not None
+    _forward_out(
+        out, _flat(w1), _flat(b1), _flat(w2), _flat(b2), _dense(residual, channels_last),
+        *options, channels_last, out, None, None, None,
+    )  # fmt: skip
+    if out.data_ptr() != x.data_ptr():
+        x.copy_(out)
+
+
+def _empty_saved(x: Tensor, w1: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    n, c = x.shape[:2]
+    r = 0 if w1 is None else w1.shape[0]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty((n, c), dtype=dtype), x.new_empty((n, r), dtype=dtype), x.new_empty((n, c), dtype=dtype)
+
+
+def _forward_train(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    saved = _empty_saved(args[0], args[1])
+    return _forward(*args, saved=saved), *saved
+
+
+def _empty_grads(inputs: tuple[Tensor | None, ...], needs: list[bool]) -> list[Tensor]:
+    x = inputs[0]
+    assert x is not None
+    # dresidual is allocated like x, whose order the backend walks in.
+    shapes = (x, *inputs[1:5], x)
+    return [
+        torch.empty_like(t) if need and t is not None else x.new_empty(0) for t, need in zip(shapes, needs, strict=True)
+    ]
+
+
+def _backward(g: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    inputs, saved, options, (needs, residual_is_x) = args[:6], args[6:9], args[9:-2], args[-2:]
+    grads = _empty_grads(inputs, needs)
+    maps = [grads[i] for i in (0, 5) if needs[i]]
+    channels_last = _is_channels_last(maps[0] if maps else inputs[0])
+    outs: list[Tensor | None] = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+    for i in (0, 5):
+        outs[i] = _fillable(grads[i], channels_last) if needs[i] else None
+    _backward_out(
+        _dense(g, channels_last),
+        _dense(inputs[0], channels_last),
+        *map(_flat, inputs[1:5]),
+        _dense(inputs[5], channels_last),
+        *saved,
+        *options,
+        channels_last,
+        residual_is_x,
+        *outs,
+    )
+    for grad, out in zip(grads, outs, strict=True):
+        if out is not None and out is not grad:
+            grad.copy_(out)
+    return tuple(grads)
+
+
+_LIBRARY.impl("squeeze_excite", _forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("squeeze_excite_", _forward_inplace, "CompositeExplicitAutograd")
+_LIBRARY.impl("squeeze_excite_train", _forward_train, "CompositeExplicitAutograd")
+_LIBRARY.impl("squeeze_excite_backward", _backward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("se_fused::squeeze_excite", lib=_LIBRARY)
+def _(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake("se_fused::squeeze_excite_", lib=_LIBRARY)
+def _(x: Tensor, *_: Any) -> None:
+    return None
+
+
+@torch.library.register_fake("se_fused::squeeze_excite_train", lib=_LIBRARY)
+def _(x: Tensor, w1: Tensor | None, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), *_empty_saved(x, w1)
+
+
+@torch.library.register_fake("se_fused::squeeze_excite_backward", lib=_LIBRARY)
+def _(g: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return tuple(_empty_grads(args[:6], args[-2]))
+
+
+# Autograd. What is saved beside the inputs is of the size of the gates; u, u * s and y are computed again from x.
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, w1, b1, w2, b2, residual, *options = inputs
+    ctx.options = options
+    ctx.residual_is_x = residual is x
+    ctx.save_for_backward(x, w1, b1, w2, b2, residual, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    nothing = (None,) * len(ctx.options)
+    if g is None:
+        return (None,) * 6 + nothing
+    tensors = ctx.saved_tensors  # read once, as checkpointing demands
+    inputs, saved, needs = tensors[:6], tensors[6:], list(ctx.needs_input_grad[:6])
+    if torch.is_grad_enabled():
+        return _differentiable_gradients(g, inputs, needs, ctx.options) + nothing
+    *_, post_act = ctx.options
+    into_x = ctx.residual_is_x and needs[0]
+    g_is_dresidual = post_act == 0 and not into_x
+    ask = [*needs[:5], needs[5] and not (into_x or g_is_dresidual)]
+    grads: list[Tensor | None] = list(
+        torch.ops.se_fused.squeeze_excite_backward.default(g, *inputs, *saved, *ctx.options, ask, into_x)
+    )
+    grads = [grad if wanted else None for grad, wanted in zip(grads, ask, strict=True)]
+    if needs[5] and g_is_dresidual:
+        grads[5] = g
+    return tuple(grads) + nothing
+
+
+def _differentiable_gradients(
+    g: Tensor, inputs: tuple[Tensor | None, ...], needs: list[bool], options: list[Any]
+) -> tuple[Tensor | None, ...]:
+    """The gradients under `create_graph=True`: the reference's, which can be differentiated again, to any order."""
+    x, w1, b1, w2, b2, residual = inputs
+    assert x is not None
+    assert w2 is not None
+    y = reference.squeeze_excite(x, w1, b1, w2, b2, residual=residual, **decode(*options))
+    wanted = [t for t, need in zip(inputs, needs, strict=True) if need and t is not None]
+    found = iter(torch.autograd.grad(y, wanted, g, create_graph=True))
+    # Where residual is x, autograd.grad gives the whole gradient for both; x keeps it.
+    grads = [next(found) if need else None for need in needs]
+    if residual is x and needs[0]:
+        grads[5] = None
+    return tuple(grads)
+
+
+torch.library.register_autograd(
+    "se_fused::squeeze_excite_train", _differentiate, setup_context=_setup_context, lib=_LIBRARY
+)
+
+
+def _under_transform() -> bool:
+    """Whether forward-mode AD or a torch.func transform is active: custom operators give zero tangents there."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def _direct(
+    x: Tensor, w1: Tensor | None, b1: Tensor | None, w2: Tensor, b2: Tensor | None, residual: Tensor | None,
+    *options: Any, inplace: bool,
+) -> Tensor | None:  # fmt: skip
+    """y straight from the kernels: inference on a plain dense CPU tensor, while nobody traces, transforms or forces.
+
+    The rest of the way, 9 us of checks and dispatch, is longer than many a small map takes. None: take it. What the
+    kernels refuse is either wrong, and found there, or needs one of its conversions.
+    """
+    if (
+        type(x) is not Tensor
+        or not (x.is_cpu and x.layout is torch.strided and not x.is_nested and x.is_contiguous())
+        or torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or _under_transform()
+        or backends.select(x.device) != "cpu"
+    ):
+        return None
+    try:
+        if needs_grad(x, w1, b1, w2, b2, residual):
+            return None
+        y = x if inplace else torch.empty_like(x)
+        _forward_out(x, w1, b1, w2, b2, residual, *options, False, y, None, None, None)
+    except (RuntimeError, TypeError, AttributeError):
+        return None
+    if inplace:
+        torch.autograd.graph.increment_version(x)
+    return y
+
+
+def _mixed(x: Any, w2: Any, residual: Any) -> bool:
+    """Whether autocast is on and dtypes meet that only it brings together."""
+    if not (isinstance(x, Tensor) and isinstance(w2, Tensor)):
+        return False
+    if x.dtype is w2.dtype and (not isinstance(residual, Tensor) or residual.dtype is x.dtype):
+        return False
+    return torch.is_autocast_enabled(x.device.type)
+
+
+def squeeze_excite(
+    x: Tensor,
+    w1: Tensor | None,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    *,
+    act: str = "relu",
+    gate: str | HardSigmoid = "sigmoid",
+    squeeze: str = "mean",
+    pre_act: str | None = None,
+    residual: Tensor | None = None,
+    post_act: str | None = None,
+    inplace: bool = False,
+) -> Tensor:
+    """Squeeze-and-Excitation as one operation: `post_act(u * s + residual)` with `u = pre_act(x)` and the gate
+    `s = gate(w2 @ act(w1 @ squeeze(u) + b1) + b2)`.
+
+    Source: Hu et al., "Squeeze-and-Excitation Networks", equations 2 to 4. The interior is computed in float32 (float64
+    for float64 `x`), sums are taken in a fixed order, and differentiation of every order and mode is right.
+
+    Args:
+        x: [N, C, *spatial] with 1 to 3 spatial dimensions, any strides; float32, float64, float16 or bfloat16.
+        w1: [R, C] or a 1x1 convolution's [R, C, 1, ...]; None for the one-FC form (eSE), where `act` is not used.
+        b1: [R] or None.
+        w2: [C, R] or [C, R, 1, ...]; [C, C] in the one-FC form.
+        b2: [C] or None. The weights share one dtype: that of `x`, or float32 beside a half-precision `x`.
+        act: "identity", "relu", "relu6", "silu", "hardswish", "gelu", "gelu_tanh", "leaky_relu" (slope 0.01), "mish",
+            "sigmoid" or "tanh".
+        gate: "sigmoid", "hard_sigmoid", "tanh", "relu", "identity" or a `HardSigmoid(slope, offset)`.
+        squeeze: "mean", "max", or "mean_max" for half their sum, over all spatial positions.
+        pre_act: an activation of `x`, by the names of `act`, or None.
+        residual: like `x`, added before `post_act`, or None. `residual=x` gives x * (1 + s).
+        post_act: an activation of the sum, or None.
+        inplace: write the result over `x` and return `x`. Only where no input requires grad.
+
+    Returns:
+        y, with the shape, dtype and memory format of `x`.
+
+    Raises:
+        TypeError, ValueError: for an argument of a wrong kind, shape, dtype, device or name, before it computes.
+        BackendUnavailable: if a backend was forced that cannot serve the call.
+    """
+    options = encode(act, gate, squeeze, pre_act, post_act)
+    done = _direct(x, w1, b1, w2, b2, residual, *options, inplace=inplace)
+    if done is not None:
+        return done
+    if _mixed(x, w2, residual):
+        x, w1, b1, w2, b2, residual = autocast(x, w1, b1, w2, b2, residual)  # type: ignore[assignment]
+    check(x, w1, b1, w2, b2, residual, inplace)
+    # An empty map has nothing to compute fast, and the reference knows what its mean and maximum are.
+    if backends.select(x.device) == "reference" or _under_transform() or x.numel() == 0:
+        return reference.squeeze_excite(
+            x, w1, b1, w2, b2, act=act, gate=gate, squeeze=squeeze,
+            pre_act=pre_act, residual=residual, post_act=post_act, inplace=inplace,
+        )  # fmt: skip
+    arguments = (x, w1, b1, w2, b2, residual, *options)
+    if inplace:
+        torch.ops.se_fused.squeeze_excite_.default(*arguments)
+        torch.autograd.graph.increment_version(x)
+        y = x
+    elif needs_grad(x, w1, b1, w2, b2, residual):
+        y = torch.ops.se_fused.squeeze_excite_train.default(*arguments)[0]
+    else:
+        y = torch.ops.se_fused.squeeze_excite.default(*arguments)
+    return y
+
+
+def explain(
+    x: Tensor,
+    w1: Tensor | None,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    *,
+    act: str = "relu",
+    gate: str | HardSigmoid = "sigmoid",
+    squeeze: str = "mean",
+    pre_act: str | None = None,
+    residual: Tensor | None = None,
+    post_act: str | None = None,
+    inplace: bool = False,
+) -> backends.Explanation:
+    """Which backend would serve `squeeze_excite` with these arguments, and why each other one would not.
+
+    Raises:
+        TypeError, ValueError, BackendUnavailable: as the call itself would.
+    """
+    encode(act, gate, squeeze, pre_act, post_act)
+    check(x, w1, b1, w2, b2, residual, inplace)
+    return backends.explain(x.device)
