@@ -1,0 +1,190 @@
+"""Runs a copy of a layer that may be SE, and records what its one or two fully connected layers meet.
+
+On the way, their outputs are overwritten by a grid of values, so that one run shows act and gate over their whole
+range, whatever the weights are.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# Kinks of the piecewise activations (0, 3, 6, 2.5) are met or enclosed; beyond 20, softplus changes its formula.
+GRID = torch.cat(
+    [
+        torch.linspace(-12, 12, 97, dtype=torch.float64, device="cpu"),
+        torch.linspace(-0.98, 0.98, 50, dtype=torch.float64, device="cpu"),
+        torch.tensor([-50.0, -21.0, 21.0, 50.0], dtype=torch.float64, device="cpu"),
+    ]
+)
+# Random numbers repeat after so many, because drawing 2048 * 128 of them takes longer than all the rest. Prime, so that
+# rows of a matrix differ.
+_PERIOD = 1999
+_aten = torch.ops.aten
+# The operators that a fully connected layer ends in, with the positions of its input, weight and bias.
+_LAYERS: dict[Any, tuple[int, int, int | None]] = {
+    _aten.convolution.default: (0, 1, 2),
+    _aten.addmm.default: (1, 2, 0),
+    _aten.mm.default: (0, 1, None),
+    _aten.bmm.default: (0, 1, None),
+}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One use of a weight: the names of the parameters, the input, and the grid that its output was overwritten by."""
+
+    weight: str
+    bias: str | None
+    input: Tensor
+    planted: Tensor
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One run of a layer: y for x, the uses of its weights in order, and whether x was written to."""
+
+    x: Tensor
+    y: Tensor
+    calls: list[Call]
+    wrote: bool
+
+
+def weight_shapes(layer: nn.Module) -> list[tuple[int, ...]] | None:
+    """The shapes of the weights of `layer` if they can be SE's: [R, C] and [C, R] in any order, or one [C, C]."""
+    if isinstance(layer, torch._dynamo.OptimizedModule) or (
+        type(layer).__module__.startswith("torch.nn.modules.") and not layer._modules
+    ):
+        return None
+    shapes: list[tuple[int, ...]] = []
+    for module in layer.modules():
+        parameters = [p for p in module._parameters.values() if p is not None]
+        if any(nn.parameter.is_lazy(p) or not p.is_floating_point() for p in parameters):
+            return None
+        # A reparametrised weight stands for its largest part: weight_norm's are [out, 1] and [out, in].
+        if parameters and (isinstance(module, parametrize.ParametrizationList) or "weight_v" in module._parameters):
+            parameters = [max(parameters, key=Tensor.numel)]
+        shapes += [tuple(p.shape) for p in parameters if p.dim() > 1]
+        if len(shapes) > 2 or any(len(shape) > 5 or math.prod(shape[2:]) != 1 or 0 in shape for shape in shapes):
+            return None
+    if not shapes or shapes[0][:2] != shapes[-1][1::-1]:
+        return None
+    return shapes
+
+
+def arity(layer: nn.Module) -> int:
+    """How many positional arguments `forward` cannot do without."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(layer.forward).parameters.values()
+    return max(1, sum(p.kind in kinds and p.default is inspect.Parameter.empty for p in parameters))
+
+
+def numbers(*shape: int) -> Tensor:
+    """Normally distributed, in float64 on the CPU, repeating after 1999."""
+    count = math.prod(shape)
+    few = torch.randn(min(count, _PERIOD), dtype=torch.float64, device="cpu")
+    return few.repeat(-(-count // _PERIOD))[:count].reshape(shape)
+
+
+def random_map(*shape: int) -> Tensor:
+    """Both signs, away from zero (x is divided by), and another mean in each channel."""
+    x = numbers(*shape) + numbers(*shape[:2], *(1 for _ in shape[2:]))
+    return x + torch.copysign(torch.full_like(x, 0.5), x)
+
+
+def bare_copy(layer: nn.Module) -> nn.Module:
+    """A float64 copy on the CPU with random parameters, in eval mode, without hooks and reparametrisation.
+
+    Parameters are random because real ones can hide the formula: a zero-initialised W2 makes every gate constant.
+    """
+    if isinstance(layer, torch.jit.ScriptModule):
+        return copy.deepcopy(layer).cpu().double().eval()
+    memo: dict[int, Any] = {}
+    for module in layer.modules():
+        for name, value in vars(module).items():
+            if "_hooks" in name:
+                memo[id(value)] = OrderedDict()
+        for p in module._parameters.values():
+            if p is not None:
+                # The first layer's output is then of the size of its input, which meets both sides of act's kinks.
+                memo[id(p)] = nn.Parameter(numbers(*p.shape) * (2 / math.sqrt(p.shape[1]) if p.dim() > 1 else 1))
+        for value in [*module._buffers.values(), *vars(module).values()]:
+            if isinstance(value, Tensor) and id(value) not in memo:
+                dtype = torch.float64 if value.is_floating_point() else value.dtype
+                memo[id(value)] = value.detach().clone().to("cpu", dtype)
+    bare = copy.deepcopy(layer, memo)
+    for module in bare.modules():
+        if parametrize.is_parametrized(module):
+            assert isinstance(module.parametrizations, nn.ModuleDict)
+            for name in list(module.parametrizations):
+                parametrize.remove_parametrizations(module, name)
+    return bare.eval()
+
+
+def trial_maps(shapes: list[tuple[int, ...]]) -> Iterator[Tensor]:
+    """Maps of the ranks and numbers of channels that the weights allow, the likelier first; then one with C at the end.
+
+    No two sizes are equal and H > W, so that no mistaken axis or kernel size goes unseen; N fits the grid in W1 z.
+    """
+    sizes = shapes[0][:2]
+    spatial = [s for s in (2, 3, 5, 7, 11) if s not in sizes]
+    n = max(2, -(-len(GRID) // min(sizes)))
+    while n in (*sizes, *spatial):
+        n += 1
+    likely = max(1, len(shapes[0]) - 2) if len(shapes[0]) > 2 else 2
+    for c in sorted(set(sizes), reverse=True):
+        for rank in sorted((1, 2, 3), key=lambda rank: (rank != likely, rank != 3)):
+            yield random_map(n, c, *spatial[rank - 1 :: -1])
+        yield random_map(n, c, *spatial[1::-1]).movedim(1, -1).contiguous()
+
+
+class _Plant(TorchDispatchMode):
+    """Records each use of the weights and overwrites its output by the grid."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls: list[Call] = []
+        self.names: dict[int, str] = {}
+        for prefix, module in layer.named_modules():
+            for name, value in {**module._parameters, **module._buffers, **vars(module)}.items():
+                if isinstance(value, Tensor):
+                    self.names[value.untyped_storage().data_ptr()] = f"{prefix}.{name}".lstrip(".")
+
+    def _name(self, args: tuple[Any, ...], position: int | None) -> str | None:
+        t = None if position is None else args[position]
+        return self.names.get(t.untyped_storage().data_ptr()) if isinstance(t, Tensor) else None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        where = _LAYERS.get(func)
+        weight = self._name(args, where[1]) if where else None
+        if where is None or weight is None:
+            return out
+        planted = GRID.repeat(-(-out.numel() // len(GRID)))[: out.numel()].reshape(out.shape)
+        self.calls.append(Call(weight, self._name(args, where[2]), args[where[0]].clone(), planted))
+        return planted.clone()
+
+
+def trace(bare: nn.Module, x: Tensor, arity: int) -> Trace | None:
+    """A run on `x`; None unless it is like SE's: the first layer sees less than the map, and y has the shape of x."""
+    given = x.clone()
+    # What a layer of several inputs may want besides the map is a map already pooled.
+    pooled = [x.mean(tuple(range(2, x.dim())), keepdim=True)] * (arity - 1)
+    try:
+        with _Plant(bare) as plant:
+            y = bare(given, *pooled)
+    except Exception:
+        return None
+    if not isinstance(y, Tensor) or y.shape != x.shape or not plant.calls:
+        return None
+    return Trace(x, y, plant.calls, not torch.equal(given, x)) if plant.calls[0].input.numel() < x.numel() else None
