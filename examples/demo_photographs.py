@@ -1,0 +1,182 @@
+"""Known networks on scikit-learn's two photographs, before and after `se_fused.replace`.
+
+There is nothing to download, so the weights are random, from a fixed seed. A fresh network would show little: some
+blocks start with a batch norm of weight zero, whose SE layer sees only zeros. So such weights become one, and every
+batch norm takes its statistics from the photographs; the maps then have the scale of a trained network's, and the gates
+differ from channel to channel and from photograph to photograph. What they let through has no meaning yet.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from matplotlib.colors import TwoSlopeNorm
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from sklearn.datasets import load_sample_images
+from torch import Tensor, nn
+
+import se_fused
+from examples import zoo
+from se_fused.measure import interleaved, largest_difference
+
+SEED = 0
+MODELS = {
+    "SE-ResNet-50": "timm:seresnet50",
+    "MobileNetV3-Large": "torchvision:mobilenet_v3_large",
+    "EfficientNet-B0": "torchvision:efficientnet_b0",
+}
+# Early enough for maps in which the photograph can be seen: a quarter of its size.
+PICTURED = "layer1.2.se"
+
+
+def photographs() -> tuple[list[str], Tensor]:
+    """Names and images [2, 3, 427, 640] in 0..1."""
+    found = load_sample_images()
+    names = [Path(name).stem for name in found.filenames]
+    return names, torch.stack([torch.tensor(image).permute(2, 0, 1) for image in found.images]).float() / 255
+
+
+def normalised(images: Tensor) -> Tensor:
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])  # ImageNet's, as these networks expect
+    return (images - mean[:, None, None]) / std[:, None, None]
+
+
+def batch_of_eight(images: Tensor, size: int = 224) -> Tensor:
+    """The left and the right square of both photographs, and their mirror images: [8, 3, size, size]."""
+    side = images.shape[2]
+    squares = torch.cat([images[..., :side], images[..., -side:]])
+    squares = F.interpolate(squares, (size, size), mode="bilinear", antialias=True)
+    return normalised(torch.cat([squares, squares.flip(-1)]))
+
+
+def build(spec: str, batch: Tensor) -> nn.Module:
+    """The network with random weights and the batch norm statistics of `batch`, in eval mode."""
+    torch.manual_seed(SEED)
+    model = zoo.build(spec).eval()
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        if not norm.weight.any():
+            nn.init.ones_(norm.weight)
+        norm.train().momentum = 1.0
+    with torch.inference_mode():
+        model(batch)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.eval().momentum = momentum
+    return model
+
+
+@dataclass
+class Swap:
+    """A network "before", "fused" and "fused in place", and what these three were measured to do."""
+
+    name: str
+    models: dict[str, nn.Module]
+    replaced: int
+    skipped: int
+    magnitude: float
+    differences: dict[str, float]
+    seconds: dict[int, dict[str, float]]
+
+
+def swap(name: str, spec: str, batch: Tensor, repeats: int) -> Swap:
+    before = build(spec, batch)
+    # None of these networks reads the input of an SE layer again, so that inplace is allowed.
+    report = se_fused.replace(copy.deepcopy(before))
+    in_place = se_fused.replace(copy.deepcopy(before), inplace=True)
+    models = {"before": before, "fused": report.model, "fused in place": in_place.model}
+    with torch.inference_mode():
+        wanted = before(batch)
+        differences = {side: largest_difference(model(batch), wanted) for side, model in models.items()}
+        seconds = {
+            n: interleaved({side: partial(model, batch[:n]) for side, model in models.items()}, repeats)
+            for n in (1, len(batch))
+        }
+    magnitude = float(wanted.abs().max())
+    return Swap(name, models, len(report.replaced), len(report.skipped), magnitude, differences, seconds)
+
+
+def swaps(repeats: int, console: Console, size: int = 224) -> list[Swap]:
+    batch = batch_of_eight(photographs()[1], size)
+    # No refresh from a thread of its own, which would run on the cores that are measured.
+    progress = track(MODELS.items(), "swapping SE layers", console=console, auto_refresh=False)
+    return [swap(name, spec, batch, repeats) for name, spec in progress]
+
+
+def table(found: list[Swap]) -> Table:
+    result = Table(
+        title=f"Two photographs through networks with random weights, seed {SEED}",
+        caption=f"median ms on {torch.get_num_threads()} threads; largest difference at batch 8",
+    )
+    for column in ("network", "SE layers"):
+        result.add_column(column)
+    for column in ("difference", *(f"batch {n}" for n in found[0].seconds)):
+        result.add_column(column, justify="right")
+    for s in found:
+        left = (s.name, f"outputs up to {s.magnitude:.2f}", "")
+        for text, side in zip(left, s.models, strict=True):
+            layers = s.replaced + s.skipped if side == "before" else s.replaced
+            times = [f"{1e3 * times[side]:.1f}" for times in s.seconds.values()]
+            result.add_row(text, f"{layers} {side}", "" if side == "before" else f"{s.differences[side]:.1e}", *times)
+        result.add_section()
+    return result
+
+
+def maps_and_gates(found: Swap, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """u [N, C, H, W] and s [N, C] of the pictured layer before, and y of the fused layer after."""
+    seen: dict[str, Tensor] = {}
+
+    def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, *, u: str = "", y: str = "") -> None:
+        # Copies, because the network adds the shortcut to y in place.
+        seen[u], seen[y] = inputs[0].clone(), output.clone()
+
+    before, after = found.models["before"], found.models["fused"]
+    hooks = [
+        before.get_submodule(PICTURED).register_forward_hook(partial(hook, u="u")),
+        before.get_submodule(f"{PICTURED}.gate").register_forward_hook(partial(hook, y="s")),
+        after.get_submodule(PICTURED).register_forward_hook(partial(hook, y="y")),
+    ]
+    with torch.inference_mode():
+        before(images)
+        after(images)
+    for handle in hooks:
+        handle.remove()
+    return seen["u"], seen["s"].flatten(1), seen["y"]
+
+
+def plot_gates(found: Swap, path: Path) -> None:
+    """Each photograph, and before and after the layer, in one scale, the channels it lets through most and least."""
+    names, images = photographs()
+    u, s, y = maps_and_gates(found, normalised(images))
+    figure, axes = plt.subplots(len(names), 5, figsize=(18, 5.6), layout="constrained")
+    for i, row in enumerate(axes):
+        row[0].imshow(images[i].permute(1, 2, 0).numpy())
+        row[0].set_title(names[i])
+        for channel, kind, left, right in (
+            (int(s[i].argmax()), "highest", row[1], row[2]),
+            (int(s[i].argmin()), "lowest", row[3], row[4]),
+        ):
+            # One pixel in a hundred is beyond the scale, or a few would set it for all.
+            limit = float(u[i, channel].abs().quantile(0.99))
+            norm = TwoSlopeNorm(0, -limit, limit)
+            left.imshow(u[i, channel].numpy(), cmap="RdBu_r", norm=norm)
+            picture = right.imshow(y[i, channel].numpy(), cmap="RdBu_r", norm=norm)
+            left.set_title(f"channel {channel}: u")
+            right.set_title(f"s · u, {kind} gate s = {s[i, channel]:.2f}")
+            figure.colorbar(picture, ax=[left, right], shrink=0.8, pad=0.01)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    figure.suptitle(
+        f"What the gates of one SE layer do: {found.name}, {PICTURED}, {s.shape[1]} channels. "
+        "The weights are random, not trained: what is let through has no meaning yet."
+    )
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,47 @@
+"""Models of torchvision and timm by name, with random weights: nothing is downloaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def import_torchvision() -> Any:
+    """torchvision, also where its compiled operators do not load because it was built for another torch.
+
+    Its models need none of them, but its import asks for the names of two, which are then defined without a kernel.
+    """
+    try:
+        import torchvision
+    except RuntimeError as error:
+        if "torchvision::nms" not in str(error):
+            raise
+        # A library object takes its operators with it when it goes.
+        global _names
+        _names = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            _names.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        import torchvision
+    return torchvision
+
+
+def build(name: str, **options: Any) -> nn.Module:
+    """The model called `name`, as "torchvision:efficientnet_b0" or "timm:seresnet50"; `options` go to its constructor.
+
+    Raises:
+        ValueError: for another library than these two, or a model that the library does not know.
+    """
+    library, _, model = name.partition(":")
+    torchvision = import_torchvision()
+    if library == "torchvision":
+        built: nn.Module = torchvision.models.get_model(model, weights=None, **options)
+        return built
+    if library != "timm":
+        raise ValueError(f"build: name is {name!r}; wanted torchvision:<model> or timm:<model>")
+    import timm
+
+    if not timm.is_model(model):
+        raise ValueError(f"build: timm knows no model {model!r}")
+    return timm.create_model(model, pretrained=False, **options)

@@ -1,0 +1,192 @@
+"""The command line: `python -m se_fused info | verify | replace | bench | demo`."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import os
+import platform
+import runpy
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import nn
+
+import se_fused
+from se_fused import backends, build, measure
+from se_fused import verify as grid
+
+VARIABLES = ("SE_FUSED_BACKEND", "SE_FUSED_CPU", "SE_FUSED_CACHE")
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+console = Console()
+
+
+def _fail(message: str) -> NoReturn:
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(2)
+
+
+def _devices() -> list[str]:
+    return ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+
+
+def _facts() -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "se_fused": se_fused.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+    }
+    # Where the compiled part is not loaded, asking for its facts would compile it.
+    missing = backends.why_not("cpu", torch.device("cpu"))
+    if missing is None:
+        native = build.load_facts()
+        facts |= {"build": native.build_info(), "cpu_features": native.cpu_features()}
+    else:
+        facts |= {"build": missing, "cpu_features": None}
+    facts["environment"] = {name: os.environ.get(name) for name in VARIABLES}
+    facts["backends"] = {
+        device: {name: backends.why_not(name, torch.device(device)) for name in backends.BACKENDS}
+        for device in _devices()
+    }
+    return facts
+
+
+@app.command()
+def info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
+    """What is installed here, and which backend serves which device or why it does not."""
+    facts = _facts()
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    table = Table(show_header=False)
+    for name, value in facts.items():
+        if name == "environment":
+            for variable, setting in value.items():
+                table.add_row(variable, "not set" if setting is None else setting)
+        elif name == "backends":
+            for device, reasons in value.items():
+                for backend, reason in reasons.items():
+                    table.add_row(f"{backend} on {device}", reason or "usable")
+        elif isinstance(value, dict):
+            for key, fact in value.items():
+                table.add_row(f"{name}: {key}", str(fact))
+        elif value is not None:
+            table.add_row(name, ", ".join(value) if isinstance(value, list) else str(value))
+    console.print(table)
+
+
+@app.command()
+def verify(
+    device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, ...")] = "cpu",
+) -> None:
+    """Compare outputs and gradients on this machine with the formula in float64; fails if one is out of tolerance."""
+    try:
+        backend = backends.select(torch.device(device))
+        results = list(track(grid.run(device), "verifying", total=len(grid.cases()), console=console))
+    except (RuntimeError, AssertionError) as error:
+        _fail(f"cannot verify on {device}: {str(error).splitlines()[0]}")
+    table = Table(title=f"squeeze_excite on {device}, served by the {backend} backend, against the formula in float64")
+    for column in ("maps", "cases", "largest error", "in", "tolerance", "verdict"):
+        table.add_column(column)
+    passed = True
+    for precision in grid.PRECISIONS:
+        rows = [row for row in results if row[0].precision == precision]
+        case, worst, output = max(rows, key=lambda row: row[1])
+        limit = grid.tolerance(precision)
+        wrong = sum(row[1] > limit for row in rows)
+        table.add_row(
+            precision, str(len(rows)), f"{worst:.1e}", output, f"{limit:.1e}", f"{wrong} wrong" if wrong else "ok"
+        )
+        if wrong:
+            passed = False
+            typer.echo(f"wrong: {output} is off by {worst:.1e} in {case}", err=True)
+    console.print(table)
+    if not passed:
+        raise typer.Exit(1)
+
+
+def _model(spec: str) -> nn.Module:
+    module, colon, name = spec.partition(":")
+    if not colon or not module or not name:
+        _fail(f"SPEC is {spec!r}; wanted module:callable, such as torchvision.models:mobilenet_v3_large")
+    try:
+        model = getattr(importlib.import_module(module), name)()
+    except Exception as error:  # whatever the named code raises is the user's answer
+        _fail(f"{spec} raised {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+    if not isinstance(model, nn.Module):
+        _fail(f"{spec}() gave a {type(model).__name__}; wanted a torch.nn.Module")
+    return model
+
+
+def _input(shape: str) -> torch.Tensor:
+    try:
+        sizes = [int(size) for size in shape.split("x")]
+        return torch.randn(sizes, generator=torch.Generator().manual_seed(0))
+    except (ValueError, RuntimeError):
+        _fail(f"--input is {shape!r}; wanted sizes joined by x, such as 1x3x224x224")
+
+
+@app.command()
+def replace(
+    spec: Annotated[str, typer.Argument(help="module:callable that builds the model.")],
+    shape: Annotated[str, typer.Option("--input", help="Shape of the random input.")] = "1x3x224x224",
+    include: Annotated[list[str] | None, typer.Option(help="Only layers whose name matches; may be repeated.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="No layer whose name matches; may be repeated.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each model.")] = 10,
+) -> None:
+    """Show what se_fused.replace does to a model, how far the output moves, and both times, in eval mode."""
+    before, x = _model(spec).eval(), _input(shape)
+    report = se_fused.replace(copy.deepcopy(before), include=include, exclude=exclude)
+    typer.echo(str(report).rstrip())
+    if not report.replaced:
+        return
+    with torch.inference_mode():
+        try:
+            wanted = before(x)
+            difference = measure.largest_difference(report.model(x), wanted)
+        except Exception as error:
+            _fail(f"{spec} on a random input of {shape} raised {type(error).__name__}: {str(error).splitlines()[0]}")
+        seconds = measure.interleaved({"before": lambda: before(x), "after": lambda: report.model(x)}, repeats)
+    largest = float(wanted.abs().max())
+    console.print(f"largest absolute difference of the output: {difference:.1e}, of values up to {largest:.1e}")
+    console.print(f"median time: {1e3 * seconds['before']:.2f} ms before, {1e3 * seconds['after']:.2f} ms after")
+
+
+def _run_from_checkout(module: str, arguments: list[str]) -> None:
+    root = Path(__file__).resolve().parents[1]
+    if not root.joinpath(*module.split(".")).with_suffix(".py").is_file():
+        _fail(f"{module} comes with the source checkout, not with the installed package: clone it and run there")
+    sys.path.insert(0, str(root))
+    sys.argv = [module, *arguments]
+    try:
+        runpy.run_module(module, run_name="__main__")
+    except ModuleNotFoundError as error:
+        _fail(f"{module} needs {error.name}, which is not installed: pip install 'se_fused[demo,models,bench]'")
+
+
+_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@app.command(context_settings=_PASS_ON)
+def bench(context: typer.Context) -> None:
+    """Time the layer on the CPU beside its peers; options are those of benchmarks.layer_cpu."""
+    _run_from_checkout("benchmarks.layer_cpu", context.args)
+
+
+@app.command(context_settings=_PASS_ON)
+def demo(context: typer.Context) -> None:
+    """Train on digits and swap layers in known networks; options are those of examples.demo."""
+    _run_from_checkout("examples.demo", context.args)
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m se_fused")
