@@ -1,0 +1,1 @@
+"""Measurements of record: each script writes one CSV under results/, and report.py turns it into the README's table."""

@@ -1,0 +1,209 @@
+"""The contenders: the fused layer and its peers, on the same input with the same weights and number of threads."""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import se_fused
+
+from .shapes import Shape
+from .timing import Contender
+
+# Largest error over the largest value of the truth. Seen at worst at the shapes of shapes.LAYER: 1.4e-6 in float32 (a
+# gradient), 5.3e-3 in bfloat16 (eager, which rounds z, h, s and y); three times that is allowed.
+TOLERANCE = {torch.float32: 4.2e-6, torch.bfloat16: 1.6e-2}
+MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+class WrongResult(RuntimeError):
+    """A contender does not compute what the reference computes, so its time means nothing."""
+
+
+class ClassicSE(nn.Module):
+    """The layer as it is commonly written (Hu et al., section 3): pooling, two linear layers, ReLU, sigmoid, product.
+
+    The product broadcasts. `expand_as`, which means the same, would put an Expand into the ONNX graph, and ONNX Runtime
+    writes what it expands: 1.0 to 2.2 times the time at four shapes, seen on a busy machine.
+    """
+
+    def __init__(self, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> None:
+        super().__init__()
+        r, c = w1.shape
+        self.avg_pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Sequential(nn.Linear(c, r), nn.ReLU(inplace=True), nn.Linear(r, c), nn.Sigmoid())
+        self.to(w1.dtype)
+        self.load_state_dict({"fc.0.weight": w1, "fc.0.bias": b1, "fc.2.weight": w2, "fc.2.bias": b2})
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, _, _ = x.shape
+        z = self.avg_pool(x).view(n, c)
+        s: Tensor = self.fc(z).view(n, c, 1, 1)
+        return x * s
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """x and g [N, C, H, W]; w1 [R, C], b1 [R], w2 [C, R], b2 [C]; all of one dtype, x and g of one memory format."""
+
+    x: Tensor
+    g: Tensor
+    w1: Tensor
+    b1: Tensor
+    w2: Tensor
+    b2: Tensor
+
+    @property
+    def weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.w1, self.b1, self.w2, self.b2
+
+
+def draw(shape: Shape, dtype: torch.dtype, layout: str, seed: int = 0) -> Inputs:
+    """Inputs from `seed`. The channels of x differ in mean, so that the gates differ and a wrong squeeze shows."""
+    n, c, h, w, r = shape.n, shape.c, shape.h, shape.w, shape.r
+    random = functools.partial(torch.randn, generator=torch.Generator().manual_seed(seed))
+    x, g = random(n, c, h, w).add_(random(n, c, 1, 1)), random(n, c, h, w)
+    w1, b1, w2, b2 = random(r, c) / math.sqrt(c), random(r) / 2, random(c, r) / math.sqrt(r), random(c) / 2
+    return Inputs(
+        *(t.to(dtype, memory_format=MEMORY_FORMATS[layout]) for t in (x, g)), *(t.to(dtype) for t in (w1, b1, w2, b2))
+    )
+
+
+def fused_layer(i: Inputs) -> se_fused.SqueezeExcite:
+    r, c = i.w1.shape
+    layer = se_fused.SqueezeExcite(c, hidden=r, dtype=i.x.dtype)
+    layer.load_state_dict({"w1": i.w1, "b1": i.b1, "w2": i.w2, "b2": i.b2})
+    return layer
+
+
+def _fused(i: Inputs, threads: int) -> Contender:
+    return Contender("fused", functools.partial(se_fused.squeeze_excite, i.x, *i.weights))
+
+
+def _fused_inplace(i: Inputs, threads: int) -> Contender:
+    x = i.x.clone()
+    call = functools.partial(se_fused.squeeze_excite, x, *i.weights, inplace=True)
+    return Contender("fused_inplace", call, restore=functools.partial(x.copy_, i.x))
+
+
+def _eager(i: Inputs, threads: int) -> Contender:
+    return Contender("eager", functools.partial(ClassicSE(*i.weights), i.x))
+
+
+def _compile(i: Inputs, threads: int) -> Contender:
+    torch._dynamo.reset()
+    return Contender("compile", functools.partial(torch.compile(ClassicSE(*i.weights), dynamic=False), i.x))
+
+
+@functools.lru_cache(maxsize=1)
+def onnx_model(i: Inputs) -> bytes:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        program = torch.onnx.export(
+            ClassicSE(*i.weights).eval(), (i.x,), input_names=["x"], output_names=["y"], dynamo=True, verbose=False
+        )
+    assert program is not None
+    model: bytes = program.model_proto.SerializeToString()
+    return model
+
+
+def _onnxruntime(i: Inputs, threads: int) -> Contender:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(onnx_model(i), options, providers=["CPUExecutionProvider"])
+    y = torch.full_like(i.x, math.nan)
+    binding = session.io_binding()
+    for bind, name, t in ((binding.bind_input, "x", i.x), (binding.bind_output, "y", y)):
+        bind(name, "cpu", 0, t.numpy().dtype, list(t.shape), t.data_ptr())
+    return Contender("onnxruntime", functools.partial(session.run_with_iobinding, binding), outputs=(y,))
+
+
+def _openvino(i: Inputs, threads: int) -> Contender:
+    import openvino
+
+    core = openvino.Core()
+    config = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": "f32",
+        # Mostly faster unpinned: 0.51 to 1.05 of the time, 0.80 in the geometric mean of two runs at four shapes. Both
+        # runs were on a busy machine, which may favour it.
+        "ENABLE_CPU_PINNING": False,
+    }
+    request = core.compile_model(core.read_model(onnx_model(i)), "CPU", config).create_infer_request()
+    y = torch.full_like(i.x, math.nan)
+    request.set_input_tensor(openvino.Tensor(i.x.numpy(), shared_memory=True))
+    request.set_output_tensor(openvino.Tensor(y.numpy(), shared_memory=True))
+    # Without share_outputs the Python binding copies y once more.
+    return Contender("openvino", functools.partial(request.infer, share_inputs=True, share_outputs=True), outputs=(y,))
+
+
+FUSED: dict[str, Callable[[Inputs, int], Contender]] = {"fused": _fused, "fused_inplace": _fused_inplace}
+PEERS: dict[str, Callable[[Inputs, int], Contender]] = {
+    "eager": _eager,
+    "compile": _compile,
+    "onnxruntime": _onnxruntime,
+    "openvino": _openvino,
+}
+
+
+def forward(name: str, i: Inputs, threads: int) -> Contender:
+    """Contender `name` for y, to be called in inference mode; `threads` for those that do not take torch's number."""
+    return {**FUSED, **PEERS}[name](i, threads)
+
+
+def backward(name: str, i: Inputs, *, with_forward: bool) -> Contender:
+    """ "fused" or "eager" for the gradients of x, w1, b1, w2, b2, on a graph built once or built anew in each call."""
+    layer: nn.Module = fused_layer(i) if name == "fused" else ClassicSE(*i.weights)
+    parameters = dict(layer.named_parameters())
+    names = ("w1", "b1", "w2", "b2") if name == "fused" else ("fc.0.weight", "fc.0.bias", "fc.2.weight", "fc.2.bias")
+    x = i.x.clone().requires_grad_()
+    inputs = [x, *(parameters[n] for n in names)]
+    if with_forward:
+        return Contender(name, lambda: torch.autograd.grad(layer(x), inputs, i.g))
+    y = layer(x)
+    return Contender(name, lambda: torch.autograd.grad(y, inputs, i.g, retain_graph=True))
+
+
+def copy(i: Inputs) -> Contender:
+    """One read and one write of the map: the speed that the floor is made of."""
+    y = torch.empty_like(i.x)
+    return Contender("copy", functools.partial(y.copy_, i.x))
+
+
+def truth(i: Inputs, *, gradients: bool) -> tuple[Tensor, ...]:
+    """(y,), or the gradients of x, w1, b1, w2, b2, by the reference in float64."""
+    inputs = [t.double().requires_grad_(gradients) for t in (i.x, *i.weights)]
+    y = se_fused.reference.squeeze_excite(*inputs)
+    return torch.autograd.grad(y, inputs, i.g.double()) if gradients else (y,)
+
+
+def check(contender: Contender, want: Sequence[Tensor]) -> float:
+    """The largest error of one call, over the largest value of the truth. Raises WrongResult above TOLERANCE."""
+    if contender.restore is not None:
+        contender.restore()
+    returned = contender.call()
+    if contender.outputs is not None:
+        got: Sequence[Tensor] = contender.outputs
+    else:
+        got = (returned,) if isinstance(returned, Tensor) else tuple(returned)  # type: ignore[arg-type]
+    worst = 0.0
+    for a, b in zip(got, want, strict=True):
+        if a.shape != b.shape:
+            raise WrongResult(f"{contender.name}: shape {list(a.shape)}; the reference gives {list(b.shape)}")
+        error = float((a.double() - b).abs().max() / b.abs().max())
+        if not error <= TOLERANCE[a.dtype]:
+            raise WrongResult(
+                f"{contender.name}: off by {error:.1e} of the largest value; at most {TOLERANCE[a.dtype]:.1e}"
+            )
+        worst = max(worst, error)
+    return worst

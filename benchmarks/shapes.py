@@ -1,0 +1,42 @@
+"""The shapes that are measured; the tests import them, so every measured shape is also a tested one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A map [N, C, H, W] and the width R of its excitation."""
+
+    n: int
+    c: int
+    h: int
+    w: int
+    r: int
+
+    def __str__(self) -> str:
+        return f"{self.n}x{self.c}x{self.h}x{self.w}"
+
+
+# R is that of a network which has a layer of this width.
+BATCH_1 = (
+    Shape(1, 72, 28, 28, r=24),  # MobileNetV3-Large
+    Shape(1, 96, 112, 112, r=4),  # EfficientNet-B0 at 448 pixels; 56x56 at 224
+    Shape(1, 256, 56, 56, r=16),  # SE-ResNet-50, stage 1
+    Shape(1, 672, 14, 14, r=168),  # MobileNetV3-Large
+    Shape(1, 960, 7, 7, r=240),  # MobileNetV3-Large
+    Shape(1, 2048, 7, 7, r=128),  # SE-ResNet-50, stage 4
+)
+BATCH_16 = (
+    Shape(16, 96, 112, 112, r=4),
+    Shape(16, 256, 56, 56, r=16),
+    Shape(16, 512, 28, 28, r=32),  # SE-ResNet-50, stage 2
+    Shape(16, 1024, 14, 14, r=64),  # SE-ResNet-50, stage 3
+    Shape(16, 2048, 7, 7, r=128),
+)
+LAYER = BATCH_1 + BATCH_16
+# The smallest map, one middling one, and a batch.
+QUICK = (BATCH_1[0], BATCH_1[2], BATCH_16[3])
+# Nothing to compute: what remains is the cost of a call. R = 1 is C / 16.
+CALL = Shape(1, 16, 1, 1, r=1)
