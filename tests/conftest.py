@@ -1,0 +1,33 @@
+import os
+
+import pytest
+import torch
+from hypothesis import settings
+
+import se_fused
+from se_fused import backends
+
+# The same examples on every machine; HYPOTHESIS_PROFILE=search looks for new ones.
+settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+settings.register_profile("search", deadline=None, max_examples=2000, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+# pytest-xdist runs one process for each core; two threads still take every parallel path.
+torch.set_num_threads(2)
+
+
+@pytest.fixture
+def native():
+    """The compiled CPU backend, or a failure that says why it is not there: no test of it may pass on the reference."""
+    with se_fused.use_backend("cpu"):
+        assert backends.why_not("cpu", torch.device("cpu")) is None, backends.why_not("cpu", torch.device("cpu"))
+        yield
+
+
+@pytest.fixture
+def one_thread():
+    """For many small operators, whose parallel regions crawl where processes have more threads than there are cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,160 @@
+"""The examples: SE stands where the paper puts it, both layers give one network, the demo shows what it says."""
+
+from __future__ import annotations
+
+import io
+from functools import partial
+
+import matplotlib
+import pytest
+import torch
+import torch.nn.functional as F
+from matplotlib.image import imread
+from rich.console import Console
+
+from examples import demo_digits, demo_photographs
+from examples.se_inception import SEInception, SEInceptionBlock
+from examples.se_resnet import ReferenceSqueezeExcite, SEResidualBlock, SEResNet
+from se_fused import SqueezeExcite
+
+matplotlib.use("Agg")
+EXACT = {"rtol": 1e-10, "atol": 1e-12}  # in float64, whose rounding steps are 2e-16
+
+
+def excite(layer, u):
+    s = torch.sigmoid(F.linear(F.relu(F.linear(u.mean((2, 3)), layer.w1, layer.b1)), layer.w2, layer.b2))
+    return u * s[:, :, None, None]
+
+
+def pair(network, **options):
+    models = []
+    for layer in (ReferenceSqueezeExcite, SqueezeExcite):
+        torch.manual_seed(0)
+        models.append(network(partial(layer, reduction=4), **options).double())
+    return models
+
+
+@pytest.mark.parametrize(("c_in", "stride"), [(8, 1), (4, 1), (8, 2)])
+def test_se_resnet_excites_the_branch_before_the_addition(c_in, stride):
+    block = SEResidualBlock(c_in, 8, stride, partial(SqueezeExcite, reduction=4)).double().eval()
+    x = torch.randn(2, c_in, 6, 5, dtype=torch.float64)
+    wanted = F.relu(excite(block.se, block.branch(x)) + block.shortcut(x))
+    torch.testing.assert_close(block(x), wanted, **EXACT)
+
+
+def test_se_inception_excites_the_whole_block():
+    block = SEInceptionBlock(6, 4, partial(SqueezeExcite, reduction=4)).double().eval()
+    x = torch.randn(2, 6, 7, 5, dtype=torch.float64)
+    wanted = excite(block.se, torch.cat([F.relu(branch(x)) for branch in block.branches], dim=1))
+    torch.testing.assert_close(block(x), wanted, **EXACT)
+
+
+@pytest.mark.parametrize("network", [SEResNet, SEInception])
+def test_both_layers_train_one_network(network):
+    """Float32 training magnifies rounding, so the equality is shown in float64."""
+    images, labels, *_ = demo_digits.digits()
+    losses = []
+    for model in pair(network, widths=(8, 16)):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        losses.append([])
+        for _ in range(5):
+            loss = F.cross_entropy(model(images[:32].double()), labels[:32])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+    assert losses[0][-1] < losses[0][0]
+
+
+def test_same_seed_gives_same_weights():
+    reference, fused = (model.state_dict() for model in pair(SEResNet))
+    assert list(reference) == list(fused)
+    assert all(torch.equal(reference[key], fused[key]) for key in reference)
+
+
+def test_digits_are_split_without_overlap():
+    images, labels, test_images, test_labels = demo_digits.digits()
+    assert (len(images), len(test_images)) == (1347, 450)
+    assert (images.min(), images.max()) == (0, 1)
+    every = torch.cat([images, test_images]).flatten(1).unique(dim=0)
+    assert len(every) == 1797
+    assert len(labels) + len(test_labels) == 1797
+
+
+@pytest.mark.parametrize("pre_act", [None, "relu"])
+@pytest.mark.parametrize("squeeze", ["mean", "max"])
+def test_gate_is_the_layers_own(squeeze, pre_act):
+    layer = SqueezeExcite(8, 4, squeeze=squeeze, pre_act=pre_act).double()
+    x = torch.randn(3, 8, 5, 4, dtype=torch.float64)
+    u = x if pre_act is None else F.relu(x)
+    torch.testing.assert_close(layer(x), u * demo_digits.gate(layer, x)[:, :, None, None], **EXACT)
+
+
+def test_digits_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo_digits, "EXPERIMENTS", [("SE-ResNet", "max")])
+    console = Console(file=io.StringIO(), width=100)
+    runs = demo_digits.train(3, console)
+    reference, fused, control = runs
+    assert [run.layer for run in runs] == ["reference", "fused", "control"]
+    assert {str(run) for run in runs} == {"SE-ResNet, squeeze = max"}
+    # The first step sees the same weights: only the rounding of one forward pass apart.
+    assert fused.losses[0] == pytest.approx(reference.losses[0], rel=1e-6)
+    assert not torch.equal(control.model.classify.bias, reference.model.classify.bias)
+    for run in runs:
+        assert len(run.losses) == len(run.seconds) == 3 * 21
+        assert run.accuracy > 0.5  # guessing gives 0.1, three epochs 0.98
+    console.print(demo_digits.table(runs))
+    assert f"{fused.accuracy:.2%}" in console.file.getvalue()
+    demo_digits.plot_losses(runs, tmp_path / "losses.png")
+    demo_digits.plot_gates(fused, tmp_path / "gates.png")
+    for name in ("losses.png", "gates.png"):
+        assert imread(tmp_path / name).std() > 0.05  # not a blank page
+
+
+@pytest.fixture(scope="module")
+def swapped():
+    """SE-ResNet-50 on small crops."""
+    batch = demo_photographs.batch_of_eight(demo_photographs.photographs()[1], 48)
+    return demo_photographs.swap("SE-ResNet-50", demo_photographs.MODELS["SE-ResNet-50"], batch, 1), batch
+
+
+def test_photographs_part(swapped, tmp_path):
+    found, _ = swapped
+    assert (found.replaced, found.skipped) == (16, 0)
+    assert found.magnitude > 0.1
+    for side in ("fused", "fused in place"):
+        # 50 layers of float32 rounding, 1e-7 each; a wrong gate would move the output by its own size.
+        assert 0 < found.differences[side] < 1e-4 * found.magnitude
+    assert found.seconds.keys() == {1, 8}
+    console = Console(file=io.StringIO(), width=100)
+    console.print(demo_photographs.table([found]))
+    assert f"{found.differences['fused']:.1e}" in console.file.getvalue()
+    demo_photographs.plot_gates(found, tmp_path / "gates.png")
+    assert imread(tmp_path / "gates.png").std() > 0.05
+
+
+def test_pictured_maps_are_u_and_s_times_u(swapped):
+    found, batch = swapped
+    u, s, y = demo_photographs.maps_and_gates(found, batch)
+    torch.testing.assert_close(y, u * s[:, :, None, None])
+    assert s.std() > 0.01  # fresh biases alone would leave every photograph the same gates
+    assert s.std(0).mean() > 0.01
+
+
+def test_batch_norm_has_the_statistics_of_the_photographs(swapped):
+    found, batch = swapped
+    model = found.models["before"]
+    assert not model.training
+    with torch.inference_mode():
+        u = model.bn1(model.conv1(batch))
+    torch.testing.assert_close(u.mean((0, 2, 3)), torch.zeros(64), atol=1e-4, rtol=0)
+    torch.testing.assert_close(u.std((0, 2, 3)), torch.ones(64), atol=1e-2, rtol=0)
+    assert all(m.weight.any() for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d))
+
+
+def test_the_eight_are_crops_and_their_mirror_images():
+    batch = demo_photographs.batch_of_eight(demo_photographs.photographs()[1], 32)
+    assert batch.shape == (8, 3, 32, 32)
+    assert torch.equal(batch[4:], batch[:4].flip(-1))
+    assert len(batch.flatten(1).unique(dim=0)) == 8

@@ -1,0 +1,220 @@
+"""What a user does with a layer or model after `replace`."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from se_layers import Plus, SqueezeExcitation
+from timm.layers import SEModule
+from timm.models._efficientnet_blocks import SqueezeExcite
+from torch import Tensor, nn
+
+from examples import zoo
+from se_fused.replace import FusedSE, replace, restore
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def se_model(**options) -> nn.Module:
+    return zoo.build("timm:mobilenetv3_small_100", **options).eval()
+
+
+def test_attributes_methods_and_mode() -> None:
+    layer = SqueezeExcitation(16, 4)
+    x = torch.randn(2, 16, 5, 4)
+    scale = layer._scale(x)
+    layer.note = "kept"
+    replace(layer)
+    assert isinstance(layer, SqueezeExcitation)
+    assert torch.equal(layer._scale(x), scale)
+    assert layer.note == "kept"
+    assert layer.fc1.weight is layer.get_parameter("fc1.weight")
+    layer.eval()
+    layer.note = "new"
+    restore(layer)
+    assert (layer.training, layer.fc1.training, layer.note) == (False, False, "new")
+    assert not any(name.startswith("_se_") for name in vars(layer))
+
+
+def test_hooks_on_the_layer_itself_stay() -> None:
+    layer, x, seen = SEModule(16), torch.randn(2, 16, 5, 4), []
+    layer.register_forward_hook(lambda module, args, y: seen.append(y))
+    assert list(replace(layer).replaced) == [""]
+    assert seen == []
+    y = layer(x)
+    assert len(seen) == 1
+    assert seen[0] is y
+
+
+class Masked(SEModule):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return super().forward(x if mask is None else x * mask)
+
+
+def test_other_calls_than_the_proven_one_compute_as_before() -> None:
+    torch.manual_seed(0)
+    layer = Masked(16)
+    x, mask = torch.randn(2, 16, 5, 4), torch.rand(2, 1, 5, 4)
+    wanted = layer(x, mask), layer(x, mask=mask), layer(x=x)
+    replace(layer)
+    assert all(
+        torch.equal(a, b) for a, b in zip((layer(x, mask), layer(x, mask=mask), layer(x=x)), wanted, strict=True)
+    )
+    # Unbatched [C, H, W] with H = C: as a batch of 1-D maps it would pass for [N, C, L].
+    unbatched = SqueezeExcitation(16, 4)
+    x = torch.randn(16, 16, 5)
+    wanted = unbatched(x)
+    replace(unbatched)
+    assert torch.equal(unbatched(x), wanted)
+
+
+def test_weights_are_followed() -> None:
+    """Through every way of changing them: in place, by assignment or conversion, by a new module or parametrisation."""
+    x = torch.randn(2, 3, 64, 48)
+    torch.manual_seed(1)
+    other = se_model().state_dict()
+
+    def double_fc(model: nn.Module) -> None:
+        for module in model.modules():
+            if isinstance(module, SqueezeExcite):
+                module.conv_expand = nn.Conv2d(*module.conv_expand.weight.shape[1::-1], 1)
+                nn.init.constant_(module.conv_expand.weight, 0.1)
+                nn.init.constant_(module.conv_expand.bias, 0.2)
+
+    def parametrise(model: nn.Module) -> None:
+        for module in model.modules():
+            if isinstance(module, SqueezeExcite):
+                nn.utils.parametrize.register_parametrization(module.conv_reduce, "weight", nn.Tanh())
+
+    for change in (
+        lambda m: m.load_state_dict(other),
+        lambda m: m.load_state_dict(other, assign=True),
+        lambda m: m.double().float(),
+        double_fc,
+        parametrise,
+    ):
+        torch.manual_seed(0)
+        plain = se_model()
+        fused = copy.deepcopy(plain)
+        replace(fused)
+        change(plain)
+        change(fused)
+        torch.testing.assert_close(fused(x), plain(x), rtol=1e-4, atol=1e-5)
+
+
+def test_meta_model_can_be_replaced_and_filled() -> None:
+    with torch.device("meta"):
+        model = se_model()
+    assert len(replace(model).replaced) == 9
+    plain = se_model()
+    model.load_state_dict(plain.state_dict(), assign=True)
+    x = torch.randn(2, 3, 64, 48)
+    torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), "torch.save"])
+def test_copies_are_fused_and_independent(duplicate) -> None:
+    if duplicate == "torch.save":
+
+        def duplicate(model: nn.Module) -> nn.Module:
+            file = io.BytesIO()
+            torch.save(model, file)
+            file.seek(0)
+            return torch.load(file, weights_only=False)
+
+    model, x = se_model(), torch.randn(2, 3, 64, 48)
+    replace(model)
+    other = duplicate(model)
+    assert [type(m) for m in other.modules()] == [type(m) for m in model.modules()]
+    y = model(x)
+    assert torch.equal(other(x), y)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.zero_()
+    assert torch.equal(model(x), y)
+    restore(other)
+    assert not any(isinstance(m, FusedSE) for m in other.modules())
+    assert sum(isinstance(m, FusedSE) for m in model.modules()) == 9
+
+
+def test_optimizer_and_functional_call() -> None:
+    model, x = se_model(), torch.randn(2, 3, 64, 48)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    replace(model)
+    before = model.blocks[0][0].se.conv_reduce.bias.clone()
+    model(x).square().mean().backward()
+    optimizer.step()
+    assert not torch.equal(model.blocks[0][0].se.conv_reduce.bias, before)
+    zeros = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    assert torch.count_nonzero(torch.func.functional_call(model, zeros, (x,))) == 0
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_compiles_into_one_graph(grad: bool) -> None:
+    torch._dynamo.reset()
+    model, x = nn.Sequential(nn.Conv2d(3, 16, 3), SEModule(16), Plus(SEModule(16))), torch.randn(2, 3, 8, 7)
+    replace(model)
+    with torch.set_grad_enabled(grad):
+        wanted = model(x)
+        got = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+        torch.testing.assert_close(got, wanted)
+    if grad:
+        (got_grad,) = torch.autograd.grad(got.square().sum(), [model[0].weight])
+        (wanted_grad,) = torch.autograd.grad(wanted.square().sum(), [model[0].weight])
+        torch.testing.assert_close(got_grad, wanted_grad)
+
+
+def test_autocast_keeps_the_dtype_of_the_output() -> None:
+    torch.manual_seed(0)
+    plain = SEModule(16)
+    fused = copy.deepcopy(plain)
+    replace(fused)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(2, 16, 5, 4, dtype=dtype)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got, wanted = fused(x), plain(x)
+        assert got.dtype == wanted.dtype == dtype
+        # The original rounds z, h and s to bfloat16, of 8 significant bits: some 4 roundings of 2**-9, in a sum over h.
+        torch.testing.assert_close(got, wanted, rtol=2**-6, atol=2**-6)
+
+
+def test_inplace_only_without_grad_mode() -> None:
+    model = nn.Sequential(SEModule(16))
+    x = torch.randn(2, 16, 5, 4)
+    wanted, original = model(x).detach(), x.clone()
+    replace(model, inplace=True)
+    y = model(x)
+    assert torch.equal(x, original)
+    y.sum().backward()
+    for context in (torch.no_grad, torch.inference_mode):
+        given = original.clone()
+        with context():
+            y = model(given)
+        assert y.data_ptr() == given.data_ptr()
+        torch.testing.assert_close(given, wanted)
+    restore(model)
+    replace(model)
+    with torch.no_grad():
+        model(x)
+    assert torch.equal(x, original)
+
+
+def test_restore_refuses_a_class_changed_since() -> None:
+    layer = SEModule(16)
+    replace(layer)
+    layer.__class__ = type("Other", (type(layer),), {})
+    with pytest.raises(RuntimeError, match="class of a replaced layer was changed since, to Other"):
+        restore(layer)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scripting_asks_for_the_original() -> None:
+    model, x = nn.Sequential(SEModule(16)), torch.randn(2, 16, 5, 4)
+    replace(model)
+    with pytest.raises(RuntimeError, match=r"call se_fused\.restore on the model first"):
+        torch.jit.script(model)
+    assert torch.equal(torch.jit.script(restore(model))(x), model(x))
