@@ -161,7 +161,7 @@ se::cpu::Pool pool() {
 
 // Asks for huge pages where a new map is about to be written: the faults of a 77 MB output in 4 KB pages take longer
 // than the whole operation. Below kHugeMap the allocator hands out pages that were in use before.
-constexpr size_t kHugeMap = 8 << 20, kHugePage = 2 << 20;
+constexpr size_t kHugeMap = 4 << 20, kHugePage = 2 << 20;
 void expect_new_pages([[maybe_unused]] const void* map, [[maybe_unused]] size_t bytes) {
 #if defined(__linux__)
   if (!map || bytes < kHugeMap) return;
