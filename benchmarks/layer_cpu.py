@@ -144,10 +144,16 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    """`git describe` of the sources, "unknown" outside a repository that has a commit."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    return result.stdout.strip() if result.returncode == 0 else "unknown"
+    """The commit of the sources, "-dirty" if others than the results differ; "unknown" outside a repository."""
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
+
+    described = git("describe", "--always")
+    if described.returncode != 0:
+        return "unknown"
+    changes = git("status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results")
+    return described.stdout.strip() + ("-dirty" if changes.stdout else "")
 
 
 def installed(package: str) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, reference
+from . import backends, launch, reference
 from .arguments import autocast, check, decode, encode, needs_grad
 from .reference import HardSigmoid
 
@@ -43,108 +43,12 @@ for _schema in (
 ):
     _LIBRARY.define(_schema, tags=torch.Tag.pt2_compliant_tag)
 _forward_out = torch.ops.se_fused.forward_out.default
-_backward_out = torch.ops.se_fused.backward_out.default
 
 
-def _is_channels_last(t: Tensor) -> bool:
-    return not t.is_contiguous() and t.movedim(1, -1).is_contiguous()
-
-
-def _dense(t: Tensor | None, channels_last: bool) -> Tensor | None:
-    if t is None:
-        return None
-    return t.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else t.contiguous()
-
-
-def _fillable(t: Tensor, channels_last: bool) -> Tensor:
-    """`t`, or where it is dense in some third order (a transposed map), a contiguous stand-in to be copied from."""
-    return t if channels_last or t.is_contiguous() else torch.empty_like(t, memory_format=torch.contiguous_format)
-
-
-def _flat(w: Tensor | None) -> Tensor | None:
-    return w if w is None else w.contiguous()
-
-
-def _forward(
-    x: Tensor, w1: Tensor | None, b1: Tensor | None, w2: Tensor, b2: Tensor | None, residual: Tensor | None,
-    *options: Any, saved: tuple[Tensor | None, ...] = (None, None, None),
-) -> Tensor:  # fmt: skip
-    y = torch.empty_like(x)  # eager's strides
-    channels_last = _is_channels_last(y)
-    out = _fillable(y, channels_last)
-    _forward_out(
-        _dense(x, channels_last), _flat(w1), _flat(b1), _flat(w2), _flat(b2), _dense(residual, channels_last),
-        *options, channels_last, out, *saved,
-    )  # fmt: skip
-    return y if out is y else y.copy_(out)
-
-
-def _forward_inplace(
-    x: Tensor, w1: Tensor | None, b1: Tensor | None, w2: Tensor, b2: Tensor | None, residual: Tensor | None,
-    *options: Any,
-) -> None:  # fmt: skip
-    channels_last = _is_channels_last(x)
-    out = _dense(x, channels_last)
-    assert out is not None
-    _forward_out(
-        out, _flat(w1), _flat(b1), _flat(w2), _flat(b2), _dense(residual, channels_last),
-        *options, channels_last, out, None, None, None,
-    )  # fmt: skip
-    if out.data_ptr() != x.data_ptr():
-        x.copy_(out)
-
-
-def _empty_saved(x: Tensor, w1: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    n, c = x.shape[:2]
-    r = 0 if w1 is None else w1.shape[0]
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return x.new_empty((n, c), dtype=dtype), x.new_empty((n, r), dtype=dtype), x.new_empty((n, c), dtype=dtype)
-
-
-def _forward_train(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    saved = _empty_saved(args[0], args[1])
-    return _forward(*args, saved=saved), *saved
-
-
-def _empty_grads(inputs: tuple[Tensor | None, ...], needs: list[bool]) -> list[Tensor]:
-    x = inputs[0]
-    assert x is not None
-    # dresidual is allocated like x, whose order the backend walks in.
-    shapes = (x, *inputs[1:5], x)
-    return [
-        torch.empty_like(t) if need and t is not None else x.new_empty(0) for t, need in zip(shapes, needs, strict=True)
-    ]
-
-
-def _backward(g: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    inputs, saved, options, (needs, residual_is_x) = args[:6], args[6:9], args[9:-2], args[-2:]
-    grads = _empty_grads(inputs, needs)
-    maps = [grads[i] for i in (0, 5) if needs[i]]
-    channels_last = _is_channels_last(maps[0] if maps else inputs[0])
-    outs: list[Tensor | None] = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
-    for i in (0, 5):
-        outs[i] = _fillable(grads[i], channels_last) if needs[i] else None
-    _backward_out(
-        _dense(g, channels_last),
-        _dense(inputs[0], channels_last),
-        *map(_flat, inputs[1:5]),
-        _dense(inputs[5], channels_last),
-        *saved,
-        *options,
-        channels_last,
-        residual_is_x,
-        *outs,
-    )
-    for grad, out in zip(grads, outs, strict=True):
-        if out is not None and out is not grad:
-            grad.copy_(out)
-    return tuple(grads)
-
-
-_LIBRARY.impl("squeeze_excite", _forward, "CompositeExplicitAutograd")
-_LIBRARY.impl("squeeze_excite_", _forward_inplace, "CompositeExplicitAutograd")
-_LIBRARY.impl("squeeze_excite_train", _forward_train, "CompositeExplicitAutograd")
-_LIBRARY.impl("squeeze_excite_backward", _backward, "CompositeExplicitAutograd")
+_LIBRARY.impl("squeeze_excite", launch.forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("squeeze_excite_", launch.forward_inplace, "CompositeExplicitAutograd")
+_LIBRARY.impl("squeeze_excite_train", launch.forward_train, "CompositeExplicitAutograd")
+_LIBRARY.impl("squeeze_excite_backward", launch.backward, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("se_fused::squeeze_excite", lib=_LIBRARY)
@@ -159,12 +63,12 @@ def _(x: Tensor, *_: Any) -> None:
 
 @torch.library.register_fake("se_fused::squeeze_excite_train", lib=_LIBRARY)
 def _(x: Tensor, w1: Tensor | None, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), *_empty_saved(x, w1)
+    return torch.empty_like(x), *launch.empty_saved(x, w1)
 
 
 @torch.library.register_fake("se_fused::squeeze_excite_backward", lib=_LIBRARY)
 def _(g: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return tuple(_empty_grads(args[:6], args[-2]))
+    return tuple(launch.empty_grads(args[:6], args[-2]))
 
 
 # Autograd. What is saved beside the inputs is of the size of the gates; u, u * s and y are computed again from x.

@@ -1,0 +1,108 @@
+"""The bodies of the operators: maps brought into an order that backends walk, outputs allocated, the backend called.
+
+x, w1, b1, w2, b2, residual come first in every one of them; then follow the seven options, as numbers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_OPS = torch.ops.se_fused
+
+
+def _is_channels_last(t: Tensor) -> bool:
+    return not t.is_contiguous() and t.movedim(1, -1).is_contiguous()
+
+
+def _dense(t: Tensor | None, channels_last: bool) -> Tensor | None:
+    if t is None:
+        return None
+    return t.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else t.contiguous()
+
+
+def _fillable(t: Tensor, channels_last: bool) -> Tensor:
+    """`t`, or where it is dense in some third order (a transposed map), a contiguous stand-in to be copied from."""
+    return t if channels_last or t.is_contiguous() else torch.empty_like(t, memory_format=torch.contiguous_format)
+
+
+def _flat(w: Tensor | None) -> Tensor | None:
+    return w if w is None else w.contiguous()
+
+
+def forward(
+    x: Tensor, w1: Tensor | None, b1: Tensor | None, w2: Tensor, b2: Tensor | None, residual: Tensor | None,
+    *options: Any, saved: tuple[Tensor | None, ...] = (None, None, None),
+) -> Tensor:  # fmt: skip
+    y = torch.empty_like(x)  # eager's strides
+    channels_last = _is_channels_last(y)
+    out = _fillable(y, channels_last)
+    _OPS.forward_out.default(
+        _dense(x, channels_last), _flat(w1), _flat(b1), _flat(w2), _flat(b2), _dense(residual, channels_last),
+        *options, channels_last, out, *saved,
+    )  # fmt: skip
+    return y if out is y else y.copy_(out)
+
+
+def forward_inplace(
+    x: Tensor, w1: Tensor | None, b1: Tensor | None, w2: Tensor, b2: Tensor | None, residual: Tensor | None,
+    *options: Any,
+) -> None:  # fmt: skip
+    channels_last = _is_channels_last(x)
+    out = _dense(x, channels_last)
+    assert out is not None
+    _OPS.forward_out.default(
+        out, _flat(w1), _flat(b1), _flat(w2), _flat(b2), _dense(residual, channels_last),
+        *options, channels_last, out, None, None, None,
+    )  # fmt: skip
+    if out.data_ptr() != x.data_ptr():
+        x.copy_(out)
+
+
+def empty_saved(x: Tensor, w1: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    n, c = x.shape[:2]
+    r = 0 if w1 is None else w1.shape[0]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty((n, c), dtype=dtype), x.new_empty((n, r), dtype=dtype), x.new_empty((n, c), dtype=dtype)
+
+
+def forward_train(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    saved = empty_saved(args[0], args[1])
+    return forward(*args, saved=saved), *saved
+
+
+def empty_grads(inputs: tuple[Tensor | None, ...], needs: list[bool]) -> list[Tensor]:
+    x = inputs[0]
+    assert x is not None
+    # dresidual is allocated like x, whose order the backend walks in.
+    shapes = (x, *inputs[1:5], x)
+    return [
+        torch.empty_like(t) if need and t is not None else x.new_empty(0) for t, need in zip(shapes, needs, strict=True)
+    ]
+
+
+def backward(g: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    inputs, saved, options, (needs, residual_is_x) = args[:6], args[6:9], args[9:-2], args[-2:]
+    grads = empty_grads(inputs, needs)
+    maps = [grads[i] for i in (0, 5) if needs[i]]
+    channels_last = _is_channels_last(maps[0] if maps else inputs[0])
+    outs: list[Tensor | None] = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+    for i in (0, 5):
+        outs[i] = _fillable(grads[i], channels_last) if needs[i] else None
+    _OPS.backward_out.default(
+        _dense(g, channels_last),
+        _dense(inputs[0], channels_last),
+        *map(_flat, inputs[1:5]),
+        _dense(inputs[5], channels_last),
+        *saved,
+        *options,
+        channels_last,
+        residual_is_x,
+        *outs,
+    )
+    for grad, out in zip(grads, outs, strict=True):
+        if out is not None and out is not grad:
+            grad.copy_(out)
+    return tuple(grads)
