@@ -36,8 +36,8 @@ void parallel(const Pool& pool, int64_t count, int64_t grain, Body&& body) {
       count, grain, [](void* context, int64_t begin, int64_t end) { (*static_cast<B*>(context))(begin, end); }, &body);
 }
 
-// Samples [n0, n1) for one pass over the weights: as many as it takes for the maps to outweigh them, up to the
-// second-level cache's worth of maps (kGroupBytes), but never less than one.
+// How many samples share one pass over the weights: as many as it takes for the maps to outweigh them, at most
+// kGroupBytes of maps (a thread's part of a shared cache), at least one.
 constexpr int64_t kGroupBytes = 4 << 20;
 inline int64_t samples_at_once(const Problem& p, int64_t element_bytes) {
   const int64_t map_bytes = at_least_one(p.c * p.l * element_bytes);
