@@ -183,7 +183,7 @@ def trace(bare: nn.Module, x: Tensor, arity: int) -> Trace | None:
     try:
         with _Plant(bare) as plant:
             y = bare(given, *pooled)
-    except Exception:
+    except Exception:  # foreign code fails in its own ways on a map it was not made for
         return None
     if not isinstance(y, Tensor) or y.shape != x.shape or not plant.calls:
         return None
