@@ -67,7 +67,6 @@ def test_a_cache_that_others_may_write_to_is_refused(monkeypatch, tmp_path):
 
 def test_without_a_library_the_reference_serves_and_says_why(tmp_path):
     code = (
-        "import sys; sys.path.insert(0, sys.argv[0]);"
         "import torch, se_fused; m = se_fused.SqueezeExcite(8); x = torch.randn(1, 8, 3, 3);"
         "print(se_fused.explain(x, m.w1, m.b1, m.w2, m.b2)); m(x).sum().backward()"
     )
