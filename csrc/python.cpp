@@ -1,12 +1,19 @@
-// se_fused._C: facts about this build and this CPU. No torch header, so importing it needs no torch.
+// se_fused._C: facts about this build and this CPU, and the plans of calls on a GPU. No torch header, so importing it
+// needs no torch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <map>
+#include <stdexcept>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cpu/features.h"
+#include "plan.h"
+
+namespace py = pybind11;
 
 namespace {
 
@@ -25,10 +32,81 @@ std::vector<std::string> cpu_features() {
   return features;
 }
 
+se::Device preset(const std::string& name) {
+  std::string known;
+  for (const se::Device& device : se::device_presets()) {
+    if (device.name == name) return device;
+    known += (known.empty() ? "" : ", ") + device.name;
+  }
+  throw std::invalid_argument("device is '" + name + "'; wanted one of " + known);
+}
+
+se::DType dtype_named(const std::string& name) {
+  static const std::map<std::string, se::DType> known{{"float32", se::DType::kFloat32},
+                                                      {"float64", se::DType::kFloat64},
+                                                      {"float16", se::DType::kFloat16},
+                                                      {"bfloat16", se::DType::kBFloat16}};
+  const auto found = known.find(name);
+  if (found == known.end()) throw std::invalid_argument("dtype is '" + name + "'; wanted float32, float64, ...");
+  return found->second;
+}
+
+std::vector<std::tuple<std::string, int64_t, int64_t>> launches(const se::Plan& plan) {
+  std::vector<std::tuple<std::string, int64_t, int64_t>> list;
+  for (int i = 0; i < plan.launch_count; ++i) {
+    list.emplace_back(plan.launches[i].name, plan.launches[i].blocks, plan.launches[i].shared_bytes);
+  }
+  return list;
+}
+
+se::Plan plan(const se::Device& device, bool backward, int64_t n, int64_t c, int64_t r, int64_t l,
+              const std::string& dtype, bool channels_last, int alignment, int squeeze, bool pre_act, bool post_act,
+              bool residual, const std::string& forced) {
+  for (const auto& [name, size] : {std::pair{"n", n}, {"c", c}, {"l", l}}) {
+    if (size < 1) throw std::invalid_argument(std::string(name) + " is " + std::to_string(size) + "; wanted 1 or more");
+  }
+  if (squeeze < 0 || squeeze > 2) throw std::invalid_argument("squeeze is no code of enum Squeeze");
+  se::Call call{};
+  call.direction = backward ? se::Direction::kBackward : se::Direction::kForward;
+  call.n = n, call.c = c, call.r = r, call.l = l;
+  call.dtype = dtype_named(dtype);
+  call.channels_last = channels_last;
+  call.alignment = alignment;
+  call.squeeze = static_cast<se::Squeeze>(squeeze);
+  call.pre_act = pre_act, call.post_act = post_act, call.residual = residual;
+  call.dx = call.dw = true;
+  return se::make_plan(call, device, forced);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Facts about the compiled part of se_fused and about this CPU.";
+  m.doc() = "Facts about the compiled part of se_fused and about this CPU, and the plans of calls on a GPU.";
   m.def("build_info", &build_info, "Compiler, target torch version and instruction sets of this build.");
   m.def("cpu_features", &cpu_features, "The instruction sets that this CPU runs, of those that are compiled.");
+
+  py::class_<se::Device>(m, "Device", "The limits of a GPU that plans depend on.")
+      .def(py::init<std::string, int, int>(), py::arg("name"), py::arg("capability"), py::arg("multiprocessors"))
+      .def_readonly("name", &se::Device::name)
+      .def_readonly("capability", &se::Device::capability)
+      .def_readonly("multiprocessors", &se::Device::multiprocessors);
+  m.def("device_presets", &se::device_presets, "Known GPUs.");
+  m.def("preset", &preset, py::arg("name"), "The known GPU of this name.");
+
+  py::class_<se::Plan>(m, "Plan", "Which kernels serve a call (csrc/plan.h).")
+      .def("__str__", &se::Plan::text)
+      .def_property_readonly("launches", &launches, "Name, blocks and bytes of shared memory of each launch, in order.")
+      .def_readonly("fused_hidden", &se::Plan::fused_hidden)
+      .def_readonly("map_bytes_read", &se::Plan::map_bytes_read)
+      .def_readonly("map_bytes_written", &se::Plan::map_bytes_written)
+      .def_readonly("scratch_bytes", &se::Plan::scratch_bytes)
+      .def_property_readonly("width", [](const se::Plan& p) { return p.reduction.width; })
+      .def_property_readonly("lanes", [](const se::Plan& p) { return p.reduction.lanes; })
+      .def_property_readonly("splits", [](const se::Plan& p) { return p.reduction.splits; })
+      .def_property_readonly("per_block", [](const se::Plan& p) { return p.elementwise.per_block; });
+  m.def("plan", &plan, py::arg("device"), py::kw_only(), py::arg("backward") = false, py::arg("n"), py::arg("c"),
+        py::arg("r"), py::arg("l"), py::arg("dtype") = "float32", py::arg("channels_last") = false,
+        py::arg("alignment") = 16, py::arg("squeeze") = 0, py::arg("pre_act") = false, py::arg("post_act") = false,
+        py::arg("residual") = false, py::arg("forced") = "",
+        "The plan of a call; ValueError, naming the limit, where a forced one cannot serve it.");
 }

@@ -4,8 +4,10 @@ A build is a folder named by the hash of all that went into it (sources, flags, 
 stale one is never loaded. setup.py leaves it in the package; the first import, in the user's cache folder. This file
 needs no other file of the package, because setup.py runs it before there is one.
 
-Environment: CXX, the compiler; MAX_JOBS, parallel compilations; SE_FUSED_CXXFLAGS, more flags; SE_FUSED_CACHE, the
-cache folder.
+There are two groups: "cpu" (the CPU operators and the module _C) and "cuda" (the CUDA operators, where nvcc is found).
+
+Environment: CXX, the compiler; CUDA_HOME, where nvcc is, if not on the PATH; TORCH_CUDA_ARCH_LIST, what to compile for,
+such as "8.0 9.0+PTX"; MAX_JOBS, parallel compilations; SE_FUSED_CXXFLAGS, more flags; SE_FUSED_CACHE, the cache folder.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import importlib.util
 import logging
 import os
 import platform
+import re
 import shlex
 import shutil
 import stat
@@ -24,7 +27,6 @@ import sysconfig
 import tempfile
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 _PACKAGE = Path(__file__).resolve().parent
 _BESIDE, _INSIDE = _PACKAGE.parent / "csrc", _PACKAGE / "csrc"
@@ -39,7 +41,11 @@ _FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra
 # meaning, and an element has the same bits in a vector as alone.
 _KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
 _X86 = {"v3": "x86-64-v3", "v4": "x86-64-v4"}
-_TIMEOUT = 900  # seconds; a build takes about 40 on two cores
+# Every architecture that the CUDA of today compiles for; the last one also as PTX, for those to come.
+ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
+NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+GROUPS = {"cpu": ("cpu", "_C"), "cuda": ("cuda",)}
+_TIMEOUT = 1800  # seconds; on two cores the CPU group takes about 40, the CUDA group 30 for each architecture
 _log = logging.getLogger("se_fused")
 
 
@@ -59,14 +65,25 @@ def _instruction_sets() -> dict[str, list[str]]:
     return sets
 
 
-def key() -> str:
-    """The name of the build that belongs to these sources on this machine."""
+def key(group: str = "cpu") -> str:
+    """The name of the build of a group that belongs to these sources on this machine.
+
+    Raises:
+        BuildError: for "cuda" where there is no nvcc.
+    """
     digest = hashlib.sha256()
-    files = sorted(p for p in SOURCES.rglob("*") if p.suffix in (".h", ".cpp"))
+    others = {name for name in GROUPS if name != group}
+    files = sorted(
+        p for p in SOURCES.rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh") and p.parent.name not in others
+    )
     for path in [*files, Path(__file__)]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     for text in (*_more_flags(), str(sysconfig.get_config_var("EXT_SUFFIX")), platform.machine(), sys.platform):
         digest.update(text.encode() + b"\0")
+    if group == "cuda":
+        version = subprocess.run([nvcc(), "--version"], capture_output=True, text=True, check=False).stdout
+        for text in (version, *architecture_flags()):
+            digest.update(text.encode() + b"\0")
     return digest.hexdigest()[:24]
 
 
@@ -78,49 +95,109 @@ def _compiler() -> str:
     return found
 
 
-def _write_ninja(folder: Path) -> None:
-    from ninja import ninja_syntax
+def nvcc() -> str:
+    """The path of nvcc. Raises BuildError if there is none."""
+    home = os.environ.get("CUDA_HOME", "")
+    found = shutil.which(str(Path(home, "bin", "nvcc"))) if home else shutil.which("nvcc")
+    if found is None:
+        raise BuildError(f"no CUDA compiler: {Path(home, 'bin', 'nvcc') if home else 'nvcc on the PATH'} is not there")
+    return found
 
+
+def architecture_flags() -> list[str]:
+    """nvcc's -gencode flags: for TORCH_CUDA_ARCH_LIST, else for the GPUs that are here, else for all."""
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    if asked:
+        names = re.split(r"[ ;,]+", asked.strip())
+        if not all(re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name) for name in names):
+            raise BuildError(f"TORCH_CUDA_ARCH_LIST is {asked!r}; wanted such as '8.0 9.0+PTX'")
+        names = [name.replace(".", "") for name in names]
+    else:
+        import torch
+
+        here = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        names = sorted(f"{major}{minor}" for major, minor in here) or [*ARCHITECTURES[:-1], f"{ARCHITECTURES[-1]}+PTX"]
+    flags = []
+    for name in names:
+        sm = name.removesuffix("+PTX")
+        flags += ["-gencode", f"arch=compute_{sm},code=sm_{sm}"]
+        if name.endswith("+PTX"):
+            flags += ["-gencode", f"arch=compute_{sm},code=compute_{sm}"]
+    return flags
+
+
+def _torch() -> Path:
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         raise BuildError("torch is not installed")
-    torch = Path(spec.origin).parent
-    import pybind11
+    return Path(spec.origin).parent
+
+
+def binding_flags() -> list[str]:
+    """Flags of what is compiled against torch's stable ABI."""
+    return [f"-DTORCH_TARGET_VERSION={_TARGET_TORCH_VERSION}", "-isystem", str(_torch() / "include")]
+
+
+def link_flags() -> list[str]:
+    # torch's libraries are in the process already: they are named here, so that the loader looks there.
+    return [f"-L{_torch() / 'lib'}", "-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu"]
+
+
+def _write_ninja(folder: Path, group: str) -> None:
+    from ninja import ninja_syntax
 
     def quote(*words: str | Path) -> str:
         return str(ninja_syntax.escape(shlex.join(str(word) for word in words)))
 
+    objects, libraries = _cuda_recipe() if group == "cuda" else _cpu_recipe()
+    with (folder / "build.ninja").open("w") as file:
+        ninja = ninja_syntax.Writer(file, width=10_000)
+        compile_command = quote(_compiler(), *_FLAGS, *_more_flags())
+        ninja.rule("cpp", f"{compile_command} $flags -MD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
+        if group == "cuda":
+            ninja.rule("cu", f"{quote(nvcc(), *NVCC_FLAGS, *architecture_flags())} $flags -c $in -o $out")
+        # nvcc links CUDA's runtime statically: one library serves a torch of any CUDA.
+        linker = quote(nvcc()) if group == "cuda" else compile_command
+        ninja.rule("link", f"{linker} -shared $in -o $out $flags")
+        for name, (source, flags) in objects.items():
+            path = ninja_syntax.escape_path(str(SOURCES / source))
+            ninja.build(f"{name}.o", Path(source).suffix[1:], path, variables={"flags": quote(*flags)})
+        for name, (inputs, flags) in libraries.items():
+            ninja.build(_file_name(name), "link", [f"{i}.o" for i in inputs], variables={"flags": quote(*flags)})
+
+
+# Objects: the source and flags of each. Libraries: the objects and flags of each.
+_Recipe = tuple[dict[str, tuple[str, list[str]]], dict[str, tuple[list[str], list[str]]]]
+
+
+def _cpu_recipe() -> _Recipe:
+    import pybind11
+
     isas = _instruction_sets()
-    binding = [f"-DTORCH_TARGET_VERSION={_TARGET_TORCH_VERSION}", "-isystem", torch / "include"]
     facts = [
         f'-DSE_FUSED_TARGET_TORCH="{_TARGET_TORCH}"',
         f'-DSE_FUSED_INSTRUCTION_SETS="{" ".join(["baseline", *(_X86[name] for name in isas if name in _X86)])}"',
         "-isystem", pybind11.get_include(), "-isystem", sysconfig.get_paths()["include"],
     ]  # fmt: skip
-    objects: dict[str, tuple[str, list[Any]]] = {
-        "binding": ("cpu/binding.cpp", binding),
+    objects = {
+        "binding": ("cpu/binding.cpp", binding_flags()),
         "python": ("python.cpp", facts),
+        "plan": ("plan.cpp", []),
     }
     for isa, flags in isas.items():
         for kernel in ("forward", "backward"):
             objects[f"{kernel}_{isa}"] = (f"cpu/{kernel}.cpp", [*_KERNEL_FLAGS, f"-DSE_CPU_ISA={isa}", *flags])
-    with (folder / "build.ninja").open("w") as file:
-        ninja = ninja_syntax.Writer(file, width=10_000)
-        compile_command = quote(_compiler(), *_FLAGS, *_more_flags())
-        ninja.rule("compile", f"{compile_command} $flags -MD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
-        ninja.rule("link", f"{compile_command} -shared $in -o $out $flags")
-        for name, (source, flags) in objects.items():
-            ninja.build(
-                f"{name}.o",
-                "compile",
-                ninja_syntax.escape_path(str(SOURCES / source)),
-                variables={"flags": quote(*flags)},
-            )
-        kernels = [f"{name}.o" for name in objects if name != "python"]
-        # torch's libraries are in the process already: they are named here, so that the loader looks there.
-        link = quote(f"-L{torch / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu")
-        ninja.build(_file_name("cpu"), "link", kernels, variables={"flags": link})
-        ninja.build(_file_name("_C"), "link", ["python.o"], variables={"flags": ""})
+    kernels = [name for name in objects if name not in ("python", "plan")]
+    return objects, {"cpu": (kernels, link_flags()), "_C": (["python", "plan"], [])}
+
+
+def _cuda_recipe() -> _Recipe:
+    objects: dict[str, tuple[str, list[str]]] = {
+        "binding": ("cuda/binding.cpp", binding_flags()),
+        "plan": ("plan.cpp", []),
+    }
+    objects |= {path.stem: (f"cuda/{path.name}", []) for path in sorted((SOURCES / "cuda").glob("*.cu"))}
+    return objects, {"cuda": (list(objects), link_flags())}
 
 
 def _file_name(library: str) -> str:
@@ -136,15 +213,15 @@ def _jobs() -> list[str]:
     return ["-j", jobs]
 
 
-def build(parent: Path) -> Path:
-    """Build into `parent / key()` and return that folder; a build that is there already stays as it is.
+def build(parent: Path, group: str = "cpu") -> Path:
+    """Build a group into `parent / key(group)` and return that folder; a build that is there stays as it is.
 
     Safe against other processes that build the same, and against being killed: the folder appears whole or not at all.
 
     Raises:
         BuildError: without a compiler or torch, or if compilation fails; the message ends with the compiler's.
     """
-    target = parent / key()
+    target = parent / key(group)
     if target.is_dir():
         return target
     try:
@@ -157,7 +234,7 @@ def build(parent: Path) -> Path:
             return target
         with tempfile.TemporaryDirectory(dir=parent, prefix="building-") as name:
             folder = Path(name)
-            _write_ninja(folder)
+            _write_ninja(folder, group)
             command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder), *_jobs()]
             try:
                 done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
@@ -167,7 +244,7 @@ def build(parent: Path) -> Path:
                 raise BuildError(f"compilation failed:\n{done.stdout[-3000:]}{done.stderr[-1000:]}")
             finished = folder / "finished"
             finished.mkdir()
-            for library in ("cpu", "_C"):
+            for library in GROUPS[group]:
                 (folder / _file_name(library)).rename(finished / _file_name(library))
             finished.rename(target)
     return target
@@ -188,23 +265,25 @@ def _cache() -> Path:
     return path
 
 
-def _folder() -> Path:
-    prebuilt = PREBUILT / key()
-    if prebuilt.is_dir():
-        return prebuilt
+def _folder(group: str) -> Path:
+    name = key(group)
+    if (PREBUILT / name).is_dir():
+        return PREBUILT / name
     cache = _cache()
-    if not (cache / key()).is_dir():
-        _log.warning("se_fused: compiling the CPU kernels into %s, once; this takes about a minute", cache)
-    return build(cache)
+    if not (cache / name).is_dir():
+        kernels = group.upper()
+        _log.warning("se_fused: compiling the %s kernels into %s, once; this takes about a minute", kernels, cache)
+    return build(cache, group)
 
 
 def library(name: str) -> Path:
-    """The shared library "cpu" (operators for `torch.ops.load_library`) or "_C" (the Python module), built if need be.
+    """The shared library "cpu" or "cuda" (for `torch.ops.load_library`) or "_C" (the Python module), built if need be.
 
     Raises:
         BuildError: if it has to be built and cannot be.
     """
-    return _folder() / _file_name(name)
+    (group,) = (group for group, libraries in GROUPS.items() if name in libraries)
+    return _folder(group) / _file_name(name)
 
 
 def load_facts() -> ModuleType:

@@ -1,0 +1,94 @@
+// The plan of a call on a GPU: which algorithm, which launches, and the bytes of the maps that they will move.
+// Pure host code without a CUDA header, so that the decisions are tested on any machine. Nothing else chooses.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "se.h"
+
+namespace se {
+
+constexpr int kThreads = 256;  // in every block
+constexpr int kTile = 1024;    // of a vector in shared memory while a matrix is multiplied by it
+constexpr int kSamples = 4;    // that share one reading of the weights in the layers' own kernels
+constexpr int kColumns = 32;   // of a matrix that a warp takes; of a tile of weight gradients
+
+// The limits of a device that decisions depend on.
+struct Device {
+  std::string name;
+  int capability;  // 90 for sm_90
+  int multiprocessors;
+};
+const std::vector<Device>& device_presets();
+
+enum class Direction : int32_t { kForward, kBackward };
+
+// All that a plan depends on.
+struct Call {
+  Direction direction;
+  int64_t n, c, r, l;  // r = 0: the one-FC form
+  bool channels_last;
+  DType dtype;
+  int alignment;    // the largest power of two, up to 16, that divides the address of every map
+  Squeeze squeeze;  //
+  bool pre_act;     // whether there is one; so are the following
+  bool post_act;    //
+  bool residual;    // a map of its own; x as its own residual is read only once
+  bool keeps;       // forward: p1 is wanted, so it needs no scratch
+  bool dx;          // backward: which gradients are wanted
+  bool dresidual;   //
+  bool dw;          // any of the weights' and biases'
+};
+
+Call call_of(const Forward& f);
+Call call_of(const Backward& f);
+
+// A reduction over the positions of each (sample, channel), into `splits` partial results.
+struct Reduction {
+  int width;       // bytes of an access
+  int lanes;       // NCHW: threads along a row (8, 32 or 256). channels_last: threads along the channels, up to 32
+  int splits;      // parts that the positions are cut into
+  int64_t chunks;  // channels_last: blocks side by side along the channels
+};
+
+// What is done element by element, with the gates of its channels computed first by each block.
+struct Elementwise {
+  int width;          // bytes of an access
+  int lanes;          // channels_last: threads along the channels
+  int64_t chunks;     // channels_last: blocks side by side along the channels
+  int64_t per_block;  // NCHW: elements of a sample; channels_last: positions
+  int64_t ranges;     // blocks a sample (and chunk)
+  int64_t channels;   // at most so many in a block
+};
+
+struct Launch {
+  const char* name;
+  int64_t blocks;
+  int64_t shared_bytes;
+};
+
+struct Plan {
+  Call call;
+  Reduction reduction;
+  Elementwise elementwise;
+  bool fused_hidden;  // each block of the last launch computes h itself
+  int launch_count;
+  std::array<Launch, 4> launches;
+  int64_t map_bytes_read, map_bytes_written;
+  int64_t scratch_bytes;
+
+  const Launch& launch(const std::string& name) const;
+  std::string text() const;
+};
+
+// Raises std::invalid_argument, naming the limit, where no plan serves the call. `forced`, for tests and experiments:
+// "two_pass" or nothing, then any of width=, lanes=, splits=, per_block= and fused_hidden=, separated by spaces.
+Plan make_plan(const Call& call, const Device& device, const std::string& forced = "");
+
+inline int64_t element_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
+inline int64_t accumulator_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
+
+}  // namespace se

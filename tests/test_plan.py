@@ -1,0 +1,113 @@
+"""The decisions of csrc/plan.cpp, on any machine: which launches, which accesses, and what cannot be forced."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from se_fused import build
+
+C = build.load_facts()
+H200 = C.preset("H200")
+DEVICES = C.device_presets()
+
+
+def plan(device=H200, **call):
+    return C.plan(device, **{"n": 32, "c": 256, "r": 16, "l": 56 * 56, "dtype": "float16"} | call)
+
+
+@pytest.mark.parametrize(
+    ("call", "width"),
+    [
+        ({"l": 56 * 56}, 16),
+        ({"l": 14 * 14}, 8),  # rows of 392 bytes
+        ({"l": 7 * 7}, 2),  # rows of 98 bytes
+        ({"l": 7 * 7, "channels_last": True}, 16),
+        ({"l": 14 * 14, "dtype": "float32"}, 16),
+        ({"l": 7 * 7, "dtype": "float32"}, 4),
+        ({"l": 56 * 56, "alignment": 8}, 8),
+        ({"l": 56 * 56, "alignment": 2}, 2),
+        ({"channels_last": True, "c": 27}, 2),
+        ({"dtype": "float64"}, 8),
+    ],
+)
+def test_the_widest_access_that_every_row_allows(call, width):
+    assert plan(**call).width == width
+
+
+@pytest.mark.parametrize(
+    ("call", "names"),
+    [
+        ({}, ["squeeze", "scale"]),  # W1 of 4096 weights: each block reads it
+        ({"c": 960, "r": 240, "l": 49}, ["squeeze", "hidden", "scale"]),
+        ({"r": 0}, ["squeeze", "scale"]),
+        ({"backward": True}, ["reduce", "hidden_gradient", "distribute", "weight_gradients"]),
+        ({"backward": True, "r": 0}, ["reduce", "distribute", "weight_gradients"]),
+    ],
+)
+def test_the_launches(call, names):
+    assert [name for name, _, _ in plan(**call).launches] == names
+
+
+def test_one_row_is_split_until_the_gpu_is_full():
+    small, large = (plan(n=n, c=32, r=8, l=112 * 112, dtype="float32") for n in (4, 256))
+    assert small.splits == 3
+    assert large.splits == 1
+    assert plan(C.preset("T4"), n=4, c=32, r=8, l=112 * 112, dtype="float32").splits < small.splits
+
+
+def test_the_bytes_of_the_maps():
+    whole = 32 * 256 * 56 * 56 * 2
+    assert (plan().map_bytes_read, plan().map_bytes_written) == (2 * whole, whole)
+    assert plan(residual=True).map_bytes_read == 3 * whole
+    back = plan(backward=True)
+    assert (back.map_bytes_read, back.map_bytes_written) == (3 * whole, whole)  # dx does not depend on x
+    assert plan(backward=True, squeeze=1).map_bytes_read == 4 * whole
+
+
+@pytest.mark.parametrize(
+    ("call", "forced", "message"),
+    [
+        ({"l": 49}, "width=16", "width=16 with elements of 2 bytes, spans of 98 bytes"),
+        ({}, "lanes=7", "lanes=7 along a row"),
+        ({"channels_last": True}, "lanes=64", "lanes=64 along the channels"),
+        ({}, "splits=65", "splits=65; wanted 1 to 64"),
+        ({"r": 300}, "fused_hidden=1", "fused_hidden=1 with R = 300; wanted 1 to 256"),
+        ({"l": 1, "c": 4096}, "per_block=4096", "4096 channels a block; wanted 1 to 1024"),
+        ({}, "per_block=0", "per_block=0"),
+        ({}, "cluster", "'cluster' is neither two_pass nor"),
+        ({}, "splits=many", "'splits=many' has no number"),
+        ({"l": 2**30 + 1}, "", "1073741825 positions a channel; wanted at most 2\\^30"),
+    ],
+)
+def test_what_cannot_be_served_names_the_limit(call, forced, message):
+    with pytest.raises(ValueError, match=message):
+        plan(**call, forced=forced)
+
+
+def test_an_old_gpu_is_refused():
+    with pytest.raises(ValueError, match="V100 is sm_70; wanted sm_75 on"):
+        plan(C.Device("V100", 70, 80))
+
+
+def test_an_unknown_preset_names_the_known():
+    with pytest.raises(ValueError, match=r"device is 'H1000'; wanted one of T4, A100, .*RTX 5090"):
+        C.preset("H1000")
+
+
+@given(
+    st.sampled_from(DEVICES), st.integers(1, 300), st.integers(1, 5000), st.integers(0, 800), st.integers(1, 100_000),
+    st.sampled_from(["float32", "float64", "float16", "bfloat16"]), st.booleans(), st.booleans(),
+    st.integers(0, 2), st.sampled_from([1, 2, 4, 8, 16]),
+)  # fmt: skip
+def test_every_call_has_a_plan_within_the_limits(
+    device, n, c, r, positions, dtype, channels_last, backward, squeeze, alignment
+):
+    chosen = C.plan(
+        device, n=n, c=c, r=r, l=positions, dtype=dtype, channels_last=channels_last,
+        backward=backward, squeeze=squeeze, alignment=alignment,
+    )  # fmt: skip
+    for name, blocks, shared in chosen.launches:
+        assert 1 <= blocks < 2**31, name
+        assert 0 < shared <= 48 << 10, name  # what every GPU gives a block without asking
+    assert 1 <= chosen.splits <= 64
+    assert "two_pass" in str(chosen)
