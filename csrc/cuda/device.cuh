@@ -1,0 +1,198 @@
+// What every kernel is made of: element types, 2- to 16-byte accesses, warp reductions, shared memory, the launch.
+// The kernels touch global memory through load, load_streaming, load_one and store, take all their shared memory from
+// shared_memory() and start through launch(), so that tests/cuda_on_cpu can run the same sources on a CPU.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "../plan.h"
+#include "../se.h"
+
+namespace se::cuda {
+
+constexpr int kWarp = 32, kWarps = kThreads / kWarp;
+// Blocks a multiprocessor must be able to hold: 64 registers a thread forward in float32, 128 else, where the general
+// form (any activation, ties of the maximum) spills with fewer.
+template <class A>
+constexpr int kForwardBlocks = sizeof(A) == 8 ? 2 : 4;
+constexpr int kBackwardBlocks = 2;
+
+template <class T>
+using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <class T>
+__device__ Accumulator<T> widen(T v) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return __half2float(v);
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __bfloat162float(v);
+  } else {
+    return v;
+  }
+}
+
+template <class T>
+__device__ T narrow(Accumulator<T> v) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return __float2half_rn(v);
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __float2bfloat16_rn(v);
+  } else {
+    return v;
+  }
+}
+
+// The type of one access of so many bytes.
+template <int kBytes>
+struct Access;
+template <>
+struct Access<2> {
+  using Type = unsigned short;
+};
+template <>
+struct Access<4> {
+  using Type = unsigned int;
+};
+template <>
+struct Access<8> {
+  using Type = uint2;
+};
+template <>
+struct Access<16> {
+  using Type = uint4;
+};
+
+template <int V, class T, class Raw>
+__device__ void unpack(const Raw& raw, Accumulator<T> (&v)[V]) {
+  T elements[V];
+  memcpy(elements, &raw, sizeof(raw));
+#pragma unroll
+  for (int i = 0; i < V; ++i) v[i] = widen(elements[i]);
+}
+
+// V consecutive elements, aligned to V * sizeof(T), of memory that the launch does not write.
+template <int V, class T>
+__device__ void load(const T* p, Accumulator<T> (&v)[V]) {
+  unpack<V, T>(__ldg(reinterpret_cast<const typename Access<V * sizeof(T)>::Type*>(p)), v);
+}
+
+// The same for what is not read again: first to leave the caches. Coherent, because y may be written over x.
+template <int V, class T>
+__device__ void load_streaming(const T* p, Accumulator<T> (&v)[V]) {
+  unpack<V, T>(__ldcs(reinterpret_cast<const typename Access<V * sizeof(T)>::Type*>(p)), v);
+}
+
+template <class T>
+__device__ Accumulator<T> load_one(const T* p) {
+  Accumulator<T> v[1];
+  load<1>(p, v);
+  return v[0];
+}
+
+// Left in the L2 as any store is: the next layer reads it.
+template <int V, class T>
+__device__ void store(T* p, const Accumulator<T> (&v)[V]) {
+  T elements[V];
+#pragma unroll
+  for (int i = 0; i < V; ++i) elements[i] = narrow<T>(v[i]);
+  typename Access<V * sizeof(T)>::Type raw;
+  memcpy(&raw, elements, sizeof(raw));
+  __stwb(reinterpret_cast<typename Access<V * sizeof(T)>::Type*>(p), raw);
+}
+
+template <class T>
+__device__ void store_one(T* p, Accumulator<T> v) {
+  const Accumulator<T> one[1] = {v};
+  store<1>(p, one);
+}
+
+// A NaN stays, as in PyTorch's amax; fmax would drop it.
+template <class A>
+__device__ A max_keep_nan(A a, A b) {
+  return a != a || a > b ? a : b;
+}
+
+template <class A>
+__device__ A shuffle_xor(A v, int offset) {
+  return __shfl_xor_sync(0xffffffffu, v, offset);
+}
+
+// The sum over a warp, in every lane.
+template <class A>
+__device__ A warp_sum(A v) {
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) v += shuffle_xor(v, offset);
+  return v;
+}
+
+template <class T>
+__device__ T* shared_memory() {
+#ifdef __CUDACC__
+  extern __shared__ __align__(16) unsigned char memory[];
+#else
+  unsigned char* memory = cuda_on_cpu::shared_memory();
+#endif
+  return reinterpret_cast<T*>(memory);
+}
+
+// body(T()) for the element type of maps.
+template <class Body>
+void with_map_type(DType dtype, Body&& body) {
+  switch (dtype) {
+    case DType::kFloat32: return body(float());
+    case DType::kFloat64: return body(double());
+    case DType::kFloat16: return body(__half());
+    case DType::kBFloat16: return body(__nv_bfloat16());
+  }
+}
+
+// body(W()) for the element type of weights, in a kernel whose accumulators are A.
+template <class A, class Body>
+__device__ void with_weight_type(DType dtype, Body&& body) {
+  if constexpr (std::is_same_v<A, double>) {
+    body(double());
+  } else {
+    if (dtype == DType::kFloat32) return body(float());
+    if (dtype == DType::kFloat16) return body(__half());
+    body(__nv_bfloat16());
+  }
+}
+
+// body(std::integral_constant<int, V>()) for accesses of `bytes`; kHalfWide: whether 8 bytes of a smaller type are
+// among them.
+template <class T, bool kHalfWide, class Body>
+void with_width(int bytes, Body&& body) {
+  constexpr int kElement = sizeof(T);
+  if constexpr (kElement < 8) {
+    if (bytes == 16) return body(std::integral_constant<int, 16 / kElement>());
+    if constexpr (kHalfWide) {
+      if (bytes == 8) return body(std::integral_constant<int, 8 / kElement>());
+    }
+  }
+  body(std::integral_constant<int, 1>());
+}
+
+// `kernel` on the grid that the plan lists under `name`.
+template <class... Parameters, class... Arguments>
+void launch(const Plan& plan, const char* name, void* stream, void (*kernel)(Parameters...),
+            const Arguments&... arguments) {
+  const Launch& planned = plan.launch(name);
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(planned.blocks));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = planned.shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string("se_fused: kernel ") + name + ": " + cudaGetErrorString(error) + "\n" +
+                             plan.text());
+  }
+}
+
+}  // namespace se::cuda

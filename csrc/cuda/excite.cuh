@@ -1,0 +1,100 @@
+// The two fully connected layers inside a block: a few rows or columns of a weight matrix times vectors that are staged
+// in shared memory a tile at a time. Every sum is taken in an order that depends only on its length.
+#pragma once
+
+#include "activations.cuh"
+
+namespace se::cuda {
+
+struct Matrix {
+  const void* data;  // [rows, columns]
+  DType dtype;
+  int64_t columns;
+};
+
+// b[i], or 0 where there is none.
+template <class A>
+__device__ A bias(const void* b, DType dtype, int64_t i) {
+  A value = 0;
+  if (b) with_weight_type<A>(dtype, [&](auto type) { value = load_one(static_cast<const decltype(type)*>(b) + i); });
+  return value;
+}
+
+// tile[s][k] = v(s, k0 + k) for k < width; v(s, .) is not asked for s >= samples.
+template <int kS, class A, class Source>
+__device__ void stage(A* tile, int samples, int64_t k0, int width, Source&& v) {
+  __syncthreads();  // the last tile has been read
+  for (int i = threadIdx.x; i < kS * width; i += kThreads) {
+    const int s = i / width, k = i % width;
+    tile[s * kTile + k] = s < samples ? v(s, k0 + k) : A(0);
+  }
+  __syncthreads();
+}
+
+// sums[s][i] = sum_k m[row0 + i, k] v(s, k) for i < rows. A warp takes every kWarps-th row.
+// Shared memory: tile [kS][kTile], sums [kS][rows]; complete for all threads at the end.
+template <int kS, class A, class Source>
+__device__ void product(const Matrix& m, int64_t row0, int rows, int samples, A* tile, A* sums, Source&& v) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  for (int64_t k0 = 0; k0 < m.columns; k0 += kTile) {
+    const int width = m.columns - k0 < kTile ? static_cast<int>(m.columns - k0) : kTile;
+    stage<kS>(tile, samples, k0, width, v);
+    with_weight_type<A>(m.dtype, [&](auto type) {
+      using W = decltype(type);
+      for (int i = warp; i < rows; i += kWarps) {
+        const W* row = static_cast<const W*>(m.data) + (row0 + i) * m.columns + k0;
+        A partial[kS]{};
+        for (int k = lane; k < width; k += kWarp) {
+          const A weight = load_one(row + k);
+#pragma unroll
+          for (int s = 0; s < kS; ++s) partial[s] += weight * tile[s * kTile + k];
+        }
+#pragma unroll
+        for (int s = 0; s < kS; ++s) {
+          const A sum = warp_sum(partial[s]);
+          if (lane == 0) sums[s * rows + i] = k0 == 0 ? sum : sums[s * rows + i] + sum;
+        }
+      }
+    });
+  }
+  __syncthreads();
+}
+
+// sums[s][j] = sum_k a(s, k) m[k, column0 + j] for j < columns, k < depth. A lane takes a column, a warp every
+// kWarps-th k. Shared memory: tile [kS][kTile], warps [kS][kThreads], sums [kS][columns]; complete for all threads at
+// the end.
+template <int kS, class A, class Source>
+__device__ void transposed_product(const Matrix& m, int64_t depth, int64_t column0, int columns, int samples, A* tile,
+                                   A* warps, A* sums, Source&& a) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  for (int j0 = 0; j0 < columns; j0 += kColumns) {
+    const bool exists = j0 + lane < columns;
+    A partial[kS]{};
+    for (int64_t k0 = 0; k0 < depth; k0 += kTile) {
+      const int width = depth - k0 < kTile ? static_cast<int>(depth - k0) : kTile;
+      stage<kS>(tile, samples, k0, width, a);
+      if (!exists) continue;
+      with_weight_type<A>(m.dtype, [&](auto type) {
+        using W = decltype(type);
+        const W* column = static_cast<const W*>(m.data) + k0 * m.columns + column0 + j0 + lane;
+        for (int k = warp; k < width; k += kWarps) {
+          const A weight = load_one(column + k * m.columns);
+#pragma unroll
+          for (int s = 0; s < kS; ++s) partial[s] += weight * tile[s * kTile + k];
+        }
+      });
+    }
+#pragma unroll
+    for (int s = 0; s < kS; ++s) warps[s * kThreads + threadIdx.x] = partial[s];
+    __syncthreads();
+    for (int i = threadIdx.x; i < kS * kColumns; i += kThreads) {
+      const int s = i / kColumns, j = i % kColumns;
+      A sum = warps[s * kThreads + j];
+      for (int w = 1; w < kWarps; ++w) sum += warps[s * kThreads + w * kWarp + j];
+      if (j0 + j < columns) sums[s * columns + j0 + j] = sum;
+    }
+    __syncthreads();
+  }
+}
+
+}  // namespace se::cuda
