@@ -1,0 +1,110 @@
+"""The CUDA kernels' own sources, compiled by the host's compiler and run thread by thread on the CPU.
+
+`library(...)` builds them; its operators `forward_out` and `backward_out` stand in for those of a backend. What this
+proves: indexing, tails, barriers, shuffles, determinism, the bytes that move. What it cannot: speed, and the memory
+model between blocks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import platformdirs
+import torch
+from filelock import FileLock
+from ninja import BIN_DIR, ninja_syntax
+
+from se_fused import build, launch, ops
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+_FLAGS = "-std=c++17 -O1 -g -fPIC -fvisibility=hidden -Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-parentheses"
+
+
+def compile_library(root: Path, output: Path, finished: dict[str, Path] | None = None) -> Path:
+    """The library of the sources under `root`, a copy of this checkout's csrc and tests/cuda_on_cpu.
+
+    finished: objects that are there already, by the name of their source.
+
+    Raises:
+        subprocess.CalledProcessError: with the compiler's words in its output.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    shim = root / "tests" / "cuda_on_cpu"
+    sources = [*sorted((root / "csrc" / "cuda").glob("*_*.cu")), root / "csrc" / "plan.cpp"]
+    sources += [shim / "machine.cpp", shim / "binding.cpp"]
+    with (output / "build.ninja").open("w") as file:
+        ninja = ninja_syntax.Writer(file, width=10_000)
+        flags, finished = os.environ.get("SE_FUSED_CXXFLAGS", ""), finished or {}
+        common = f"{_FLAGS} {flags} -I {shim} {' '.join(build.binding_flags())}"
+        ninja.rule("cpp", f"c++ -x c++ {common} -MD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
+        ninja.rule("link", f"c++ -shared {flags} $in -o $out {' '.join(build.link_flags())}")
+        for source in sources:
+            if source.name not in finished:
+                ninja.build(f"{source.stem}.o", "cpp", str(source))
+        objects = [str(finished.get(source.name, f"{source.stem}.o")) for source in sources]
+        ninja.build("libcuda_on_cpu.so", "link", objects)
+    command = [str(Path(BIN_DIR) / "ninja"), "-C", str(output)]
+    subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return output / "libcuda_on_cpu.so"
+
+
+class Library:
+    """The loaded library. There can be only one in a process: it defines operators."""
+
+    def __init__(self, path: Path) -> None:
+        torch.ops.load_library(path)
+        self._native = ctypes.CDLL(str(path))
+        self._native.cuda_on_cpu_setup.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_uint64]
+        self._native.cuda_on_cpu_plan.restype = ctypes.c_char_p
+        self._native.cuda_on_cpu_wide_share.restype = ctypes.c_double
+
+    def setup(self, device: str = "T4", plan: str = "", seed: int = 0) -> None:
+        """For the calls that follow: the GPU whose limits hold, the forced plan, the seed of the schedule."""
+        self._native.cuda_on_cpu_setup(device.encode(), plan.encode(), seed)
+
+    def last_plan(self) -> str:
+        """Of the last call."""
+        text: bytes = self._native.cuda_on_cpu_plan()
+        return text.decode()
+
+    def wide_share(self) -> float:
+        """The share of 16-byte accesses among the last call's accesses to maps."""
+        share: float = self._native.cuda_on_cpu_wide_share()
+        return share
+
+    @contextmanager
+    def serves(self) -> Iterator[None]:
+        """Within: every call on CPU tensors goes to the CUDA kernels."""
+        before = launch._OPS, ops._direct
+        launch._OPS, ops._direct = torch.ops.cuda_on_cpu, lambda *_, **__: None
+        try:
+            yield
+        finally:
+            launch._OPS, ops._direct = before
+
+
+def library() -> Path:
+    """The library of this checkout; ninja compiles what has changed since it was last asked for."""
+    cache = Path(os.environ.get("SE_FUSED_CACHE") or platformdirs.user_cache_dir("se_fused")) / "cuda_on_cpu"
+    cache /= hashlib.sha256(f"{ROOT}{os.environ.get('SE_FUSED_CXXFLAGS')}".encode()).hexdigest()[:16]
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / "lock"):
+        return compile_library(ROOT, cache / "build")
+
+
+def patched(root: Path, file: str, old: str, new: str) -> None:
+    """A copy of the sources at `root` in which `old`, which must be there once, is `new`."""
+    for folder in ("csrc", "tests/cuda_on_cpu"):
+        shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    path = root / file
+    text = path.read_text()
+    assert text.count(old) == 1, f"{file} has {text.count(old)} times: {old}"
+    path.write_text(text.replace(old, new))

@@ -1,0 +1,121 @@
+// Registers the CUDA kernels, run by machine.cpp, as cuda_on_cpu::forward_out and cuda_on_cpu::backward_out for CPU
+// tensors. Every call is checked: each access lies in one of the call's buffers, and the bytes of the maps that are
+// read and written are those of the plan.
+#include <memory>
+#include <string>
+
+#include "../../csrc/arguments.h"
+#include "../../csrc/cuda/kernels.h"
+#include "machine.h"
+
+namespace {
+
+std::string device = "H200", forced;
+se::Plan last_plan;
+
+int64_t bytes(se::DType dtype) { return se::element_bytes(dtype); }
+
+void watch_inputs(const se::Problem& p, int64_t map) {
+  const int64_t w = bytes(p.weight_dtype), depth = p.r ? p.r : p.c;
+  cuda_on_cpu::watch("x", p.x, map, true);
+  if (p.residual != p.x) cuda_on_cpu::watch("residual", p.residual, map, true);
+  cuda_on_cpu::watch("w1", p.w1, p.r * p.c * w, false);
+  cuda_on_cpu::watch("b1", p.b1, p.r * w, false);
+  cuda_on_cpu::watch("w2", p.w2, p.c * depth * w, false);
+  cuda_on_cpu::watch("b2", p.b2, p.c * w, false);
+}
+
+// Poisoned, so that what a kernel leaves unwritten is NaN.
+void watch_output(const char* name, void* p, int64_t size, bool map = false) {
+  if (p) std::memset(p, 0xff, size);
+  cuda_on_cpu::watch(name, p, size, map);
+}
+
+void watch(const se::Forward& f, int64_t map) {
+  const int64_t a = se::accumulator_bytes(f.dtype);
+  watch_inputs(f, map);
+  watch_output("z", f.z, f.n * f.c * a);
+  watch_output("p1", f.p1, f.n * f.r * a);
+  watch_output("p2", f.p2, f.n * f.c * a);
+  if (f.y != f.x) watch_output("y", f.y, map, true);
+}
+
+void watch(const se::Backward& f, int64_t map) {
+  const int64_t a = se::accumulator_bytes(f.dtype), w = bytes(f.weight_dtype), depth = f.r ? f.r : f.c;
+  watch_inputs(f, map);
+  cuda_on_cpu::watch("g", f.g, map, true);
+  cuda_on_cpu::watch("z", f.z, f.n * f.c * a, false);
+  cuda_on_cpu::watch("p1", f.p1, f.n * f.r * a, false);
+  cuda_on_cpu::watch("p2", f.p2, f.n * f.c * a, false);
+  watch_output("dx", f.dx, map, true);
+  watch_output("dresidual", f.dresidual, map, true);
+  watch_output("dw1", f.dw1, f.r * f.c * w);
+  watch_output("db1", f.db1, f.r * w);
+  watch_output("dw2", f.dw2, f.c * depth * w);
+  watch_output("db2", f.db2, f.c * w);
+}
+
+void enqueue(const se::Forward& f, const se::Plan& plan, void* scratch) {
+  se::cuda::forward(f, plan, scratch, nullptr);
+}
+void enqueue(const se::Backward& f, const se::Plan& plan, void* scratch) {
+  se::cuda::backward(f, plan, scratch, nullptr);
+}
+
+struct OnCpu {
+  template <class Direction>
+  static void run(const Direction& f, const se::Tensor&) {
+    const se::Device* found = nullptr;
+    for (const se::Device& preset : se::device_presets()) {
+      if (preset.name == device) found = &preset;
+    }
+    STD_TORCH_CHECK(found, "cuda_on_cpu: no device ", device);
+    const se::Plan plan = last_plan = se::make_plan(se::call_of(f), *found, forced);
+    const std::unique_ptr<unsigned char[]> scratch(new unsigned char[plan.scratch_bytes]);
+    cuda_on_cpu::forget_all();
+    watch(f, f.n * f.c * f.l * bytes(f.dtype));
+    watch_output("scratch", scratch.get(), plan.scratch_bytes);
+    enqueue(f, plan, scratch.get());
+    const auto& counted = cuda_on_cpu::counters();
+    STD_TORCH_CHECK(
+        counted.map_bytes_read == plan.map_bytes_read && counted.map_bytes_written == plan.map_bytes_written,
+        "cuda_on_cpu: ", counted.map_bytes_read, " bytes of maps read and ", counted.map_bytes_written,
+        " written, where the plan says\n", plan.text());
+  }
+};
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(cuda_on_cpu, m) {
+  const std::string inputs = "Tensor x, Tensor? w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? residual, ";
+  const std::string options =
+      "int act, int gate, float slope, float offset, int squeeze, int pre_act, int post_act, bool channels_last, ";
+  m.def(("forward_out(" + inputs + options + "Tensor(a!) y, Tensor(b!)? z, Tensor(c!)? p1, Tensor(d!)? p2) -> ()")
+            .c_str());
+  m.def(("backward_out(Tensor g, " + inputs + "Tensor z, Tensor p1, Tensor p2, " + options +
+         "bool residual_is_x, Tensor(a!)? dx, Tensor(b!)? dw1, Tensor(c!)? db1, Tensor(d!)? dw2, Tensor(e!)? db2, "
+         "Tensor(f!)? dresidual) -> ()")
+            .c_str());
+}
+
+STABLE_TORCH_LIBRARY_IMPL(cuda_on_cpu, CPU, m) {
+  m.impl("forward_out", TORCH_BOX(&se::forward_out<OnCpu>));
+  m.impl("backward_out", TORCH_BOX(&se::backward_out<OnCpu>));
+}
+
+// For ctypes.
+extern "C" __attribute__((visibility("default"))) void cuda_on_cpu_setup(const char* device_name, const char* plan,
+                                                                         uint64_t seed) {
+  device = device_name;
+  forced = plan;
+  cuda_on_cpu::set_seed(seed);
+}
+extern "C" __attribute__((visibility("default"))) const char* cuda_on_cpu_plan() {
+  static std::string text;
+  text = last_plan.text();
+  return text.c_str();
+}
+extern "C" __attribute__((visibility("default"))) double cuda_on_cpu_wide_share() {
+  const auto& counted = cuda_on_cpu::counters();
+  return static_cast<double>(counted.wide_accesses) / (counted.wide_accesses + counted.narrow_accesses);
+}

@@ -1,0 +1,304 @@
+#include "machine.h"
+
+#include <setjmp.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <memory>
+#include <new>
+#include <random>
+#include <sstream>
+#include <stdexcept>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+namespace cuda_on_cpu {
+namespace {
+
+constexpr int kWarp = 32;
+constexpr size_t kStack = 256 << 10;     // of address space; pages come as they are touched
+constexpr unsigned char kPoison = 0xff;  // NaN in every floating-point type
+
+enum class State { kReady, kBarrier, kShuffle, kDone };
+
+// Where a stack was left. swapcontext changes the signal mask by a system call each time, which took a third of all
+// time; so it only starts a fiber, and _setjmp and _longjmp go on.
+struct Place {
+  ucontext_t start;
+  jmp_buf jump;
+  bool started = false;
+};
+
+void hop(Place& from, Place& to) {
+  from.started = true;
+#if defined(__SANITIZE_ADDRESS__)
+  swapcontext(&from.start, &to.start);  // AddressSanitizer takes _longjmp for an exception
+#else
+  if (_setjmp(from.jump) != 0) return;
+  if (to.started) _longjmp(to.jump, 1);
+  setcontext(&to.start);
+#endif
+}
+
+struct Fiber {
+  Place place;
+  void* stack = nullptr;
+  State state;
+  Index thread;
+  int number;
+  const char* file;  // where it waits
+  int line;
+  unsigned mask;  // of a shuffle, with its value and partner
+  uint64_t value;
+  int partner;
+};
+
+struct Buffer {
+  std::string name;
+  uintptr_t begin, end;
+  bool map;
+};
+
+struct Machine {
+  std::vector<std::unique_ptr<Fiber>> fibers;
+  std::vector<int> ready;
+  Place scheduler;
+  void* scheduler_fake_stack;
+  const void* scheduler_stack;
+  size_t scheduler_stack_size;
+  Fiber* now = nullptr;
+  Position position;
+  std::vector<unsigned char> shared;
+  const std::function<void()>* kernel;
+  std::string error;
+  std::mt19937_64 random;
+  std::vector<Buffer> buffers;
+  Counters counters{};
+};
+Machine machine;
+
+// AddressSanitizer has to be told which stack runs.
+void to_scheduler([[maybe_unused]] bool for_good) {
+  Fiber* self = machine.now;
+#if defined(__SANITIZE_ADDRESS__)
+  void* fake = nullptr;
+  __sanitizer_start_switch_fiber(for_good ? nullptr : &fake, machine.scheduler_stack, machine.scheduler_stack_size);
+#endif
+  hop(self->place, machine.scheduler);
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(fake, &machine.scheduler_stack, &machine.scheduler_stack_size);
+#endif
+}
+
+void to_fiber(Fiber& fiber) {
+  machine.now = &fiber;
+  machine.position.thread = fiber.thread;
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(&machine.scheduler_fake_stack, fiber.stack, kStack);
+#endif
+  hop(machine.scheduler, fiber.place);
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(machine.scheduler_fake_stack, nullptr, nullptr);
+#endif
+  machine.now = nullptr;
+}
+
+void fiber_main() {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(nullptr, &machine.scheduler_stack, &machine.scheduler_stack_size);
+#endif
+  (*machine.kernel)();
+  machine.now->state = State::kDone;
+  to_scheduler(true);
+}
+
+// Ends the launch from inside a thread, which never runs again.
+[[noreturn]] void fail(const std::string& what) {
+  std::ostringstream out;
+  const Position& at = machine.position;
+  out << what << " (block " << at.block.x << ", thread " << at.thread.x << ")";
+  machine.error = out.str();
+  to_scheduler(true);
+  std::abort();
+}
+
+void start(Fiber& fiber, int number, Index block) {
+  if (!fiber.stack) {
+    fiber.stack = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (fiber.stack == MAP_FAILED) throw std::bad_alloc();
+  }
+  fiber.state = State::kReady;
+  fiber.number = number;
+  fiber.thread = {number % block.x, number / block.x % block.y, number / block.x / block.y};
+  fiber.place.started = false;
+  getcontext(&fiber.place.start);
+  fiber.place.start.uc_stack.ss_sp = fiber.stack;
+  fiber.place.start.uc_stack.ss_size = kStack;
+  fiber.place.start.uc_link = nullptr;
+  makecontext(&fiber.place.start, fiber_main, 0);
+}
+
+void wake(Fiber& fiber) {
+  fiber.state = State::kReady;
+  machine.ready.push_back(fiber.number);
+}
+
+// Wakes all threads if all of them wait at one barrier.
+void try_barrier(int count) {
+  for (int i = 0; i < count; ++i) {
+    if (machine.fibers[i]->state != State::kBarrier) return;
+  }
+  const Fiber& first = *machine.fibers[0];
+  for (int i = 0; i < count; ++i) {
+    const Fiber& fiber = *machine.fibers[i];
+    if (fiber.line != first.line || std::strcmp(fiber.file, first.file) != 0) {
+      machine.error = "divergent barrier: threads wait at lines " + std::to_string(first.line) + " and " +
+                      std::to_string(fiber.line);
+      return;
+    }
+  }
+  for (int i = 0; i < count; ++i) wake(*machine.fibers[i]);
+}
+
+// Wakes the lanes of a warp if all that the mask names have come to the same shuffle.
+void try_shuffle(const Fiber& one, int count) {
+  const int base = one.number / kWarp * kWarp;
+  Fiber* lanes[kWarp]{};
+  uint64_t values[kWarp]{};
+  for (int lane = 0; lane < kWarp; ++lane) {
+    if (!(one.mask >> lane & 1)) continue;
+    Fiber* fiber = base + lane < count ? machine.fibers[base + lane].get() : nullptr;
+    if (!fiber || fiber->state != State::kShuffle) return;
+    if (fiber->mask != one.mask || fiber->line != one.line) {
+      machine.error = "divergent shuffle at line " + std::to_string(one.line);
+      return;
+    }
+    lanes[lane] = fiber;
+    values[lane] = fiber->value;
+  }
+  for (int lane = 0; lane < kWarp; ++lane) {
+    if (!lanes[lane]) continue;
+    if (lanes[lane]->partner >= kWarp || !lanes[lanes[lane]->partner]) {
+      machine.error = "a shuffle at line " + std::to_string(one.line) + " reads a lane outside its mask";
+      return;
+    }
+    lanes[lane]->value = values[lanes[lane]->partner];
+    wake(*lanes[lane]);
+  }
+}
+
+std::string stuck(int count) {
+  std::ostringstream out;
+  out << "deadlock:";
+  for (int i = 0; i < count; ++i) {
+    const Fiber& fiber = *machine.fibers[i];
+    if (i > 0 && i % kWarp != 0 && fiber.state == machine.fibers[i - 1]->state) continue;
+    out << " thread " << i << (fiber.state == State::kDone ? " has ended" : " waits");
+    if (fiber.state != State::kDone) out << " at line " << fiber.line;
+    out << ";";
+  }
+  return out.str();
+}
+
+void run_block(Index block, int count) {
+  machine.ready.clear();
+  for (int i = 0; i < count; ++i) {
+    start(*machine.fibers[i], i, block);
+    machine.ready.push_back(i);
+  }
+  int done = 0;
+  while (done < count && machine.error.empty()) {
+    if (machine.ready.empty()) {
+      machine.error = stuck(count);
+      break;
+    }
+    std::swap(machine.ready[machine.random() % machine.ready.size()], machine.ready.back());
+    Fiber& fiber = *machine.fibers[machine.ready.back()];
+    machine.ready.pop_back();
+    to_fiber(fiber);
+    if (!machine.error.empty()) break;
+    if (fiber.state == State::kDone) ++done;
+    if (fiber.state == State::kShuffle) try_shuffle(fiber, count);
+    if (fiber.state == State::kBarrier && machine.ready.empty()) try_barrier(count);
+  }
+}
+
+void wait(State state, const char* file, int line) {
+  machine.now->state = state;
+  machine.now->file = file;
+  machine.now->line = line;
+  to_scheduler(false);
+}
+
+}  // namespace
+
+const Position& position() { return machine.position; }
+unsigned char* shared_memory() { return machine.shared.data(); }
+const Counters& counters() { return machine.counters; }
+void set_seed(uint64_t seed) { machine.random.seed(seed); }
+
+void sync_threads(const char* file, int line) { wait(State::kBarrier, file, line); }
+
+uint64_t shuffle_xor(unsigned mask, uint64_t value, int offset, const char* file, int line) {
+  const int lane = machine.now->number % kWarp;
+  if (!(mask >> lane & 1)) fail("a shuffle at line " + std::to_string(line) + " whose mask leaves out its own lane");
+  machine.now->mask = mask;
+  machine.now->value = value;
+  machine.now->partner = lane ^ offset;
+  wait(State::kShuffle, file, line);
+  return machine.now->value;
+}
+
+void watch(const char* name, const void* begin, size_t bytes, bool map) {
+  const auto from = reinterpret_cast<uintptr_t>(begin);
+  if (begin) machine.buffers.push_back({name, from, from + bytes, map});
+}
+
+void forget_all() {
+  machine.buffers.clear();
+  machine.counters = {};
+}
+
+void check_access(const void* p, size_t bytes, bool write) {
+  const auto begin = reinterpret_cast<uintptr_t>(p), end = begin + bytes;
+  if (begin % bytes != 0) fail("an access of " + std::to_string(bytes) + " bytes that is not aligned to them");
+  for (const Buffer& buffer : machine.buffers) {
+    if (begin < buffer.begin || end > buffer.end) continue;
+    if (buffer.map) {
+      (write ? machine.counters.map_bytes_written : machine.counters.map_bytes_read) += bytes;
+      ++(bytes == 16 ? machine.counters.wide_accesses : machine.counters.narrow_accesses);
+    }
+    return;
+  }
+  std::string near = "no buffer";
+  for (const Buffer& buffer : machine.buffers) {
+    if (begin < buffer.end + 4096 && end + 4096 > buffer.begin) near = "near " + buffer.name;
+  }
+  fail(std::string(write ? "a write" : "a read") + " of " + std::to_string(bytes) + " bytes out of bounds, " + near);
+}
+
+void run(const std::string& name, Index grid, Index block, size_t shared_bytes, const std::function<void()>& kernel) {
+  const int count = static_cast<int>(block.x * block.y * block.z);
+  while (machine.fibers.size() < static_cast<size_t>(count)) machine.fibers.push_back(std::make_unique<Fiber>());
+  machine.kernel = &kernel;
+  machine.error.clear();
+  std::vector<unsigned> order(grid.x);
+  for (unsigned i = 0; i < grid.x; ++i) order[i] = i;
+  std::shuffle(order.begin(), order.end(), machine.random);
+  for (const unsigned i : order) {
+    machine.position.block = {i, 0, 0};
+    machine.position.block_dim = block;
+    machine.position.grid_dim = grid;
+    // A new buffer each time, of just this size, so that AddressSanitizer sees what lies outside.
+    machine.shared = std::vector<unsigned char>(shared_bytes, kPoison);
+    machine.shared.shrink_to_fit();
+    run_block(block, count);
+    if (!machine.error.empty()) throw std::runtime_error("cuda_on_cpu: " + name + ": " + machine.error);
+  }
+}
+
+}  // namespace cuda_on_cpu

@@ -1,0 +1,63 @@
+// A CUDA device on one CPU thread: what the stand-in headers are made of.
+//
+// One fiber per CUDA thread, one block at a time, blocks and threads in an order drawn from a seed. A fiber runs until
+// a barrier or a shuffle. Shared memory starts poisoned. Every access to global memory is checked: it must lie inside
+// one watched buffer and be aligned to its size. An error is kept, the launch abandoned, and std::runtime_error raised.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <string>
+
+namespace cuda_on_cpu {
+
+struct Index {
+  unsigned x, y, z;
+};
+
+// The indices of the thread that runs now.
+struct Position {
+  Index thread, block, block_dim, grid_dim;
+};
+const Position& position();
+unsigned char* shared_memory();
+
+void sync_threads(const char* file, int line);
+// The value that the thread in lane (own lane ^ offset) passed to the same shuffle.
+uint64_t shuffle_xor(unsigned mask, uint64_t value, int offset, const char* file, int line);
+
+// Buffers that kernels may touch; `map`: its bytes are counted.
+void watch(const char* name, const void* begin, size_t bytes, bool map);
+void forget_all();
+struct Counters {
+  int64_t map_bytes_read, map_bytes_written;
+  int64_t wide_accesses, narrow_accesses;  // of maps: of 16 bytes, and of less
+};
+const Counters& counters();
+void check_access(const void* p, size_t bytes, bool write);
+
+void set_seed(uint64_t seed);
+void run(const std::string& name, Index grid, Index block, size_t shared_bytes, const std::function<void()>& kernel);
+
+template <class T>
+T read(const T* p) {
+  check_access(p, sizeof(T), false);
+  return *p;
+}
+template <class T>
+void write(T* p, const T& v) {
+  check_access(p, sizeof(T), true);
+  *p = v;
+}
+template <class T>
+T shuffle_xor(unsigned mask, T v, int offset, const char* file, int line) {
+  uint64_t bits = 0;
+  std::memcpy(&bits, &v, sizeof(T));
+  bits = shuffle_xor(mask, bits, offset, file, line);
+  std::memcpy(&v, &bits, sizeof(T));
+  return v;
+}
+
+}  // namespace cuda_on_cpu

@@ -1,0 +1,38 @@
+"""Run a library of kernels over a few calls that between them take every kernel; what is wrong ends the process.
+
+Usage: python -m cuda_on_cpu.probe LIBRARY, with tests/ on the path.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from cases import Case, assert_close, call, truth
+from test_gradients import compare
+
+import cuda_on_cpu
+import se_fused
+
+CASES = (
+    Case(n=2, c=27, r=6, spatial=(7, 7), dtype=torch.float16),
+    Case(n=1, c=2, r=1, spatial=(64, 80)),
+    Case(n=5, c=40, r=9, spatial=(5, 5), layout="channels_last", options={"squeeze": "max"}),
+    Case(n=2, c=16, r=None, spatial=(8, 8), layout="offset"),
+)
+
+
+def main(path: Path) -> None:
+    library = cuda_on_cpu.Library(path)
+    with library.serves():
+        for seed in range(3):
+            for case in CASES:
+                library.setup(plan="splits=2", seed=seed)
+                tensors = case.tensors()
+                with torch.no_grad():
+                    y = call(se_fused.squeeze_excite, tensors, case.options)
+                assert_close(y, truth(tensors, case.options), case.dtype)
+                compare(case)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,168 @@
+"""The CUDA kernels, run thread by thread on the CPU, against the reference in float64.
+
+Every call is also checked by tests/cuda_on_cpu: no access outside a buffer or misaligned, no divergent barrier, and the
+bytes of the maps that were read and written are those of the plan.
+"""
+
+import math
+
+import cuda_on_cpu
+import pytest
+import torch
+from cases import DTYPES, Case, assert_close, call, cases, truth
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from test_gradients import ORDER_KEEPING, compare
+
+import se_fused
+from se_fused import HardSigmoid
+from se_fused.reference import ACTIVATIONS, GATES, SQUEEZES
+
+
+@pytest.fixture(scope="module")
+def cuda():
+    return cuda_on_cpu.Library(cuda_on_cpu.library())
+
+
+@pytest.fixture(autouse=True)
+def served(cuda):
+    with cuda.serves():
+        cuda.setup()
+        yield
+
+
+GPUS = ("T4", "H200")
+SEEDS = st.integers(0, 2**32)
+
+
+@st.composite
+def plans(draw, case):
+    """A forced plan that can serve the case: what the planner chose for other shapes must be right for this one too."""
+    channels_last = case.layout.startswith("channels_last") and case.c > 1
+    layout_lanes = (1, 2, 4, 8, 16, 32) if channels_last else ()
+    positions = math.prod(case.spatial)
+    fewest = max(1, positions * (1 if channels_last else case.c) // 16)  # few blocks: each takes milliseconds here
+    options = {
+        "splits": draw(st.integers(1, 9)),
+        "per_block": draw(st.integers(fewest, fewest + 500)) if positions >= 4 else None,
+        "fused_hidden": draw(st.sampled_from([0, 1])) if case.r else None,
+        "lanes": draw(st.sampled_from(layout_lanes)) if layout_lanes else None,
+    }
+    return " ".join(f"{name}={value}" for name, value in options.items() if value is not None and draw(st.booleans()))
+
+
+def forward(case):
+    tensors = case.tensors()
+    with torch.no_grad():
+        y = call(se_fused.squeeze_excite, tensors, case.options)
+    assert_close(y, truth(tensors, case.options), case.dtype)
+    return y
+
+
+@given(cases(), st.data(), st.sampled_from(GPUS), SEEDS)
+@settings(max_examples=120)
+def test_forward(cuda, case, data, gpu, seed):
+    forced = data.draw(plans(case))
+    cuda.setup(gpu, forced, seed)
+    y = forward(case)
+    cuda.setup(gpu, forced, seed + 1)
+    assert torch.equal(y.nan_to_num(), forward(case).nan_to_num()), "another schedule gives other bits"
+
+
+@given(cases(layouts=("contiguous", "channels_last", "offset")), SEEDS)
+@settings(max_examples=40)
+def test_in_place(cuda, case, seed):
+    cuda.setup(seed=seed)
+    tensors = case.tensors()
+    expected = truth(tensors, case.options)
+    with torch.no_grad():
+        y = call(se_fused.squeeze_excite, tensors, case.options, inplace=True)
+    assert y is tensors["x"]
+    assert_close(y, expected, case.dtype)
+
+
+@given(cases(pre_acts=ORDER_KEEPING), st.sampled_from(GPUS), SEEDS)
+@settings(max_examples=120)
+def test_gradients(cuda, case, gpu, seed):
+    cuda.setup(gpu, "", seed)
+    compare(case)
+
+
+@given(cases(dtypes=(torch.float64,)), SEEDS)
+@settings(max_examples=60)
+def test_gradients_of_every_option_in_float64(cuda, case, seed):
+    assume(case.layout != "expanded" or case.options["pre_act"] in ORDER_KEEPING)
+    cuda.setup(seed=seed)
+    compare(case)
+
+
+NAMED = {
+    "7x7": Case(n=2, c=24, r=6, spatial=(7, 7)),
+    "14x14": Case(n=2, c=16, r=4, spatial=(14, 14)),
+    "odd C": Case(n=3, c=27, r=5, spatial=(5, 5)),
+    "R = 1": Case(n=2, c=16, r=1, spatial=(6, 6)),
+    "R = 308, C = 3024": Case(n=1, c=3024, r=308, spatial=(2, 2)),
+    "L = 1": Case(n=2, c=40, r=10, spatial=(1, 1)),
+    "L = 1, more channels than a block takes": Case(n=1, c=1300, r=13, spatial=(1, 1)),
+    "one row for a block": Case(n=1, c=2, r=1, spatial=(64, 80)),
+    "one-FC form": Case(n=2, c=40, r=None, spatial=(5, 5)),
+    "a misaligned base": Case(n=2, c=16, r=4, spatial=(8, 8), layout="offset"),
+    "more samples than share the weights": Case(n=9, c=12, r=3, spatial=(3, 3)),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_named_shapes(cuda, name, dtype, layout):
+    case = NAMED[name]
+    if case.c > 2000 and dtype is not torch.float32:
+        pytest.skip("many weights take seconds here")
+    if layout == "channels_last" and case.layout != "contiguous":
+        pytest.skip("its layout is the point")
+    layout = case.layout if case.layout != "contiguous" else layout
+    case = Case(n=case.n, c=case.c, r=case.r, spatial=case.spatial, dtype=dtype, layout=layout, bias=False)
+    for squeeze in ("mean", "mean_max"):
+        case.options = {"squeeze": squeeze}
+        forward(case)
+        compare(case)
+
+
+OPTIONS = (
+    [{"act": name} for name in ACTIVATIONS]
+    + [{"pre_act": name} for name in ACTIVATIONS]
+    + [{"post_act": name} for name in ACTIVATIONS]
+    + [{"gate": gate} for gate in (*GATES, HardSigmoid(0.2, 0.5))]
+    + [{"squeeze": squeeze} for squeeze in SQUEEZES]
+)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("residual", ["none", "map", "x"])
+def test_every_option(cuda, options, residual):
+    for layout in ("contiguous", "channels_last"):
+        case = Case(c=20, r=5, spatial=(3, 7), dtype=torch.float64, layout=layout, residual=residual, options=options)
+        forward(case)
+        compare(case)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("squeeze", SQUEEZES)
+def test_special_values_stay_in_their_sample(value, squeeze):
+    case = Case(n=3, options={"squeeze": squeeze})
+    tensors = case.tensors()
+    tensors["x"][1, 2, 3, 4] = value
+    y = call(se_fused.squeeze_excite, tensors, case.options)
+    assert_close(y, truth(tensors, case.options), case.dtype)
+    assert y[::2].isfinite().all()
+
+
+def test_an_empty_batch():
+    case = Case(n=0)
+    assert call(se_fused.squeeze_excite, case.tensors(), {}).shape == (0, case.c, *case.spatial)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_large_maps_move_in_accesses_of_16_bytes(cuda, layout):
+    forward(Case(n=1, c=32, r=4, spatial=(16, 16), dtype=torch.float16, layout=layout))
+    assert cuda.wide_share() == 1

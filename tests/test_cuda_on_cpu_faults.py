@@ -1,0 +1,89 @@
+"""That tests/cuda_on_cpu can fail: planted faults, each of which it must catch, and how."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import cuda_on_cpu
+import pytest
+
+# Name: file under csrc/cuda, what stands there once, what replaces it, what must be said.
+FAULTS = {
+    "a missing barrier": (
+        "reduce.cuh",
+        "  __syncthreads();\n  const int columns = V * lanes;",
+        "  const int columns = V * lanes;",
+        "elements differ by more than",
+    ),
+    "a divergent barrier": (
+        "reduce.cuh",
+        "  __syncthreads();\n  const int columns = V * lanes;",
+        "  if (threadIdx.x < 64) {\n    __syncthreads();\n  } else {\n    __syncthreads();\n  }\n"
+        "  const int columns = V * lanes;",
+        "divergent barrier: threads wait at lines",
+    ),
+    "a barrier that not all threads reach": (
+        "reduce.cuh",
+        "warps[lane / kWarp] = part;\n    __syncthreads();\n",
+        "warps[lane / kWarp] = part;\n    if (lane >= kWarp) return;\n    __syncthreads();\n",
+        "deadlock: .*has ended",
+    ),
+    "a wrong tail": (
+        "elementwise.cuh",
+        "threadIdx.x; e < count; e += kThreads) one(e);",
+        "threadIdx.x; e + 1 < count; e += kThreads) one(e);",
+        "bytes of maps read and .* written, where the plan says",
+    ),
+    "a wrong shuffle mask": ("device.cuh", "0xffffffffu", "0x0000ffffu", "mask leaves out its own lane"),
+    "an unwritten output": (
+        "forward_two_pass.cu",
+        "if (f.p2 && owns(i)) store_one(",
+        "if (f.p2 && i > 0 && owns(i)) store_one(",
+        "elements differ by more than",
+    ),
+    "an out-of-bounds read": ("reduce.cuh", "at < end; at += groups", "at <= end; at += groups", "out of bounds, near"),
+    "a misaligned access": ("elementwise.cuh", "(V - misaligned) % V", "(V - misaligned) % V + 1", "not aligned"),
+    "a partial result left out": (
+        "forward_two_pass.cu",
+        "for (int split = 0; split < splits; ++split) {",
+        "for (int split = 1; split < splits; ++split) {",
+        "elements differ by more than",
+    ),
+    # The stand-in has no atomic addition of floats, so that none can enter.
+    "a float atomic": (
+        "forward_two_pass.cu",
+        "if (sums) store_one(sums + at, p.sum);",
+        "if (sums) atomicAdd(sums + at, p.sum);",
+        "atomicAdd",
+    ),
+}
+
+
+def probe(library: Path) -> subprocess.CompletedProcess[str]:
+    tests = Path(__file__).parent
+    code = f"import sys; sys.path[:0] = {[str(tests), str(tests.parent)]!r}; from pathlib import Path; "
+    code += f"from cuda_on_cpu import probe; probe.main(Path({str(library)!r}))"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=600)
+
+
+def test_without_a_fault_nothing_is_said():
+    done = probe(cuda_on_cpu.library())
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_caught(name, tmp_path):
+    file, old, new, message = FAULTS[name]
+    cuda_on_cpu.patched(tmp_path, f"csrc/cuda/{file}", old, new)
+    base = cuda_on_cpu.library().parent
+    kept = {source: base / f"{Path(source).stem}.o" for source in ("binding.cpp", "machine.cpp", "plan.cpp")}
+    try:
+        library = cuda_on_cpu.compile_library(tmp_path, tmp_path / "build", kept)
+    except subprocess.CalledProcessError as error:
+        said = error.output
+    else:
+        done = probe(library)
+        assert done.returncode != 0, "the fault went unnoticed"
+        said = done.stderr
+    assert re.search(message, said), said[-3000:]
