@@ -30,10 +30,13 @@ class BuildWithNative(build_py):
         builder = load_builder()
         native = package / "_native"
         native.mkdir(exist_ok=True)
-        try:
-            print(f"se_fused: native code in {builder.build(native)}")
-        except builder.BuildError as error:
-            print(f"se_fused: no native code: {error}")
+        import torch
+
+        for group in ["cpu"] + ["cuda"] * (torch.version.cuda is not None):
+            try:
+                print(f"se_fused: native code in {builder.build(native, group)}")
+            except builder.BuildError as error:
+                print(f"se_fused: no native code: {error}")
 
 
 class PlatformDistribution(Distribution):

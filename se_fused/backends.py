@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -26,13 +26,18 @@ class BackendUnavailable(RuntimeError):
 
 @dataclass(frozen=True)
 class Explanation:
-    """Answer of `se_fused.explain`: `backend` serves the call; `why_not` has a reason for each other one."""
+    """Answer of `se_fused.explain`: `backend` serves the call; `why_not` has a reason for each other one.
+
+    plan: the kernels that a "cuda" backend launches for the forward pass; None elsewhere.
+    """
 
     backend: str
     why_not: dict[str, str]
+    plan: str | None = None
 
     def __str__(self) -> str:
-        return "\n".join([self.backend, *(f"  not {name}: {reason}" for name, reason in self.why_not.items())])
+        head = self.backend if self.plan is None else f"{self.backend}: {self.plan}"
+        return "\n".join([head, *(f"  not {name}: {reason}" for name, reason in self.why_not.items())])
 
 
 def _check_name(name: str, origin: str) -> str:
@@ -44,7 +49,7 @@ def _check_name(name: str, origin: str) -> str:
 _forced = _check_name(os.environ.get("SE_FUSED_BACKEND", "auto"), "SE_FUSED_BACKEND")
 # None: usable. A text: why not, the same for every call.
 _unusable: dict[str, str | None] = {
-    "cuda": "this version has no CUDA kernels",
+    "cuda": "there is no NVIDIA GPU",
     "triton": "this version has no Triton kernels",
     "cpu": None,
     "reference": None,
@@ -53,20 +58,25 @@ _said: set[str] = set()
 
 
 def load() -> None:
-    """Load the compiled part, building it if need be. A failure leaves the reason for `explain` and the log."""
-    if _forced == "reference":
-        _unusable["cpu"] = "not loaded, because SE_FUSED_BACKEND=reference"
-        return
-    try:
-        torch.ops.load_library(build.library("cpu"))
-    except (build.BuildError, OSError) as error:
-        _unusable["cpu"] = str(error)
+    """Load the compiled parts, building them if need be. A failure leaves the reason for `explain` and the log."""
+    names = ["cpu"]
+    if torch.version.cuda is not None and torch.cuda.is_available():
+        names.append("cuda")
+    for name in names:
+        if _forced == "reference":
+            _unusable[name] = "not loaded, because SE_FUSED_BACKEND=reference"
+            continue
+        try:
+            torch.ops.load_library(build.library(name))
+            _unusable[name] = None
+        except (build.BuildError, OSError) as error:
+            _unusable[name] = str(error)
 
 
 def why_not(name: str, device: torch.device) -> str | None:
     """Why `name` cannot serve a call on `device`; None if it can."""
-    if _unusable[name] is None and name == "cpu" and device.type != "cpu":
-        return f"it serves CPU tensors; x is on {device}"
+    if _unusable[name] is None and name in ("cpu", "cuda") and device.type != name:
+        return f"it serves {name.upper()} tensors; x is on {device}"
     return _unusable[name]
 
 
@@ -89,15 +99,15 @@ def select(device: torch.device) -> str:
     return name
 
 
-def explain(device: torch.device) -> Explanation:
-    """`Explanation` for a call on `device`, under the backend that is forced now."""
+def explain(device: torch.device, plan: Callable[[], str] | None = None) -> Explanation:
+    """`Explanation` for a call on `device`, under the backend that is forced now; `plan` is asked if it is "cuda"."""
     chosen = select(device)
     reasons = {
         name: why_not(name, device) or (f"{chosen} was asked for" if _forced != "auto" else f"{chosen} comes first")
         for name in BACKENDS
         if name != chosen
     }
-    return Explanation(chosen, reasons)
+    return Explanation(chosen, reasons, plan() if plan is not None and chosen == "cuda" else None)
 
 
 @contextmanager

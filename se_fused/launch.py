@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import build
+from .reference import SQUEEZES
+
 _OPS = torch.ops.se_fused
 
 
@@ -59,6 +62,21 @@ def forward_inplace(
     )  # fmt: skip
     if out.data_ptr() != x.data_ptr():
         x.copy_(out)
+
+
+def plan(x: Tensor, r: int, squeeze: str, pre_act: bool, residual: bool, post_act: bool) -> str:
+    """What the CUDA backend launches for a forward call (csrc/plan.h), in words."""
+    native = build.load_facts()
+    properties = torch.cuda.get_device_properties(x.device)
+    device = native.Device(properties.name, 10 * properties.major + properties.minor, properties.multi_processor_count)
+    n, c = x.shape[:2]
+    return str(
+        native.plan(
+            device, n=n, c=c, r=r, l=x.numel() // (n * c), dtype=str(x.dtype).removeprefix("torch."),
+            channels_last=_is_channels_last(x), squeeze=SQUEEZES.index(squeeze),
+            pre_act=pre_act, residual=residual, post_act=post_act,
+        )
+    )  # fmt: skip
 
 
 def empty_saved(x: Tensor, w1: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -262,4 +262,10 @@ def explain(
     """
     encode(act, gate, squeeze, pre_act, post_act)
     check(x, w1, b1, w2, b2, residual, inplace)
-    return backends.explain(x.device)
+
+    def plan() -> str:
+        own_residual = residual is not None and residual is not x
+        r = 0 if w1 is None else w1.shape[0]
+        return launch.plan(x, r, squeeze, pre_act is not None, own_residual, post_act is not None)
+
+    return backends.explain(x.device, plan if x.numel() > 0 else None)

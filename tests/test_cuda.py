@@ -1,0 +1,148 @@
+"""The CUDA backend on a GPU, where there is one: numbers, bits, streams, graphs, devices, memory."""
+
+import threading
+
+import pytest
+import torch
+from cases import Case, assert_close, call, truth
+
+import se_fused
+from benchmarks.shapes import GPU
+from se_fused import backends, verify
+
+CUDA = torch.device("cuda")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+]
+
+
+@pytest.fixture(autouse=True)
+def backend():
+    with se_fused.use_backend("cuda"):
+        assert backends.why_not("cuda", CUDA) is None, backends.why_not("cuda", CUDA)
+        yield
+
+
+def on_gpu(case):
+    tensors = case.tensors()
+    return tensors, {name: t if t is None else t.cuda() for name, t in tensors.items()}
+
+
+@pytest.mark.parametrize("precision", verify.PRECISIONS)
+def test_the_grid_against_float64(precision):
+    for seed, case in enumerate(verify.cases()):
+        if case.precision == precision:
+            error, worst = verify.error(case, "cuda", seed)
+            assert error <= verify.tolerance(precision), (str(case), worst)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "offset", "every_second", "transposed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [shape for shape in GPU if shape.n == 1], ids=str)
+def test_real_shapes(shape, dtype, layout):
+    spatial = (shape.h, shape.w)
+    cpu, gpu = on_gpu(Case(n=2, c=shape.c, r=shape.r, spatial=spatial, dtype=dtype, layout=layout))
+    with torch.no_grad():
+        y = call(se_fused.squeeze_excite, gpu, {})
+    assert_close(y.cpu(), truth(cpu, {}), dtype)
+
+
+def test_the_same_bits_on_every_run():
+    _, gpu = on_gpu(Case(n=8, c=256, r=64, spatial=(14, 14), dtype=torch.float16))
+    runs = []
+    for _ in range(5):
+        leaves = {name: t if t is None else t.detach().requires_grad_() for name, t in gpu.items()}
+        y = call(se_fused.squeeze_excite, leaves, {})
+        runs.append([y, *torch.autograd.grad(y.sum(), [t for t in leaves.values() if t is not None])])
+    assert all(torch.equal(a, b) for run in runs for a, b in zip(run, runs[0], strict=True))
+
+
+def test_a_graph_replays_on_new_data():
+    cpu, gpu = on_gpu(Case(n=4, c=64, r=16, spatial=(14, 14)))
+    with torch.no_grad():
+        call(se_fused.squeeze_excite, gpu, {})
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = call(se_fused.squeeze_excite, gpu, {})
+        for _ in range(3):
+            cpu["x"].normal_()
+            gpu["x"].copy_(cpu["x"])
+            graph.replay()
+            assert_close(y.cpu(), truth(cpu, {}), torch.float32)
+
+
+def test_threads_with_a_stream_each():
+    failures = []
+
+    def work(seed):
+        cpu, gpu = on_gpu(Case(n=3, c=96, r=24, spatial=(9, 9), seed=seed))
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()), torch.no_grad():
+            outputs = [call(se_fused.squeeze_excite, gpu, {}) for _ in range(50)]
+            torch.cuda.current_stream().synchronize()
+        try:
+            for y in outputs:
+                assert_close(y.cpu(), truth(cpu, {}), torch.float32)
+        except AssertionError as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures, failures[0]
+
+
+def test_in_place_allocates_nothing_of_the_size_of_the_map():
+    _, gpu = on_gpu(Case(n=8, c=64, r=16, spatial=(56, 56)))
+    x = gpu["x"]
+    with torch.no_grad():
+        call(se_fused.squeeze_excite, gpu, {}, inplace=True)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call(se_fused.squeeze_excite, gpu, {}, inplace=True)
+    assert torch.cuda.max_memory_allocated() - before < x.nbytes / 8
+
+
+def test_it_never_waits_for_the_gpu():
+    _, gpu = on_gpu(Case(n=2, c=64, r=16, spatial=(14, 14)))
+    leaves = {name: t if t is None else t.detach().requires_grad_() for name, t in gpu.items()}
+    call(se_fused.squeeze_excite, leaves, {}).sum().backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call(se_fused.squeeze_excite, leaves, {}).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_another_than_the_current_device():
+    cpu, gpu = on_gpu(Case())
+    there = {name: t if t is None else t.to("cuda:1") for name, t in gpu.items()}
+    with torch.no_grad():
+        y = call(se_fused.squeeze_excite, there, {})
+    assert torch.cuda.current_device() == 0
+    assert_close(y.cpu(), truth(cpu, {}), torch.float32)
+
+
+def test_explain_prints_the_plan():
+    _, gpu = on_gpu(Case())
+    text = str(se_fused.explain(*[gpu[name] for name in ("x", "w1", "b1", "w2", "b2")]))
+    assert text.startswith("cuda: two_pass forward")
+
+
+def test_more_than_2_to_the_31_elements():
+    if torch.cuda.mem_get_info()[0] < 12 * 2**30:
+        pytest.skip("less than 12 GiB free")
+    n, c, side = 33, 64, 1024  # 2.2e9 elements, 4.4 GB
+    x = torch.zeros(n, c, side, side, dtype=torch.float16, device="cuda")
+    x[-1] = 1
+    w = torch.ones(1, c, dtype=torch.float16, device="cuda") / c
+    with torch.no_grad():
+        se_fused.squeeze_excite(x, w, None, w.t().contiguous() * c, None, inplace=True)
+    expected = torch.sigmoid(torch.ones(()))
+    assert torch.allclose(x[-1].float().aminmax().max.cpu(), expected, atol=1e-3)
+    assert torch.allclose(x[-1].float().aminmax().min.cpu(), expected, atol=1e-3)
+    assert not x[:-1].any()
