@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test bench gpu-check lint format clean
 
 demo: $(VENV)/demo
 	$(BIN)/python -m se_fused demo $(DEMO_OPTIONS)
@@ -15,16 +15,20 @@ test: $(VENV)/test
 bench: $(VENV)/bench
 	$(BIN)/python -m se_fused bench
 
+# With the Python that has torch for CUDA: a machine with a GPU may have no network to make an environment from.
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu_check --out $(or $(OUT),gpu_check) $(GPU_CHECK_OPTIONS)
+
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 	$(BIN)/mypy
 
 format: $(VENV)/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*')
+	$(BIN)/clang-format -i $$(git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
 clean:
 	rm -rf $(VENV) build *.egg-info se_fused/_native

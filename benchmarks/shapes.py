@@ -40,3 +40,18 @@ LAYER = BATCH_1 + BATCH_16
 QUICK = (BATCH_1[0], BATCH_1[2], BATCH_16[3])
 # Nothing to compute: what remains is the cost of a call. R = 1 is C / 16.
 CALL = Shape(1, 16, 1, 1, r=1)
+
+# On a GPU: one sample for latency, and batches from what the caches hold to what they do not.
+_GPU_LAYERS = (
+    (72, 28, 24), (672, 14, 168), (960, 7, 240),  # MobileNetV3-Large
+    (32, 112, 8), (96, 56, 4), (1152, 7, 48),  # EfficientNet-B0
+    (256, 56, 16), (512, 28, 32), (1024, 14, 64), (2048, 7, 128),  # SE-ResNet-50
+    (3024, 7, 308),  # RegNetY-16GF, where the weights outweigh the map
+    (64, 300, 16),  # a large image
+)  # fmt: skip
+GPU = tuple(
+    Shape(n, c, side, side, r)
+    for n in (1, 32, 256)
+    for c, side, r in _GPU_LAYERS
+    if n * c * side * side <= 2**29  # 1 GB in half precision; several sets of buffers have to fit
+)

@@ -1,0 +1,269 @@
+"""What a machine with a GPU can show: numbers, sanitizers, then time. `make gpu-check OUT=folder`.
+
+It needs torch >= 2.10 with CUDA, nvcc, and the package's own dependencies; no network, no installation. Each result is
+written to OUT as it comes. What a machine lacks (compute-sanitizer, pytest) is reported as not run.
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import importlib.util
+import itertools
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch import Tensor, nn
+
+import se_fused
+from se_fused import backends, verify
+
+from .shapes import GPU, Shape
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("tests", "sanitizers", "bench")
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+ROUNDS = 7
+GRAPH_CALLS = 32  # in one graph, so that the gaps between replays do not count
+COLD_L2 = 3  # buffers rotate over so many times the L2
+FIELDS = (
+    "date", "commit", "gpu", "driver", "torch", "shape", "r", "dtype", "layout", "direction", "mode", "variant",
+    "p20_us", "p50_us", "p80_us", "bytes", "floor_us", "copy_gb_s",
+)  # fmt: skip
+
+
+class Eager(nn.Module):
+    """SE as users have it: pooling, two 1x1 convolutions, a product."""
+
+    def __init__(self, c: int, r: int) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Conv2d(c, r, 1), nn.Conv2d(r, c, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.fc2(torch.relu(self.fc1(x.mean((2, 3), keepdim=True)))))
+
+
+class Fused(Eager):
+    def forward(self, x: Tensor) -> Tensor:
+        return se_fused.squeeze_excite(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: the call, without who makes it and how it is timed."""
+
+    shape: Shape
+    dtype: torch.dtype
+    layout: str
+    direction: str  # forward | both
+
+    def bytes(self) -> int:
+        """That no implementation can do without: forward x and y; with backward also g, x again and dx."""
+        map_bytes = self.shape.n * self.shape.c * self.shape.h * self.shape.w * self.dtype.itemsize
+        return (2 if self.direction == "forward" else 5) * map_bytes
+
+
+def rows() -> Iterator[Row]:
+    """In the order of what matters most, since the time may run out."""
+    half, single = torch.float16, torch.float32
+    for direction, dtype in (("forward", half), ("both", half), ("forward", single), ("both", single)):
+        for layout, shape in itertools.product(("contiguous", "channels_last"), GPU):
+            yield Row(shape, dtype, layout, direction)
+
+
+def calls(row: Row, variant: str, sets: int) -> list[Callable[[], object]]:
+    """The same call on `sets` sets of buffers. Random, because zeros can run faster than real data."""
+    shape = row.shape
+    torch.manual_seed(0)
+    module: nn.Module = (Fused if variant == "fused" else Eager)(shape.c, shape.r).cuda().to(row.dtype)
+    memory_format = torch.channels_last if row.layout == "channels_last" else torch.contiguous_format
+    if variant == "compile":
+        torch._dynamo.reset()
+        module = torch.compile(module, dynamic=False)  # type: ignore[assignment]
+
+    def one() -> Callable[[], object]:
+        x = torch.randn(shape.n, shape.c, shape.h, shape.w, device="cuda", dtype=row.dtype)
+        x = x.contiguous(memory_format=memory_format)
+        if row.direction == "forward":
+            return lambda: module(x)
+        g = torch.randn_like(x)
+        leaves = [x.requires_grad_(), *module.parameters()]
+        return lambda: torch.autograd.grad(module(x), leaves, g)
+
+    return [one() for _ in range(sets)]
+
+
+def spread(values: list[float]) -> tuple[float, float, float]:
+    quantiles = statistics.quantiles(values, n=5, method="inclusive")
+    return quantiles[0], statistics.median(values), quantiles[3]
+
+
+def graph_times(functions: list[Callable[[], object]]) -> list[float]:
+    """Microseconds a call, of GRAPH_CALLS calls in one graph, once for each round."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for function in functions[:3]:
+            function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for function in itertools.islice(itertools.cycle(functions), GRAPH_CALLS):
+            function()
+    graph.replay()
+    times = []
+    for _ in range(ROUNDS):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(1e3 * start.elapsed_time(end) / GRAPH_CALLS)
+    return times
+
+
+def eager_times(function: Callable[[], object]) -> list[float]:
+    """Microseconds of wall clock a call, as a user's loop has it."""
+    for _ in range(10):
+        function()
+    times = []
+    for _ in range(ROUNDS):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(GRAPH_CALLS):
+            function()
+        torch.cuda.synchronize()
+        times.append(1e6 * (time.perf_counter() - start) / GRAPH_CALLS)
+    return times
+
+
+def copy_bandwidth(size: int = 1 << 30) -> float:
+    """Bytes read and written by a plain copy, per second."""
+    source, target = (torch.randint(256, (size,), dtype=torch.uint8, device="cuda") for _ in range(2))
+    return 2 * size / (1e-6 * statistics.median(graph_times([lambda: target.copy_(source)])))
+
+
+def bench(out: Path, budget_s: float) -> None:
+    """Time every row for which there is time, the variants of a row one after the other."""
+    end = time.monotonic() + budget_s
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split("\n")[0]
+    commit = (
+        os.environ.get("COMMIT")
+        or subprocess.run(
+            ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+        ).stdout.strip()
+    )
+    properties = torch.cuda.get_device_properties(0)
+    copy = copy_bandwidth()
+    typer.echo(f"{properties.name}: a copy moves {copy / 1e9:.0f} GB/s")
+    facts = {
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(), "commit": commit or "unknown",
+        "gpu": properties.name, "driver": driver, "torch": torch.__version__, "copy_gb_s": f"{copy / 1e9:.0f}",
+    }  # fmt: skip
+    with (out / "layer_gpu.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer.writeheader()
+        for row, variant in itertools.product(rows(), ("fused", "eager", "compile")):
+            if time.monotonic() > end:
+                typer.echo("out of time: the rows that are left have not run")
+                return
+            sets = -(-COLD_L2 * properties.L2_cache_size // row.bytes()) + 1
+            functions = calls(row, variant, min(sets, GRAPH_CALLS))
+            with torch.set_grad_enabled(row.direction == "both"):
+                measured = {"cold": graph_times(functions), "warm": graph_times(functions[:1])}
+                measured["eager"] = eager_times(functions[0])
+            for mode, times in measured.items():
+                p20, p50, p80 = (f"{value:.2f}" for value in spread(times))
+                writer.writerow(
+                    facts
+                    | {"shape": row.shape, "r": row.shape.r, "dtype": str(row.dtype)[6:], "layout": row.layout}
+                    | {"direction": row.direction, "mode": mode, "variant": variant, "bytes": row.bytes()}
+                    | {"p20_us": p20, "p50_us": p50, "p80_us": p80, "floor_us": f"{1e6 * row.bytes() / copy:.2f}"}
+                )
+            file.flush()
+
+
+def small_calls() -> None:
+    """What the sanitizers watch: every kernel, layout and alignment, forward and backward, on small maps."""
+    for seed, case in enumerate(verify.cases()):
+        if case.precision in ("float32", "float16") and case.layout != "strided" and seed % 3 == 0:
+            error, worst = verify.error(case, "cuda", seed)
+            assert error <= verify.tolerance(case.precision), (str(case), worst)
+
+
+def sanitizers(out: Path) -> bool:
+    program = shutil.which("compute-sanitizer")
+    if program is None:
+        typer.echo("not run: compute-sanitizer is not on the PATH")
+        return True
+    passed = True
+    for tool in TOOLS:
+        command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "benchmarks.gpu_check"]
+        environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "SE_FUSED_BACKEND": "cuda"}
+        with (out / f"{tool}.log").open("w") as log:
+            done = subprocess.run(
+                [*command, "--small-calls"], cwd=ROOT, stdout=log, stderr=log, check=False, env=environment
+            )
+        typer.echo(f"compute-sanitizer {tool}: {'clean' if done.returncode == 0 else f'exit {done.returncode}'}")
+        passed &= done.returncode == 0
+    return passed
+
+
+def tests(out: Path) -> bool:
+    with se_fused.use_backend("cuda"):
+        results = list(verify.run("cuda"))
+    wrong = [
+        f"{case}: {worst} {error:.1e}" for case, error, worst in results if error > verify.tolerance(case.precision)
+    ]
+    (out / "verify.log").write_text("\n".join(wrong))
+    typer.echo(f"verify: {len(results)} cases, {len(wrong)} wrong")
+    if any(importlib.util.find_spec(name) is None for name in ("pytest", "hypothesis")):
+        typer.echo("not run: tests/test_cuda.py, for want of pytest or hypothesis")
+        return not wrong
+    with (out / "test_cuda.log").open("w") as log:
+        command = [sys.executable, "-m", "pytest", "-o", "addopts=", "tests/test_cuda.py"]
+        done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, check=False)
+    typer.echo(f"tests/test_cuda.py: {'passed' if done.returncode == 0 else f'exit {done.returncode}'}")
+    return not wrong and done.returncode == 0
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("gpu_check"),
+    parts: Annotated[str, typer.Option(help="Which of tests, sanitizers, bench, joined by commas.")] = ",".join(PARTS),
+    budget: Annotated[float, typer.Option(help="Seconds for the benchmark.")] = 300,
+    small: Annotated[bool, typer.Option("--small-calls", hidden=True)] = False,
+) -> None:
+    """Check and time the CUDA kernels on the GPU of this machine."""
+    chosen = parts.split(",")
+    if unknown := set(chosen) - set(PARTS):
+        raise typer.BadParameter(f"{', '.join(sorted(unknown))}; wanted some of {', '.join(PARTS)}")
+    reason = backends.why_not("cuda", torch.device("cuda"))
+    if reason is not None:
+        typer.echo(f"the CUDA kernels cannot run here: {reason}", err=True)
+        raise typer.Exit(2)
+    if small:
+        small_calls()
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    passed = True
+    if "tests" in chosen:
+        passed &= tests(out)
+    if "sanitizers" in chosen:
+        passed &= sanitizers(out)
+    if "bench" in chosen:
+        bench(out, budget)
+    raise typer.Exit(0 if passed else 1)
+
+
+if __name__ == "__main__":
+    typer.run(main)
