@@ -1,11 +1,17 @@
+import importlib.util
 import os
 
 import pytest
 import torch
+import triton_interpreter
 from hypothesis import settings
 
-import se_fused
-from se_fused import backends
+# Before anything imports triton.
+if importlib.util.find_spec("triton") and not torch.cuda.is_available():
+    triton_interpreter.enable()
+
+import se_fused  # noqa: E402
+from se_fused import backends  # noqa: E402
 
 # The same examples on every machine; HYPOTHESIS_PROFILE=search looks for new ones.
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
