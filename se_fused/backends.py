@@ -96,7 +96,7 @@ def _why_not_triton(device: torch.device) -> str | None:
 
 
 def takes_triton(device: torch.device) -> bool:
-    """Whether Triton is what an operator on `device` is to launch; else PyTorch's dispatcher finds the compiled part."""
+    """Whether an operator on `device` is to launch Triton; else PyTorch's dispatcher finds the compiled part."""
     if _forced != "triton" and (device.type == "cpu" or why_not("cuda", device) is None):
         return False
     return why_not("triton", device) is None

@@ -10,8 +10,8 @@ from hypothesis import settings
 if importlib.util.find_spec("triton") and not torch.cuda.is_available():
     triton_interpreter.enable()
 
-import se_fused  # noqa: E402
-from se_fused import backends  # noqa: E402
+import se_fused
+from se_fused import backends
 
 # The same examples on every machine; HYPOTHESIS_PROFILE=search looks for new ones.
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)

@@ -63,9 +63,7 @@ def _reduce(
     for l0 in range(begin, end, BL):
         offset, inside = tile(n0, c0, l0, n, c, l, LAST, ALIGN, BN, BC, BL)
         _, u, v = blend(x, residual, s, offset, inside, options, RESIDUAL)
-        dv = chain(
-            tl.load(g + offset, inside, 0.0).to(A), v, options[POST_ACT], options[SLOPE], options[OFFSET]
-        )
+        dv = chain(tl.load(g + offset, inside, 0.0).to(A), v, options[POST_ACT], options[SLOPE], options[OFFSET])
         total += tl.where(inside, dv * u, 0.0)
         if options[SQUEEZE] != MEAN:
             u = tl.where(inside, u, LOWEST)
@@ -133,9 +131,7 @@ def _distribute(
     for l0 in range(begin, end, BL):
         offset, inside = tile(n0, c0, l0, n, c, l, LAST, ALIGN, BN, BC, BL)
         raw, u, v = blend(x, residual, s, offset, inside, options, RESIDUAL)
-        dv = chain(
-            tl.load(g + offset, inside, 0.0).to(A), v, options[POST_ACT], options[SLOPE], options[OFFSET]
-        )
+        dv = chain(tl.load(g + offset, inside, 0.0).to(A), v, options[POST_ACT], options[SLOPE], options[OFFSET])
         if dresidual is not None:
             tl.store(dresidual + offset, dv.to(dresidual.dtype.element_ty), inside)
         if dx is not None:
@@ -143,7 +139,7 @@ def _distribute(
             if options[SQUEEZE] != MAX:
                 du += (dz / l)[:, :, None]
             if options[SQUEEZE] != MEAN:
-                # A NaN maximum makes the whole row NaN, as PyTorch's mask * dz / ties does: nothing equals it, so 0 / 0.
+                # A NaN maximum makes the whole row NaN, as PyTorch's mask * dz / ties does: nothing equals it: 0 / 0.
                 m = top[:, :, None]
                 du += tl.where(u == m, share[:, :, None], tl.where(m != m, m, 0.0))
             d = chain(du, raw, options[PRE_ACT], options[SLOPE], options[OFFSET])

@@ -2,7 +2,7 @@
 
     squeeze   sums and maxima of u over a span of positions   [splits, N, C]   reads x
     hidden    z from them, p1 = W1 z + b1                     [N, C], [N, R]   reads w1
-    scale     p2 = W2 act(p1) + b2, s = gate(p2), y                            reads w2 and, from the L2 cache, x; writes y
+    scale     p2 = W2 act(p1) + b2, s = gate(p2), y                            reads w2, x again; writes y
 
 Where a sample is small, one program does the three in turn (`sample_kernel`): what it wrote in one step, its other
 threads read in the next, behind a barrier. The one-FC form has no p1, and W2 z in place of W2 act(p1).

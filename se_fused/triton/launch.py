@@ -34,10 +34,11 @@ class _Problem:
         self.dtype = torch.promote_types(x.dtype, torch.float32)
         self.options = options
         self.squeeze = options[4]
-        self.plan = p = plan(self.n, self.c, self.r, self.l, last, x.element_size(), backward=backward, ordered=_ORDERED)
-        if residual is None:
-            how = NO_RESIDUAL
-        else:
+        self.plan = p = plan(
+            self.n, self.c, self.r, self.l, last, x.element_size(), backward=backward, ordered=_ORDERED
+        )
+        how = NO_RESIDUAL
+        if residual is not None:
             how = X_ITSELF if residual.data_ptr() == x.data_ptr() else MAP
         self.residual = residual if how is MAP else None
         self.map = {"options": options, "LAST": last, "ALIGN": p.align, "BC": p.block_c, "BL": p.block_l}

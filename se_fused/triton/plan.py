@@ -65,7 +65,7 @@ def _positions(length: int) -> int:
 
 @lru_cache(maxsize=4096)
 def plan(
-    n: int, c: int, r: int, l: int,  # noqa: E741
+    n: int, c: int, r: int, l: int,
     channels_last: bool, element_bytes: int, *, backward: bool, ordered: bool,
 ) -> Plan:  # fmt: skip
     """For maps [n, c, l] ([n, l, c] if `channels_last`) and r hidden units, 0 in the one-FC form.

@@ -50,7 +50,7 @@ def tile(
     n0, c0, l0, n, c, l,
     LAST: tl.constexpr, ALIGN: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
-    """Offsets and mask [BN, BC, BL] into a map. ALIGN divides the extent that is contiguous, and now the compiler knows."""
+    """Offsets and mask [BN, BC, BL] into a map. ALIGN, known to the compiler, divides the contiguous extent."""
     i = n0 + tl.arange(0, BN)[:, None, None]
     j = c0 + tl.arange(0, BC)[None, :, None]
     k = l0 + tl.arange(0, BL)[None, None, :]
@@ -81,10 +81,7 @@ def matrix(w, i0, k0, count, depth, TRANSPOSED: tl.constexpr, BI: tl.constexpr, 
     """[1, BI, BK] of w [count, depth], or of w [depth, count] if TRANSPOSED; 0 outside."""
     i = tl.cast(i0, tl.int64) + tl.arange(0, BI)[None, :, None]
     k = tl.cast(k0, tl.int64) + tl.arange(0, BK)[None, None, :]
-    if TRANSPOSED:
-        offset = k * count + i
-    else:
-        offset = i * depth + k
+    offset = k * count + i if TRANSPOSED else i * depth + k
     return tl.load(w + offset, (i < count) & (k < depth), 0.0)
 
 

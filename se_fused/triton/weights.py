@@ -1,5 +1,7 @@
-"""dw2 = dp2^T act(p1), db2 = sum_n dp2, dw1 = dp1^T z, db1 = sum_n dp1, in one launch: each tile of a matrix belongs to one
-program, which takes the samples in their order."""
+"""dw2 = dp2^T act(p1), db2 = sum_n dp2, dw1 = dp1^T z, db1 = sum_n dp1, in one launch.
+
+Each tile of a matrix belongs to one program, which takes the samples in their order.
+"""
 
 from __future__ import annotations
 
