@@ -1,13 +1,15 @@
 """Which backend serves a call, and why each other one does not.
 
 `auto` takes the first of cuda, triton, cpu, reference that can serve the call. The dispatcher of PyTorch selects among
-the compiled ones by the device of `x`; this file decides between them and the reference.
+the compiled ones by the device of `x`; this file decides between them, Triton and the reference.
 """
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,7 +52,7 @@ _forced = _check_name(os.environ.get("SE_FUSED_BACKEND", "auto"), "SE_FUSED_BACK
 # None: usable. A text: why not, the same for every call.
 _unusable: dict[str, str | None] = {
     "cuda": "there is no NVIDIA GPU",
-    "triton": "this version has no Triton kernels",
+    "triton": None,
     "cpu": None,
     "reference": None,
 }
@@ -75,9 +77,39 @@ def load() -> None:
 
 def why_not(name: str, device: torch.device) -> str | None:
     """Why `name` cannot serve a call on `device`; None if it can."""
+    if name == "triton":
+        return _why_not_triton(device)
     if _unusable[name] is None and name in ("cpu", "cuda") and device.type != name:
         return f"it serves {name.upper()} tensors; x is on {device}"
     return _unusable[name]
+
+
+def _why_not_triton(device: torch.device) -> str | None:
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type == "cpu":
+        if not interpreted:
+            return "it serves CUDA and ROCm tensors, and CPU tensors only under TRITON_INTERPRET=1"
+        if _forced != "triton":
+            return "it interprets its kernels, slowly, for CPU tensors only where it is asked for"
+    elif device.type != "cuda":
+        return f"it serves CUDA and ROCm tensors; x is on {device}"
+    elif interpreted:
+        return "TRITON_INTERPRET=1 is set, which is for CPU tensors"
+    elif torch.version.hip is None and torch.cuda.get_device_capability(device) < (7, 5):
+        return f"it needs compute capability 7.5; {device} has {torch.cuda.get_device_capability(device)}"
+    if _unusable["triton"] is None and "se_fused.triton" not in sys.modules:
+        try:
+            importlib.import_module("se_fused.triton")
+        except Exception as error:  # an installation may break in any way; the reference still serves the call
+            _unusable["triton"] = f"triton cannot be imported: {error}"
+    return _unusable["triton"]
+
+
+def takes_triton(device: torch.device) -> bool:
+    """Whether an operator on `device` is to launch Triton; else PyTorch's dispatcher finds the compiled part."""
+    if _forced != "triton" and (device.type == "cpu" or why_not("cuda", device) is None):
+        return False
+    return why_not("triton", device) is None
 
 
 def select(device: torch.device) -> str:
@@ -92,10 +124,11 @@ def select(device: torch.device) -> str:
     for name in BACKENDS:
         if why_not(name, device) is None:
             break
-    if name == "reference" and device.type not in _said:
+    best = "cuda" if device.type == "cuda" else "cpu"
+    if name != best and device.type not in _said:
         _said.add(device.type)
-        best = "cuda" if device.type == "cuda" else "cpu"
-        _log.warning("se_fused: reference PyTorch serves %s tensors: %s", device.type, why_not(best, device))
+        server = "reference PyTorch" if name == "reference" else "Triton"
+        _log.warning("se_fused: %s serves %s tensors: %s", server, device.type, why_not(best, device))
     return name
 
 

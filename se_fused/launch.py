@@ -10,10 +10,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import build
+from . import backends, build
 from .reference import SQUEEZES
 
 _OPS = torch.ops.se_fused
+
+
+def _forward_out(*args: Any) -> None:
+    if backends.takes_triton(args[0].device):
+        from . import triton
+
+        triton.forward_out(*args)
+    else:
+        _OPS.forward_out.default(*args)
+
+
+def _backward_out(*args: Any) -> None:
+    if backends.takes_triton(args[0].device):
+        from . import triton
+
+        triton.backward_out(*args)
+    else:
+        _OPS.backward_out.default(*args)
 
 
 def _is_channels_last(t: Tensor) -> bool:
@@ -42,7 +60,7 @@ def forward(
     y = torch.empty_like(x)  # eager's strides
     channels_last = _is_channels_last(y)
     out = _fillable(y, channels_last)
-    _OPS.forward_out.default(
+    _forward_out(
         _dense(x, channels_last), _flat(w1), _flat(b1), _flat(w2), _flat(b2), _dense(residual, channels_last),
         *options, channels_last, out, *saved,
     )  # fmt: skip
@@ -56,7 +74,7 @@ def forward_inplace(
     channels_last = _is_channels_last(x)
     out = _dense(x, channels_last)
     assert out is not None
-    _OPS.forward_out.default(
+    _forward_out(
         out, _flat(w1), _flat(b1), _flat(w2), _flat(b2), _dense(residual, channels_last),
         *options, channels_last, out, None, None, None,
     )  # fmt: skip
@@ -109,7 +127,7 @@ def backward(g: Tensor, *args: Any) -> tuple[Tensor, ...]:
     outs: list[Tensor | None] = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
     for i in (0, 5):
         outs[i] = _fillable(grads[i], channels_last) if needs[i] else None
-    _OPS.backward_out.default(
+    _backward_out(
         _dense(g, channels_last),
         _dense(inputs[0], channels_last),
         *map(_flat, inputs[1:5]),

@@ -1,8 +1,14 @@
+import importlib.util
 import os
 
 import pytest
 import torch
+import triton_interpreter
 from hypothesis import settings
+
+# Before anything imports triton.
+if importlib.util.find_spec("triton") and not torch.cuda.is_available():
+    triton_interpreter.enable()
 
 import se_fused
 from se_fused import backends

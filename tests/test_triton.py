@@ -1,0 +1,262 @@
+"""The Triton kernels against the reference in float64: on a GPU where there is one, else in Triton's interpreter."""
+
+import math
+import sys
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import Case, assert_close, call, cases, in_float64, truth
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from test_gradients import ORDER_KEEPING, gradients
+
+import se_fused
+from se_fused import arguments, backends, reference
+from se_fused.reference import ACTIVATIONS, SQUEEZES
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+triton = pytest.importorskip("se_fused.triton")
+from se_fused.triton import launch, plan  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, where infinities and NaN are meant
+
+
+@pytest.fixture(autouse=True)
+def forced():
+    with se_fused.use_backend("triton"):
+        assert backends.why_not("triton", DEVICE) is None, backends.why_not("triton", DEVICE)
+        yield
+
+
+@contextmanager
+def launches(how):
+    """Plans as for larger maps, in tiles so small that small maps have several."""
+    limits = {
+        "one program for a sample": {"_MOST_WARPS": 1},
+        "three launches": {"_ONE_PROGRAM_ELEMENTS": 0, "_FORWARD_BYTES": 16},
+        "groups of samples": {"_ONE_PROGRAM_ELEMENTS": 0, "_PROGRAMS": 1},
+        "as planned": {},
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in limits[how].items():
+            patch.setattr(plan, name, value)
+        plan.plan.cache_clear()
+        yield
+    plan.plan.cache_clear()
+
+
+NO_SHRINKING = (Phase.explicit, Phase.generate)  # which takes the interpreter minutes
+HOW = ["one program for a sample", "three launches", "groups of samples", "as planned"]
+
+
+def small(case):
+    """At most 3 samples of some 1500 elements: the interpreter takes up to a millisecond for a line of a program."""
+    spatial = case.spatial
+    while case.c * math.prod(spatial) > 1500 and max(spatial) > 1:
+        spatial = tuple((size + 1) // 2 for size in spatial)
+    return replace(case, n=min(case.n, 3), spatial=spatial)
+
+
+def on_device(tensors):
+    moved = {name: t if t is None else t.to(DEVICE) for name, t in tensors.items()}
+    if tensors["residual"] is tensors["x"]:
+        moved["residual"] = moved["x"]
+    return moved
+
+
+def check_forward(case, how):
+    tensors = on_device(case.tensors())
+    with torch.no_grad(), launches(how):
+        y = call(se_fused.squeeze_excite, tensors, case.options)
+    assert y.dtype == case.dtype
+    assert_close(y, truth(tensors, case.options), case.dtype)
+
+
+def check_gradients(case, how):
+    tensors = on_device(case.tensors())
+    g = torch.randn_like(tensors["x"])
+    with launches(how):
+        actual = gradients(se_fused.squeeze_excite, tensors, case.options, g)
+    with se_fused.use_backend("reference"):
+        expected = gradients(reference.squeeze_excite, in_float64(tensors), case.options, g.double())
+    assert actual.keys() == expected.keys()
+    for name, grad in actual.items():
+        assert_close(grad, expected[name], grad.dtype, f"gradient of {name}", factor=4)
+
+
+@given(cases().map(small), st.sampled_from(HOW))
+@settings(max_examples=120, phases=NO_SHRINKING)
+def test_every_option_shape_dtype_and_layout(case, how):
+    check_forward(case, how)
+
+
+@given(cases(pre_acts=ORDER_KEEPING).map(small), st.sampled_from(HOW))
+@settings(max_examples=80, phases=NO_SHRINKING)
+def test_every_gradient(case, how):
+    check_gradients(case, how)
+
+
+@pytest.mark.parametrize("how", HOW[:3])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    ("n", "c", "r", "spatial"),
+    [
+        (2, 96, 24, (7, 7)),  # rows of 49
+        (3, 54, 8, (14, 14)),  # C no multiple of 4
+        (4, 308, 77, (1, 1)),  # L = 1, and weights that outweigh the maps
+        (1, 3, 1, (33, 31)),  # a row longer than a tile
+        (2, 40, None, (5, 5)),  # the one-FC form
+    ],
+)
+def test_real_and_odd_shapes(n, c, r, spatial, layout, how):
+    check_gradients(Case(n=n, c=c, r=r, spatial=spatial, layout=layout, options={"squeeze": "mean_max"}), how)
+
+
+@pytest.mark.parametrize("squeeze", ["mean", "max"])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("place", ["act", "pre_act", "post_act"])
+def test_special_values_stay_in_their_sample(place, name, squeeze):
+    specials = [float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e38, -1e38, 1e-40]
+    case = Case(n=len(specials) + 1, c=4, r=2, spatial=(2, 3), options={place: name, "squeeze": squeeze})
+    tensors = on_device(case.tensors())
+    for sample, value in enumerate(specials):
+        tensors["x"][sample, 2, 1, 1] = value
+    with torch.no_grad():
+        y = call(se_fused.squeeze_excite, tensors, case.options)
+        expected = call(reference.squeeze_excite, tensors, case.options)
+    for sample in range(case.n):  # each on its own, for the largest value sets the tolerance
+        assert_close(y[sample], expected[sample].double(), torch.float32, f"sample {sample}")
+
+
+@pytest.mark.parametrize("how", HOW[:3])
+@pytest.mark.parametrize("squeeze", SQUEEZES)
+def test_gradients_of_nan_and_of_equal_maxima(squeeze, how):
+    case = Case(n=3, c=4, r=2, spatial=(3, 3), dtype=torch.float64, options={"squeeze": squeeze, "pre_act": "relu"})
+    tensors = on_device(case.tensors())
+    tensors["x"][0, 1, 2, 1] = float("nan")
+    tensors["x"][1] = 2
+    g = torch.randn_like(tensors["x"])
+    with launches(how):
+        actual = gradients(se_fused.squeeze_excite, tensors, case.options, g)
+    with se_fused.use_backend("reference"):
+        expected = gradients(reference.squeeze_excite, tensors, case.options, g)
+    for name, grad in actual.items():
+        torch.testing.assert_close(grad, expected[name], equal_nan=True, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("how", HOW[:2])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
+@pytest.mark.parametrize("residual", ["none", "x"])
+def test_in_place_writes_the_same_over_x(dtype, layout, residual, how):
+    case = Case(n=2, c=9, r=3, dtype=dtype, layout=layout, residual=residual, options={"post_act": "relu"})
+    tensors = on_device(case.tensors())
+    with torch.no_grad(), launches(how):
+        y = call(se_fused.squeeze_excite, tensors, case.options)
+        assert torch.equal(y, call(se_fused.squeeze_excite, tensors, case.options))
+        out = call(se_fused.squeeze_excite, tensors, case.options, inplace=True)
+    assert out is tensors["x"]
+    assert torch.equal(out, y)
+
+
+class Guarded:
+    """Copies of tensors in the middle of poisoned memory; outputs start poisoned too."""
+
+    MARGIN = 4096
+
+    def __init__(self):
+        self.memory = []
+
+    def __call__(self, t, fill=True):
+        if t is None:
+            return None
+        memory = torch.full((t.numel() + 2 * self.MARGIN,), float("nan"), dtype=t.dtype, device=DEVICE)
+        inner = memory[self.MARGIN : self.MARGIN + t.numel()].as_strided(
+            t.shape, t.stride(), storage_offset=self.MARGIN
+        )
+        if fill:
+            inner.copy_(t)
+        self.memory.append((memory, t.numel()))
+        return inner
+
+    def untouched(self):
+        return all(
+            memory[: self.MARGIN].isnan().all() and memory[self.MARGIN + size :].isnan().all()
+            for memory, size in self.memory
+        )
+
+
+@pytest.mark.parametrize("how", HOW[:3])
+@pytest.mark.parametrize(("squeeze", "dtype"), [("mean", torch.bfloat16), ("mean_max", torch.float32)])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(("n", "c", "r", "l"), [(3, 13, 5, 21), (2, 16, 4, 16), (3, 7, None, 5), (3, 33, 9, 1)])
+def test_nothing_outside_the_tensors_is_read_or_written(n, c, r, l, channels_last, dtype, squeeze, how, monkeypatch):
+    layout = "channels_last" if channels_last else "contiguous"
+    case = Case(n=n, c=c, r=r, spatial=(l,), dtype=dtype, layout=layout, residual="map")
+    guarded = Guarded()
+    plain = case.tensors()
+    plain["residual"] = torch.empty_like(plain["x"]).copy_(plain["residual"])  # in the order of x
+    tensors = {name: guarded(t) for name, t in plain.items()}
+    inputs = [tensors[name] for name in ("x", "w1", "b1", "w2", "b2", "residual")]
+    options = {"act": "silu", "gate": "sigmoid", "squeeze": squeeze, "pre_act": "relu", "post_act": "silu"}
+    encoded = arguments.encode(**options)
+    scratch = launch._Problem.scratch
+    monkeypatch.setattr(launch._Problem, "scratch", lambda self, *shape: guarded(scratch(self, *shape), fill=False))
+    saved = [guarded(t, fill=False) for t in (torch.empty(n, c), torch.empty(n, r or 0), torch.empty(n, c))]
+    y = guarded(inputs[0], fill=False)
+    g = guarded(torch.randn_like(inputs[0]))
+    grads = [guarded(t, fill=False) for t in inputs]
+    with launches(how):
+        triton.forward_out(*inputs, *encoded, channels_last, y, *saved)
+        triton.backward_out(g, *inputs, *saved, *encoded, channels_last, False, *grads)
+    assert guarded.untouched()
+    assert not any(t.isnan().any() for t in (y, *saved, *grads) if t is not None)
+    assert_close(y, truth(tensors, options), dtype)
+
+
+def test_auto_never_interprets_and_explain_says_why():
+    tensors = Case().tensors()
+    positional = [tensors[name] for name in ("x", "w1", "b1", "w2", "b2")]
+    if DEVICE.type == "cpu":
+        assert se_fused.explain(*positional).backend == "triton"
+        with se_fused.use_backend("auto"):
+            assert "only where it is asked for" in se_fused.explain(*positional).why_not["triton"]
+    assert backends.why_not("triton", torch.device("meta")) == "it serves CUDA and ROCm tensors; x is on meta"
+
+
+def test_a_gpu_without_the_cuda_library_is_served_by_triton_and_told_once(monkeypatch, caplog):
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(backends, "_said", set())
+    monkeypatch.setitem(backends._unusable, "cuda", "no nvcc was found")
+    monkeypatch.setattr(backends, "_why_not_triton", lambda device: None)
+    with se_fused.use_backend("auto"):
+        assert [backends.select(cuda), backends.select(cuda)] == ["triton", "triton"]
+        assert backends.takes_triton(cuda)
+    assert caplog.messages == ["se_fused: Triton serves cuda tensors: no nvcc was found"]
+
+
+def test_without_triton_the_reason_is_kept(monkeypatch):
+    monkeypatch.setitem(backends._unusable, "triton", None)
+    for name in [name for name in sys.modules if name.startswith("se_fused.triton")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(se_fused.BackendUnavailable, match="triton cannot be imported"):
+        backends.select(DEVICE)
+
+
+def test_compile_keeps_one_operator_that_triton_serves():
+    torch._dynamo.reset()
+    case = Case(n=2, c=6, r=3, spatial=(3, 3), dtype=torch.float64)
+    seen = []
+    compiled = torch.compile(
+        lambda *inputs: se_fused.squeeze_excite(*inputs) + 1,
+        fullgraph=True,
+        backend=lambda graph, _: seen.append(str(graph.graph)) or graph,
+    )
+    inputs = [on_device(case.tensors())[name] for name in ("x", "w1", "b1", "w2", "b2")]
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*inputs), se_fused.squeeze_excite(*inputs) + 1)
+    assert "se_fused.squeeze_excite.default" in seen[0]

@@ -1,0 +1,149 @@
+"""Compiles every Triton kernel that a list of calls would launch, for one GPU, on a machine without it.
+
+    python tests/triton_targets.py sm_90
+
+prints a line of JSON for each: its name, the call, registers to memory (spills) and how many accesses of 16 bytes.
+The arguments of the launches are recorded, so that what is compiled is what would run.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from se_fused.arguments import encode
+from se_fused.triton import backward, forward, launch, weights
+
+TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float64: "*fp64"}
+PLAIN = {"act": "relu", "gate": "sigmoid", "squeeze": "mean", "pre_act": None, "post_act": None}
+RICH = {"act": "silu", "gate": "hard_sigmoid", "squeeze": "mean_max", "pre_act": "silu", "post_act": "gelu"}
+# n, c, r, spatial, dtype, channels_last, options, with a residual
+CALLS = [
+    (32, 256, 16, (56, 56), torch.float16, False, PLAIN, True),
+    (32, 256, 16, (56, 56), torch.bfloat16, True, RICH, True),
+    (32, 512, 32, (8, 8), torch.float16, False, PLAIN, False),
+    (32, 512, 32, (8, 8), torch.float32, True, RICH, True),
+    (64, 1152, 48, (7, 7), torch.float16, False, PLAIN, False),
+    (256, 3024, 308, (7, 7), torch.float16, True, PLAIN, False),
+    (2, 96, None, (28, 28), torch.float32, False, RICH, True),
+    (4, 64, 16, (16, 16), torch.float64, False, RICH, True),
+]
+
+
+class Recorder:
+    def __init__(self, kernel, launches):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
+
+
+def record(n, c, r, spatial, dtype, channels_last, options, with_residual):
+    """The launches of one forward and one backward pass, with every gradient wanted."""
+    launches = []
+    saved = {}
+    for module in (forward, backward, weights):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            saved[module, name] = getattr(module, name)
+            setattr(module, name, Recorder(saved[module, name], launches))
+
+    def new(*shape, of=dtype):
+        return torch.empty(shape, dtype=of)
+
+    x = new(n, c, *spatial)
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    one_layer = r is None
+    inputs = [x, None if one_layer else new(r, c), None if one_layer else new(r), new(c, c if one_layer else r), new(c)]
+    inputs.append(torch.empty_like(x) if with_residual else None)
+    wide = torch.promote_types(dtype, torch.float32)
+    kept = [new(n, c, of=wide), new(n, r or 0, of=wide), new(n, c, of=wide)]
+    encoded = encode(**options)
+    launch.forward_out(*inputs, *encoded, channels_last, torch.empty_like(x), *kept)
+    grads = [None if t is None else torch.empty_like(t) for t in inputs]
+    launch.backward_out(torch.empty_like(x), *inputs, *kept, *encoded, channels_last, False, *grads)
+    for (module, name), kernel in saved.items():
+        setattr(module, name, kernel)
+    return launches
+
+
+def source(kernel, args, kwargs):
+    """What Triton's launcher would make of these arguments: 1 is a constant, and a multiple of 16 is known as one."""
+    names = kernel.arg_names
+    values = {**dict(zip(names, args, strict=False)), **{k: v for k, v in kwargs.items() if k in names}}
+    constants = {p.name for p in kernel.params if p.is_constexpr}
+    signature, constexprs, attributes = {}, {}, {}
+    for i, name in enumerate(names):
+        value = values[name]
+        if isinstance(value, torch.Tensor):
+            signature[name] = TYPES[value.dtype]
+        elif name in constants or value is None or value == 1:
+            signature[name], constexprs[(i,)] = "constexpr", value
+            continue
+        else:
+            signature[name] = "i32"
+        if isinstance(value, torch.Tensor) or value % 16 == 0:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    options = {k: v for k, v in kwargs.items() if k not in names}
+    return ASTSource(kernel, signature, constexprs, attributes), options
+
+
+def nvidia(compiled):
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([tools / "cuobjdump", "--dump-resource-usage", file.name], **TEXT).stdout
+        sass = subprocess.run([tools / "nvdisasm", file.name], **TEXT).stdout
+    registers, stack, local = (int(re.search(rf"\b{what}:(\d+)", usage)[1]) for what in ("REG", "STACK", "LOCAL"))
+    return {
+        "registers": registers,
+        "spills": stack + local + len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        "loads": len(re.findall(r"\bLDG\.E\S*\.128", sass)),
+        "stores": len(re.findall(r"\bSTG\.E\S*\.128", sass)),
+    }
+
+
+def amd(compiled):
+    text = compiled.asm["amdgcn"]
+
+    def count(what):
+        return sum(map(int, re.findall(rf"\.{what}:\s*(\d+)", text)))
+
+    return {
+        "registers": count("vgpr_count"),
+        "spills": count("vgpr_spill_count") + count("sgpr_spill_count") + count("private_segment_fixed_size"),
+        "loads": len(re.findall(r"_load_dwordx4", text)),
+        "stores": len(re.findall(r"_store_dwordx4", text)),
+    }
+
+
+TEXT = {"capture_output": True, "text": True, "check": True}
+
+
+def main(name: str) -> None:
+    on_amd = name.startswith("gfx")
+    target = GPUTarget("hip", name, 64) if on_amd else GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
+    if on_amd:  # as launch.py finds it with PyTorch for ROCm
+        launch._ORDERED, launch._REGISTERS = False, {}
+    for call in CALLS:
+        for kernel, args, kwargs in record(*call):
+            what, options = source(kernel, args, kwargs)
+            compiled = triton.compile(what, target=target, options=options)
+            found = amd(compiled) if on_amd else nvidia(compiled)
+            step = f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__}"
+            line = {"kernel": step, "call": str(call[:6]), "extent": call[1] if call[5] else call[3][0] * call[3][1]}
+            print(json.dumps({**line, **found}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
