@@ -70,9 +70,14 @@ def why_not(name: str, device: torch.device) -> str | None:
     return _unusable[name]
 
 
+def kernels_serve_cpu() -> bool:
+    """Whether `select` would say "cpu" for every CPU tensor."""
+    return _unusable["cpu"] is None and _forced in ("auto", "cpu")
+
+
 def select(device: torch.device) -> str:
     """The backend for a call on `device`. Raises BackendUnavailable if a forced one cannot serve it."""
-    if device.type == "cpu" and _forced == "auto" and _unusable["cpu"] is None:
+    if device.type == "cpu" and kernels_serve_cpu():
         return "cpu"  # by far the most frequent answer
     if _forced != "auto":
         reason = why_not(_forced, device)
