@@ -112,9 +112,14 @@ def takes_triton(device: torch.device) -> bool:
     return why_not("triton", device) is None
 
 
+def kernels_serve_cpu() -> bool:
+    """Whether `select` would say "cpu" for every CPU tensor."""
+    return _unusable["cpu"] is None and _forced in ("auto", "cpu")
+
+
 def select(device: torch.device) -> str:
     """The backend for a call on `device`. Raises BackendUnavailable if a forced one cannot serve it."""
-    if device.type == "cpu" and _forced == "auto" and _unusable["cpu"] is None:
+    if device.type == "cpu" and kernels_serve_cpu():
         return "cpu"  # by far the most frequent answer
     if _forced != "auto":
         reason = why_not(_forced, device)

@@ -74,12 +74,10 @@ def _(g: Tensor, *args: Any) -> tuple[Tensor, ...]:
 # Autograd. What is saved beside the inputs is of the size of the gates; u, u * s and y are computed again from x.
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, w1, b1, w2, b2, residual, *options = inputs
-    ctx.options = options
-    ctx.residual_is_x = residual is x
-    ctx.save_for_backward(x, w1, b1, w2, b2, residual, *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
+def _keep(ctx: Any, inputs: tuple[Any, ...], saved: tuple[Tensor, ...]) -> None:
+    ctx.options = inputs[6:]
+    ctx.residual_is_x = inputs[5] is inputs[0]
+    ctx.save_for_backward(*inputs[:6], *saved)
     ctx.set_materialize_grads(False)
 
 
@@ -95,17 +93,16 @@ def _differentiate(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Tensor | None, 
     into_x = ctx.residual_is_x and needs[0]
     g_is_dresidual = post_act == 0 and not into_x
     ask = [*needs[:5], needs[5] and not (into_x or g_is_dresidual)]
-    grads: list[Tensor | None] = list(
-        torch.ops.se_fused.squeeze_excite_backward.default(g, *inputs, *saved, *ctx.options, ask, into_x)
-    )
-    grads = [grad if wanted else None for grad, wanted in zip(grads, ask, strict=True)]
+    run = launch.backward if _unobserved(g, *inputs) else torch.ops.se_fused.squeeze_excite_backward.default
+    found = run(g, *inputs, *saved, *ctx.options, ask, into_x)
+    grads: list[Tensor | None] = [grad if wanted else None for grad, wanted in zip(found, ask, strict=True)]
     if needs[5] and g_is_dresidual:
         grads[5] = g
     return tuple(grads) + nothing
 
 
 def _differentiable_gradients(
-    g: Tensor, inputs: tuple[Tensor | None, ...], needs: list[bool], options: list[Any]
+    g: Tensor, inputs: tuple[Tensor | None, ...], needs: list[bool], options: tuple[Any, ...]
 ) -> tuple[Tensor | None, ...]:
     """The gradients under `create_graph=True`: the reference's, which can be differentiated again, to any order."""
     x, w1, b1, w2, b2, residual = inputs
@@ -121,9 +118,36 @@ def _differentiable_gradients(
     return tuple(grads)
 
 
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _keep(ctx, inputs, output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
 torch.library.register_autograd(
     "se_fused::squeeze_excite_train", _differentiate, setup_context=_setup_context, lib=_LIBRARY
 )
+
+
+class _Train(torch.autograd.Function):
+    """squeeze_excite_train and its gradient without the dispatcher, which takes longer than a small map."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        y, *saved = launch.forward_train(*inputs)
+        _keep(ctx, inputs, tuple(saved))
+        return y
+
+    backward = staticmethod(_differentiate)
+
+
+def _unobserved(*tensors: Tensor | None) -> bool:
+    """Whether nothing but autograd has to see the operators: no compiler, tracer, dispatch mode or tensor subclass."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._get_tracing_state() is None
+        and all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+    )
 
 
 def _under_transform() -> bool:
@@ -142,15 +166,14 @@ def _direct(
     """
     if (
         type(x) is not Tensor
-        or not (x.is_cpu and x.layout is torch.strided and not x.is_nested and x.is_contiguous())
+        or not (x.is_cpu and backends.kernels_serve_cpu())
         or torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or _under_transform()
-        or backends.select(x.device) != "cpu"
     ):
         return None
     try:
-        if needs_grad(x, w1, b1, w2, b2, residual):
+        if not x.is_contiguous() or needs_grad(x, w1, b1, w2, b2, residual):
             return None
         y = x if inplace else torch.empty_like(x)
         _forward_out(x, w1, b1, w2, b2, residual, *options, False, y, None, None, None)
@@ -232,7 +255,10 @@ def squeeze_excite(
         torch.autograd.graph.increment_version(x)
         y = x
     elif needs_grad(x, w1, b1, w2, b2, residual):
-        y = torch.ops.se_fused.squeeze_excite_train.default(*arguments)[0]
+        if _unobserved(x, w1, b1, w2, b2, residual):
+            y = _Train.apply(*arguments)  # type: ignore[no-untyped-call]
+        else:
+            y = torch.ops.se_fused.squeeze_excite_train.default(*arguments)[0]
     else:
         y = torch.ops.se_fused.squeeze_excite.default(*arguments)
     return y

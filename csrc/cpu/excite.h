@@ -11,13 +11,18 @@ namespace {
 // A tile of 4 x 2 vectors of sums: eight are enough to hide the latency of a multiply-add and leave registers for
 // operands.
 constexpr int kRows = 4, kColumns = 2;
+// Where a matrix is cut among workers.
+template <class A>
+constexpr int kTileRows = kWidth<A> > kRows* kColumns ? kWidth<A> : kRows * kColumns;
+
+using One = std::integral_constant<int, 1>;
 
 // body(i, size) over [begin, end) in tiles of kTile, then of one; the size is a constant.
 template <int kTile, class Body>
 SE_INLINE void tiles(int64_t begin, int64_t end, Body&& body) {
   int64_t i = begin;
   for (; i + kTile <= end; i += kTile) body(i, std::integral_constant<int, kTile>{});
-  for (; i < end; ++i) body(i, std::integral_constant<int, 1>{});
+  for (; i < end; ++i) body(i, One{});
 }
 
 // The same for `count` elements of A along a row: tiles of kTile vectors, then one vector, then one element; V is
@@ -26,7 +31,7 @@ template <int kTile, class A, class Body>
 SE_INLINE void vector_tiles(int64_t begin, int64_t end, Body&& body) {
   int64_t i = begin;
   for (; i + kTile * kWidth<A> <= end; i += kTile * kWidth<A>) body(i, std::integral_constant<int, kTile>{}, Vec<A>{});
-  lanes<A>(end - i, [&](int64_t j, auto type) { body(i + j, std::integral_constant<int, 1>{}, type); });
+  lanes<A>(end - i, [&](int64_t j, auto type) { body(i + j, One{}, type); });
 }
 
 // One by one, because GCC clears a whole array by a string instruction that costs more than the tile.
@@ -42,36 +47,47 @@ SE_INLINE void clear(V (&sums)[kI][kJ]) {
 template <class A, class W>
 void product(const W* m, const W* bias, const A* v, A* out, int64_t rows, int64_t depth, int64_t n0, int64_t n1,
              int64_t i0, int64_t i1) {
-  tiles<kRows>(i0, i1, [&](int64_t i, auto tile_rows) {
-    tiles<kColumns>(n0, n1, [&](int64_t n, auto tile_samples) {
-      constexpr int kI = decltype(tile_rows)::value, kN = decltype(tile_samples)::value;
-      Vec<A> sums[kI][kN];
-      A rest[kI][kN];
-      clear(sums);
-      clear(rest);
-      int64_t k = 0;
-      for (; k + kWidth<A> <= depth; k += kWidth<A>) {
-        for (int b = 0; b < kI; ++b) {
-          const auto weights = load<Vec<A>>(m + (i + b) * depth + k);
-          for (int s = 0; s < kN; ++s) {
-            sums[b][s] = multiply_add(weights, load<Vec<A>>(v + (n + s) * depth + k), sums[b][s]);
-          }
+  auto tile = [&](int64_t i, int64_t n, auto tile_rows, auto tile_samples) {
+    constexpr int kI = decltype(tile_rows)::value, kN = decltype(tile_samples)::value;
+    Vec<A> sums[kI][kN];
+    A rest[kI][kN];
+    clear(sums);
+    clear(rest);
+    int64_t k = 0;
+    for (; k + kWidth<A> <= depth; k += kWidth<A>) {
+      for (int b = 0; b < kI; ++b) {
+        const auto weights = load<Vec<A>>(m + (i + b) * depth + k);
+        for (int s = 0; s < kN; ++s) {
+          sums[b][s] = multiply_add(weights, load<Vec<A>>(v + (n + s) * depth + k), sums[b][s]);
         }
       }
-      for (; k < depth; ++k) {
-        for (int b = 0; b < kI; ++b) {
-          for (int s = 0; s < kN; ++s) {
-            rest[b][s] = multiply_add(load<A>(m + (i + b) * depth + k), v[(n + s) * depth + k], rest[b][s]);
-          }
-        }
-      }
+    }
+    for (; k < depth; ++k) {
       for (int b = 0; b < kI; ++b) {
         for (int s = 0; s < kN; ++s) {
-          const A sum = horizontal_sum<A>(sums[b][s]) + rest[b][s];
-          out[(n + s) * rows + i + b] = bias ? sum + load<A>(bias + i + b) : sum;
+          rest[b][s] = multiply_add(load<A>(m + (i + b) * depth + k), v[(n + s) * depth + k], rest[b][s]);
         }
       }
-    });
+    }
+    if constexpr (kN == 1 && kI % kWidth<A> == 0) {
+      for (int b = 0; b < kI; b += kWidth<A>) {
+        const Vec<A> sum = horizontal_sums<A>(&sums[b][0]) + load<Vec<A>>(&rest[b][0]);
+        store(out + n * rows + i + b, bias ? sum + load<Vec<A>>(bias + i + b) : sum);
+      }
+      return;
+    }
+    for (int b = 0; b < kI; ++b) {
+      for (int s = 0; s < kN; ++s) {
+        const A sum = horizontal_sum<A>(sums[b][s]) + rest[b][s];
+        out[(n + s) * rows + i + b] = bias ? sum + load<A>(bias + i + b) : sum;
+      }
+    }
+  };
+  if (n1 - n0 == 1) {
+    return tiles<kTileRows<A>>(i0, i1, [&](int64_t i, auto tile_rows) { tile(i, n0, tile_rows, One{}); });
+  }
+  tiles<kRows>(i0, i1, [&](int64_t i, auto tile_rows) {
+    tiles<kColumns>(n0, n1, [&](int64_t n, auto tile_samples) { tile(i, n, tile_rows, tile_samples); });
   });
 }
 

@@ -64,33 +64,32 @@ void squeeze_rows(const Forward& f, const T* x, A* z, int64_t begin, int64_t end
   }
 }
 
-// Sums and maxima over positions [l0, l1) of one sample, channels [0, C).
+// Sums and maxima over positions [l0, l1) of one sample, channels [c0, c1); c1 - c0 <= kBlock.
 template <class T, class A = Accumulator<T>>
-void squeeze_positions(const Forward& f, const T* sample, int64_t l0, int64_t l1, A* sums, A* maxima) {
+void squeeze_positions(const Forward& f, const T* sample, int64_t l0, int64_t l1, int64_t c0, int64_t c1, A* sums,
+                       A* maxima) {
   alignas(64) A buffer[kBlock];
   const bool sum = f.options.squeeze != Squeeze::kMax, max = f.options.squeeze != Squeeze::kMean;
-  for (int64_t c = 0; c < f.c; ++c) {
-    if (sum) sums[c] = 0;
-    if (max) maxima[c] = -__builtin_huge_val();
+  const int64_t n = c1 - c0;
+  for (int64_t i = 0; i < n; ++i) {
+    if (sum) sums[i] = 0;
+    if (max) maxima[i] = -__builtin_huge_val();
   }
   for (int64_t l = l0; l < l1; ++l) {
-    for (int64_t c = 0; c < f.c; c += kBlock) {
-      const int64_t n = f.c - c < kBlock ? f.c - c : kBlock;
-      const T* span = sample + l * f.c + c;
-      if (f.options.pre_act == Activation::kIdentity && !max) {
-        lanes<A>(n, [&](int64_t i, auto type) {
-          using V = decltype(type);
-          store(sums + c + i, load<V>(sums + c + i) + load<V>(span + i));
-        });
-        continue;
-      }
-      const A* u = stage(span, n, f.options.pre_act, f.options, buffer);
+    const T* span = sample + l * f.c + c0;
+    if (f.options.pre_act == Activation::kIdentity && !max) {
       lanes<A>(n, [&](int64_t i, auto type) {
         using V = decltype(type);
-        if (sum) store(sums + c + i, load<V>(sums + c + i) + load<V>(u + i));
-        if (max) store(maxima + c + i, max_keep_nan(load<V>(maxima + c + i), load<V>(u + i)));
+        store(sums + i, load<V>(sums + i) + load<V>(span + i));
       });
+      continue;
     }
+    const A* u = stage(span, n, f.options.pre_act, f.options, buffer);
+    lanes<A>(n, [&](int64_t i, auto type) {
+      using V = decltype(type);
+      if (sum) store(sums + i, load<V>(sums + i) + load<V>(u + i));
+      if (max) store(maxima + i, max_keep_nan(load<V>(maxima + i), load<V>(u + i)));
+    });
   }
 }
 
@@ -131,32 +130,37 @@ SE_INLINE void scale(const Forward& f, bool plain, int64_t offset, int64_t count
 
 // z for samples [n0, n1).
 template <class T, class A = Accumulator<T>>
-void squeeze(const Forward& f, const Buffers<A>& b, const Pool& pool, int64_t n0, int64_t n1) {
+void squeeze(const Forward& f, const Buffers<A>& b, Worker& worker, int64_t n0, int64_t n1) {
   const T* x = static_cast<const T*>(f.x);
   if (!f.channels_last) {
-    parallel(pool, (n1 - n0) * f.c, at_least_one(kGrain / f.l),
-             [&](int64_t begin, int64_t end) { squeeze_rows(f, x, b.z, n0 * f.c + begin, n0 * f.c + end); });
+    // By channels, as below, so that a worker scales the rows that it has squeezed.
+    worker.share(f.c, kTileRows<A>, [&](int64_t c0, int64_t c1) {
+      for (int64_t n = n0; n < n1; ++n) squeeze_rows(f, x, b.z, n * f.c + c0, n * f.c + c1);
+    });
     return;
   }
-  const int64_t groups = position_groups(f);
-  parallel(pool, (n1 - n0) * groups, at_least_one(kGrain * groups / (f.c * f.l)), [&](int64_t begin, int64_t end) {
-    for (int64_t i = n0 * groups + begin; i < n0 * groups + end; ++i) {
-      const int64_t n = i / groups, group = i % groups;
-      squeeze_positions(f, x + n * f.c * f.l, f.l * group / groups, f.l * (group + 1) / groups, b.sums + i * f.c,
-                        b.maxima + i * f.c);
+  const int64_t groups = position_groups(f), blocks = divide_up(f.c, kBlock);
+  worker.share((n1 - n0) * groups * blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = n0 * groups * blocks + begin; i < n0 * groups * blocks + end; ++i) {
+      const int64_t span = i / blocks, n = span / groups, group = span % groups;
+      const int64_t c0 = i % blocks * kBlock, c1 = c0 + kBlock < f.c ? c0 + kBlock : f.c;
+      squeeze_positions(f, x + n * f.c * f.l, f.l * group / groups, f.l * (group + 1) / groups, c0, c1,
+                        b.sums + span * f.c + c0, b.maxima + span * f.c + c0);
     }
   });
-  for (int64_t n = n0; n < n1; ++n) {
-    lanes<A>(f.c, [&](int64_t c, auto type) {
-      using V = decltype(type);
-      V sum{}, max = splat<V>(-__builtin_huge_val());
-      for (int64_t i = n * groups; i < (n + 1) * groups; ++i) {
-        if (f.options.squeeze != Squeeze::kMax) sum += load<V>(b.sums + i * f.c + c);
-        if (f.options.squeeze != Squeeze::kMean) max = max_keep_nan(max, load<V>(b.maxima + i * f.c + c));
-      }
-      store(b.z + n * f.c + c, squeezed(f.options.squeeze, sum, max, f.l));
-    });
-  }
+  worker.share(f.c, kBlock, [&](int64_t c0, int64_t c1) {
+    for (int64_t n = n0; n < n1; ++n) {
+      lanes<A>(c1 - c0, [&](int64_t j, auto type) {
+        using V = decltype(type);
+        V sum{}, max = splat<V>(-__builtin_huge_val());
+        for (int64_t i = n * groups; i < (n + 1) * groups; ++i) {
+          if (f.options.squeeze != Squeeze::kMax) sum += load<V>(b.sums + i * f.c + c0 + j);
+          if (f.options.squeeze != Squeeze::kMean) max = max_keep_nan(max, load<V>(b.maxima + i * f.c + c0 + j));
+        }
+        store(b.z + n * f.c + c0 + j, squeezed(f.options.squeeze, sum, max, f.l));
+      });
+    }
+  });
 }
 
 // p1 and h for rows [r0, r1) of the first layer.
@@ -187,15 +191,13 @@ void excite_gate(const Forward& f, const Buffers<A>& b, int64_t n0, int64_t n1, 
 }
 
 template <class T, class A = Accumulator<T>>
-void forward_group(const Forward& f, const Buffers<A>& b, const Pool& pool, int64_t n0, int64_t n1) {
-  squeeze<T>(f, b, pool, n0, n1);
-  const int64_t samples = n1 - n0, depth = f.r ? f.r : f.c;
+void forward_group(const Forward& f, const Buffers<A>& b, Worker& worker, int64_t n0, int64_t n1) {
   const bool plain =
       f.options.pre_act == Activation::kIdentity && f.options.post_act == Activation::kIdentity && !f.residual;
-  parallel(pool, f.r, at_least_one(kGrain / (samples * f.c)),
-           [&](int64_t r0, int64_t r1) { excite_hidden(f, b, n0, n1, r0, r1); });
+  squeeze<T>(f, b, worker, n0, n1);
+  worker.share(f.r, kTileRows<A>, [&](int64_t r0, int64_t r1) { excite_hidden(f, b, n0, n1, r0, r1); });
   if (!f.channels_last) {
-    parallel(pool, f.c, at_least_one(kGrain / (samples * (depth + f.l))), [&](int64_t c0, int64_t c1) {
+    worker.share(f.c, kTileRows<A>, [&](int64_t c0, int64_t c1) {
       excite_gate(f, b, n0, n1, c0, c1);
       for (int64_t n = n1 - 1; n >= n0; --n) {
         for (int64_t row = n * f.c + c0; row < n * f.c + c1; ++row) {
@@ -205,9 +207,8 @@ void forward_group(const Forward& f, const Buffers<A>& b, const Pool& pool, int6
     });
     return;
   }
-  parallel(pool, f.c, at_least_one(kGrain / (samples * depth)),
-           [&](int64_t c0, int64_t c1) { excite_gate(f, b, n0, n1, c0, c1); });
-  parallel(pool, samples * f.l, at_least_one(kGrain / f.c), [&](int64_t begin, int64_t end) {
+  worker.share(f.c, kTileRows<A>, [&](int64_t c0, int64_t c1) { excite_gate(f, b, n0, n1, c0, c1); });
+  worker.share((n1 - n0) * f.l, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = n0 * f.l + begin; i < n0 * f.l + end; ++i) {
       const A* s = b.s + i / f.l * f.c;
       scale<T>(f, plain, i * f.c, f.c, [&](int64_t c) { return AlongPosition<A>{s + c}; });
@@ -217,23 +218,17 @@ void forward_group(const Forward& f, const Buffers<A>& b, const Pool& pool, int6
 
 }  // namespace
 
-size_t forward_scratch(const Forward& f) {
-  Arena arena(nullptr);
-  if (f.dtype == DType::kFloat64) {
-    Buffers<double>(f, arena);
-  } else {
-    Buffers<float>(f, arena);
-  }
-  return arena.bytes();
-}
+size_t forward_scratch(const Forward& f) { return scratch_bytes<Buffers>(f); }
 
 void forward(const Forward& f, const Pool& pool, void* scratch) {
   with_map_type(f.dtype, [&](auto type) {
     using T = decltype(type);
     Arena arena(scratch);
     const Buffers<Accumulator<T>> buffers(f, arena);
-    for_each_group(f, pool, sizeof(T),
-                   [&](const Pool& inner, int64_t n0, int64_t n1) { forward_group<T>(f, buffers, inner, n0, n1); });
+    with_team(pool, f.n * f.c * (f.l + 2 * f.r), [&](Worker& team) {
+      for_each_group(f, team, sizeof(T),
+                     [&](Worker& worker, int64_t n0, int64_t n1) { forward_group<T>(f, buffers, worker, n0, n1); });
+    });
   });
 }
 

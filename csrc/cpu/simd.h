@@ -210,6 +210,24 @@ SE_INLINE A horizontal_sum(Vec<A> v) {
   return v[0];
 }
 
+// Blocks of kHalf lanes, those of p and of q by turns: the sums of the two halves of their blocks of 2 kHalf.
+template <int kHalf, class V, int... kLane>
+SE_INLINE V sum_halves(V p, V q, std::integer_sequence<int, kLane...>) {
+  constexpr int kOther = static_cast<int>(sizeof...(kLane)) - kHalf;  // from p's lane to that of q in its place
+  return __builtin_shufflevector(p, q, (kLane & kHalf ? kLane + kOther : kLane)...) +
+         __builtin_shufflevector(p, q, (kLane & kHalf ? kLane + kOther + kHalf : kLane + kHalf)...);
+}
+// Lane i: horizontal_sum(v[i]), to the last bit.
+template <class A, int kHalf = kWidth<A> / 2>
+SE_INLINE Vec<A> horizontal_sums(const Vec<A>* v) {
+  Vec<A> sums[kHalf];
+  for (int i = 0; i < kHalf; ++i) {
+    sums[i] = sum_halves<kHalf>(v[i], v[i + kHalf], std::make_integer_sequence<int, kWidth<A>>{});
+  }
+  if constexpr (kHalf > 1) return horizontal_sums<A, kHalf / 2>(sums);
+  return sums[0];
+}
+
 // A sum or maximum over many elements in a fixed order: kUnroll vectors, because one is bound by the latency of its
 // adds.
 template <class A, bool kMax>
