@@ -88,7 +88,4 @@ struct Plan {
 // "two_pass" or nothing, then any of width=, lanes=, splits=, per_block= and fused_hidden=, separated by spaces.
 Plan make_plan(const Call& call, const Device& device, const std::string& forced = "");
 
-inline int64_t element_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
-inline int64_t accumulator_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
-
 }  // namespace se

@@ -31,6 +31,8 @@ constexpr int kActivations = static_cast<int>(Activation::kHardSigmoid) + 1;
 enum class Squeeze : int32_t { kMean, kMax, kMeanMax };
 
 enum class DType : int32_t { kFloat32, kFloat64, kFloat16, kBFloat16 };
+inline int64_t element_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
+inline int64_t accumulator_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
 
 struct Options {
   Activation act, gate, pre_act, post_act;

@@ -62,9 +62,7 @@ void expect_new_pages([[maybe_unused]] const void* map, [[maybe_unused]] size_t 
 #endif
 }
 
-size_t map_bytes(const se::Problem& p) {
-  return p.n * p.c * p.l * (p.dtype == se::DType::kFloat64 ? 8 : p.dtype == se::DType::kFloat32 ? 4 : 2);
-}
+size_t map_bytes(const se::Problem& p) { return p.n * p.c * p.l * se::element_bytes(p.dtype); }
 
 using Scratch = std::unique_ptr<void, decltype(&std::free)>;
 Scratch allocate(size_t bytes) {

@@ -1,0 +1,144 @@
+"""Compiles the CUDA kernels for every architecture, without a GPU, and fails on what would be slow or would not load.
+
+A warning, a register spill, static shared memory, other registers than the committed table's (`--update` rewrites it),
+a hot kernel without 16-byte loads and stores, a library that torch cannot load or that needs a symbol which torch 2.10
+does not have.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import triton
+
+import se_fused  # noqa: F401  defines the operators that the library registers for
+from se_fused import build
+
+ROOT = Path(__file__).resolve().parents[1]
+TABLE = ROOT / "csrc" / "cuda" / "registers.csv"
+SYMBOLS = ROOT / "tests" / "torch_2_10_symbols.txt"
+SASS_OF = "90"
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+def run(*command: str | Path, **environment: str) -> str:
+    done = subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, check=False, env={**os.environ, **environment}
+    )
+    if done.returncode != 0:
+        sys.exit(f"{' '.join(str(word) for word in command)}\n{done.stdout}{done.stderr}")
+    return done.stdout + done.stderr
+
+
+def short(names: list[str]) -> list[str]:
+    """Demangled, without namespaces and parameters."""
+    text = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
+    short = []
+    for name in text.splitlines():
+        name = re.sub(r"\(anonymous namespace\)::|_GLOBAL__N__\w+::|se::cuda::|se::|^void ", "", name)
+        short.append(re.sub(r"\(.*", "", name).replace(" >", ">"))
+    return short
+
+
+def compile_one(source: Path, architecture: str, folder: Path) -> dict[str, int]:
+    """The registers of each kernel. The object stays in `folder` for SASS_OF."""
+    kind = ["-c"] if architecture == SASS_OF else ["-cubin"]
+    out = folder / f"{source.stem}.{architecture}.o"
+    flags = ["-Werror", "all-warnings", "-Xptxas", "-v,-warn-spills,-Werror", f"-arch=sm_{architecture}"]
+    log = run(build.nvcc(), *build.NVCC_FLAGS, *flags, *kind, source, "-o", out)
+    found = re.findall(r"Compiling entry function '(\w+)'.*?Used (\d+) registers([^\n]*)", log, re.DOTALL)
+    for name, _, rest in found:
+        if "smem" in rest:
+            sys.exit(f"{name} for sm_{architecture} has static shared memory:{rest}")
+    return dict(zip(short([name for name, _, _ in found]), (int(count) for _, count, _ in found), strict=True))
+
+
+def compare(registers: dict[tuple[str, str], int], update: bool) -> None:
+    kernels = sorted({kernel for kernel, _ in registers})
+    rows = [[kernel, *(str(registers[kernel, sm]) for sm in build.ARCHITECTURES)] for kernel in kernels]
+    version = re.search(r"release ([\d.]+)", run(build.nvcc(), "--version"))
+    assert version is not None
+    header = [f"registers, nvcc {version[1]}", *(f"sm_{sm}" for sm in build.ARCHITECTURES)]
+    if update:
+        with TABLE.open("w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([header, *rows])
+        return
+    with TABLE.open(newline="") as file:
+        known = list(csv.reader(file))
+    if known[0] != header:
+        print(f"the table is of '{known[0][0]}', this is '{header[0]}': not compared")
+    elif known[1:] != rows:
+        changed = [row for row in rows if row not in known] + [["gone:", *row] for row in known[1:] if row not in rows]
+        sys.exit(f"{TABLE.name} differs; .ci/cuda_gate.py --update rewrites it:\n" + "\n".join(map(" ".join, changed)))
+
+
+def check_wide_accesses(objects: list[Path]) -> None:
+    hot = 0
+    for path in objects:
+        sass = run(TOOLS / "cuobjdump", "-sass", path, PATH=f"{TOOLS}:{os.environ['PATH']}")
+        parts = re.split(r"\n\s+Function : (\w+)\n", sass)[1:]
+        for name, code in zip(short(parts[::2]), parts[1::2], strict=True):
+            writes = re.match(r"(scale|distribute)_", name) is not None
+            if "double" in name or not (writes or name.startswith("reduce_")):
+                continue
+            width = re.search(r"_positions<\w+, (\d+)|^reduce_\w+<(\d+)", name)
+            element = 4 if "float>" in name or "<float" in name else 2
+            if width and int(width[1] or width[2]) * element < 16:
+                continue
+            hot += 1
+            for wanted in ["LDG", "STG"][: 1 + writes]:
+                if not re.search(rf"{wanted}\.E\S*\.128", code):
+                    sys.exit(f"{name}: no {wanted}.E.128 in its SASS")
+    if hot < 20:
+        sys.exit(f"only {hot} hot kernels found in the SASS")
+    print(f"16-byte accesses in all {hot} hot kernels")
+
+
+def check_library(objects: list[Path], folder: Path) -> None:
+    flags = [build._compiler(), *build._FLAGS]
+    run(*flags, *build.binding_flags(), "-c", build.SOURCES / "cuda" / "binding.cpp", "-o", folder / "binding.o")
+    run(*flags, "-c", build.SOURCES / "plan.cpp", "-o", folder / "plan.o")
+    library = folder / "libse_fused_cuda.so"
+    objects = [*objects, folder / "binding.o", folder / "plan.o"]
+    run(build.nvcc(), "-shared", *objects, "-o", library, *build.link_flags())
+    known = set(SYMBOLS.read_text().split())
+    for path in (library, build.library("cpu")):
+        undefined = re.findall(r"\b((?:aoti_)?torch_\w+)$", run("nm", "-D", "--undefined-only", path), re.MULTILINE)
+        missing = sorted(set(undefined) - known)
+        if not undefined or missing:
+            sys.exit(f"{path.name} needs what torch 2.10 does not export: {missing}")
+    torch.ops.load_library(library)
+    if "CUDA: registered at" not in torch._C._dispatch_dump("se_fused::backward_out"):
+        sys.exit("the library registers nothing for CUDA")
+    print("the library loads beside a torch without CUDA and needs nothing newer than torch 2.10")
+
+
+def main() -> None:
+    sources = sorted((build.SOURCES / "cuda").glob("*.cu"))
+    registers: dict[tuple[str, str], int] = {}
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(os.cpu_count()) as pool:
+        folder = Path(name)
+        jobs = {
+            (source, sm): pool.submit(compile_one, source, sm, folder)
+            for source in sources
+            for sm in build.ARCHITECTURES
+        }
+        for (source, sm), job in jobs.items():
+            registers |= {(kernel, sm): count for kernel, count in job.result().items()}
+            print(f"compiled {source.name} for sm_{sm}", flush=True)
+        compare(registers, "--update" in sys.argv)
+        objects = [folder / f"{source.stem}.{SASS_OF}.o" for source in sources]
+        check_wide_accesses(objects)
+        check_library(objects, folder)
+
+
+if __name__ == "__main__":
+    main()
