@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +35,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("tests", "sanitizers", "bench")
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 ROUNDS = 7
-GRAPH_CALLS = 32  # in one graph, so that the gaps between replays do not count
-COLD_L2 = 3  # buffers rotate over so many times the L2
+LEAST_CALLS = 32  # in one graph, so that the gaps between replays do not count
+COLD_L2, MOST_SETS = 3, 1024  # buffers rotate over so many times the L2, but are no more than this
 FIELDS = (
     "date", "commit", "gpu", "driver", "torch", "shape", "r", "dtype", "layout", "direction", "mode", "variant",
     "p20_us", "p50_us", "p80_us", "bytes", "floor_us", "copy_gb_s",
@@ -109,16 +110,21 @@ def spread(values: list[float]) -> tuple[float, float, float]:
 
 
 def graph_times(functions: list[Callable[[], object]]) -> list[float]:
-    """Microseconds a call, of GRAPH_CALLS calls in one graph, once for each round."""
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
+    """Microseconds a call, of calls to all `functions` in turn in one graph, once for each round.
+
+    As many results as functions stay alive, so that results rotate over memory as inputs do.
+    """
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
         for function in functions[:3]:
             function()
     torch.cuda.synchronize()
+    count = max(LEAST_CALLS, len(functions))
+    results: deque[object] = deque(maxlen=len(functions))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for function in itertools.islice(itertools.cycle(functions), GRAPH_CALLS):
-            function()
+        for function in itertools.islice(itertools.cycle(functions), count):
+            results.append(function())
     graph.replay()
     times = []
     for _ in range(ROUNDS):
@@ -127,7 +133,7 @@ def graph_times(functions: list[Callable[[], object]]) -> list[float]:
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(1e3 * start.elapsed_time(end) / GRAPH_CALLS)
+        times.append(1e3 * start.elapsed_time(end) / count)
     return times
 
 
@@ -139,10 +145,10 @@ def eager_times(function: Callable[[], object]) -> list[float]:
     for _ in range(ROUNDS):
         torch.cuda.synchronize()
         start = time.perf_counter()
-        for _ in range(GRAPH_CALLS):
+        for _ in range(LEAST_CALLS):
             function()
         torch.cuda.synchronize()
-        times.append(1e6 * (time.perf_counter() - start) / GRAPH_CALLS)
+        times.append(1e6 * (time.perf_counter() - start) / LEAST_CALLS)
     return times
 
 
@@ -178,7 +184,7 @@ def bench(out: Path, budget_s: float) -> None:
                 typer.echo("out of time: the rows that are left have not run")
                 return
             sets = -(-COLD_L2 * properties.L2_cache_size // row.bytes()) + 1
-            functions = calls(row, variant, min(sets, GRAPH_CALLS))
+            functions = calls(row, variant, min(sets, MOST_SETS))
             with torch.set_grad_enabled(row.direction == "both"):
                 measured = {"cold": graph_times(functions), "warm": graph_times(functions[:1])}
                 measured["eager"] = eager_times(functions[0])

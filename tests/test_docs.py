@@ -30,11 +30,10 @@ def test_the_readmes_python_prints_what_it_says():
 def test_every_path_exists(name):
     text = (ROOT / name).read_text()
     paths = set(re.findall(r"\]\((?!http)([^)#]+)\)", text))
-    paths |= {p for p in re.findall(r"`([\w./-]+)`", text) if "/" in p or p.endswith((".py", ".h", ".cpp", ".txt"))}
-    missing = [
-        p for p in paths if not any((ROOT / folder / p).exists() for folder in ("", "se_fused", "csrc", "csrc/cpu"))
-    ]
-    assert not missing
+    suffixes = (".py", ".h", ".cpp", ".cu", ".cuh", ".csv", ".txt")
+    paths |= {p for p in re.findall(r"`([\w./-]+)`", text) if "/" in p or p.endswith(suffixes)}
+    folders = ("", "se_fused", "csrc", "csrc/cpu", "csrc/cuda")
+    assert not [p for p in paths if not any((ROOT / folder / p).exists() for folder in folders)]
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

@@ -88,13 +88,13 @@ def check_gradients(case, how):
 
 
 @given(cases().map(small), st.sampled_from(HOW))
-@settings(max_examples=120, phases=NO_SHRINKING)
+@settings(max_examples=60, phases=NO_SHRINKING)
 def test_every_option_shape_dtype_and_layout(case, how):
     check_forward(case, how)
 
 
 @given(cases(pre_acts=ORDER_KEEPING).map(small), st.sampled_from(HOW))
-@settings(max_examples=80, phases=NO_SHRINKING)
+@settings(max_examples=40, phases=NO_SHRINKING)
 def test_every_gradient(case, how):
     check_gradients(case, how)
 
