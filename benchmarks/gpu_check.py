@@ -33,6 +33,7 @@ from .shapes import GPU, Shape
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("tests", "sanitizers", "bench")
+VARIANTS = ("cuda", "triton", "eager", "compile")
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 ROUNDS = 7
 LEAST_CALLS = 32  # in one graph, so that the gaps between replays do not count
@@ -86,7 +87,8 @@ def calls(row: Row, variant: str, sets: int) -> list[Callable[[], object]]:
     """The same call on `sets` sets of buffers. Random, because zeros can run faster than real data."""
     shape = row.shape
     torch.manual_seed(0)
-    module: nn.Module = (Fused if variant == "fused" else Eager)(shape.c, shape.r).cuda().to(row.dtype)
+    kind = Fused if variant in backends.BACKENDS else Eager
+    module: nn.Module = kind(shape.c, shape.r).cuda().to(row.dtype)
     memory_format = torch.channels_last if row.layout == "channels_last" else torch.contiguous_format
     if variant == "compile":
         torch._dynamo.reset()
@@ -179,13 +181,14 @@ def bench(out: Path, budget_s: float) -> None:
     with (out / "layer_gpu.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         writer.writeheader()
-        for row, variant in itertools.product(rows(), ("fused", "eager", "compile")):
+        for row, variant in itertools.product(rows(), VARIANTS):
             if time.monotonic() > end:
                 typer.echo("out of time: the rows that are left have not run")
                 return
             sets = -(-COLD_L2 * properties.L2_cache_size // row.bytes()) + 1
             functions = calls(row, variant, min(sets, MOST_SETS))
-            with torch.set_grad_enabled(row.direction == "both"):
+            backend = variant if variant in backends.BACKENDS else "auto"
+            with torch.set_grad_enabled(row.direction == "both"), se_fused.use_backend(backend):
                 measured = {"cold": graph_times(functions), "warm": graph_times(functions[:1])}
                 measured["eager"] = eager_times(functions[0])
             for mode, times in measured.items():
@@ -226,21 +229,27 @@ def sanitizers(out: Path) -> bool:
 
 
 def tests(out: Path) -> bool:
-    with se_fused.use_backend("cuda"):
+    results = [_tests_of(backend, out) for backend in ("cuda", "triton")]
+    passed = all(results)
+    if any(importlib.util.find_spec(name) is None for name in ("pytest", "hypothesis")):
+        typer.echo("not run: tests/test_cuda.py and tests/test_triton.py, for want of pytest or hypothesis")
+        return passed
+    with (out / "pytest.log").open("w") as log:
+        command = [sys.executable, "-m", "pytest", "-o", "addopts=", "tests/test_cuda.py", "tests/test_triton.py"]
+        done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, check=False)
+    typer.echo(f"the GPU's tests: {'passed' if done.returncode == 0 else f'exit {done.returncode}'}")
+    return passed and done.returncode == 0
+
+
+def _tests_of(backend: str, out: Path) -> bool:
+    with se_fused.use_backend(backend):
         results = list(verify.run("cuda"))
     wrong = [
         f"{case}: {worst} {error:.1e}" for case, error, worst in results if error > verify.tolerance(case.precision)
     ]
-    (out / "verify.log").write_text("\n".join(wrong))
-    typer.echo(f"verify: {len(results)} cases, {len(wrong)} wrong")
-    if any(importlib.util.find_spec(name) is None for name in ("pytest", "hypothesis")):
-        typer.echo("not run: tests/test_cuda.py, for want of pytest or hypothesis")
-        return not wrong
-    with (out / "test_cuda.log").open("w") as log:
-        command = [sys.executable, "-m", "pytest", "-o", "addopts=", "tests/test_cuda.py"]
-        done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, check=False)
-    typer.echo(f"tests/test_cuda.py: {'passed' if done.returncode == 0 else f'exit {done.returncode}'}")
-    return not wrong and done.returncode == 0
+    (out / f"verify_{backend}.log").write_text("\n".join(wrong))
+    typer.echo(f"verify {backend}: {len(results)} cases, {len(wrong)} wrong")
+    return not wrong
 
 
 def main(

@@ -1,10 +1,11 @@
-"""The command line: `python -m se_fused info | verify | replace | bench | demo`."""
+"""The command line: `python -m se_fused info | verify | plan | replace | bench | demo`."""
 
 from __future__ import annotations
 
 import copy
 import importlib
 import json
+import math
 import os
 import platform
 import runpy
@@ -127,10 +128,42 @@ def _model(spec: str) -> nn.Module:
     return model
 
 
+@app.command()
+def plan(
+    shape: Annotated[str, typer.Argument(help="Shape of x: 32x256x56x56, with 1 to 3 spatial sizes.")],
+    hidden: Annotated[int, typer.Option("--hidden", min=0, help="R, the width of the hidden layer; 0: one layer.")],
+    device: Annotated[str, typer.Option(help="A known GPU: H200, A100, T4, ...")] = "H200",
+    dtype: Annotated[str, typer.Option(help="float32, float64, float16 or bfloat16.")] = "float16",
+    channels_last: Annotated[bool, typer.Option("--channels-last", help="The order of x.")] = False,
+    backward: Annotated[bool, typer.Option("--backward", help="The gradients, instead of y.")] = False,
+    forced: Annotated[str, typer.Option(help="What the plan must have, such as 'splits=4 lanes=32'.")] = "",
+) -> None:
+    """Print what the CUDA kernels would launch for a call on some GPU, and the bytes they would move; needs no GPU."""
+    try:
+        sizes = _sizes(shape)
+    except ValueError:
+        sizes = []
+    if not 3 <= len(sizes) <= 5:
+        _fail(f"SHAPE is {shape!r}; wanted three to five sizes joined by x, such as 32x256x56x56")
+    n, c, *spatial = sizes
+    try:
+        native = build.load_facts()
+        chosen = native.plan(
+            native.preset(device), n=n, c=c, r=hidden, l=math.prod(spatial), dtype=dtype,
+            channels_last=channels_last, backward=backward, forced=forced,
+        )  # fmt: skip
+    except (ValueError, build.BuildError) as error:
+        _fail(str(error))
+    typer.echo(str(chosen))
+
+
+def _sizes(shape: str) -> list[int]:
+    return [int(size) for size in shape.split("x")]
+
+
 def _input(shape: str) -> torch.Tensor:
     try:
-        sizes = [int(size) for size in shape.split("x")]
-        return torch.randn(sizes, generator=torch.Generator().manual_seed(0))
+        return torch.randn(_sizes(shape), generator=torch.Generator().manual_seed(0))
     except (ValueError, RuntimeError):
         _fail(f"--input is {shape!r}; wanted sizes joined by x, such as 1x3x224x224")
 

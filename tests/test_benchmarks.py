@@ -15,12 +15,35 @@ import pytest
 import torch
 import typer
 from rich.console import Console
+from typer.testing import CliRunner
 
-from benchmarks import layer_cpu, layer_cpu_report, peers, report, shapes, timing
+from benchmarks import gpu_check, layer_cpu, layer_cpu_report, peers, report, shapes, timing
 from benchmarks.shapes import Shape
 from benchmarks.timing import Contender
 
 TINY = Shape(2, 12, 5, 7, r=3)
+GPU_CHECK = typer.Typer()
+GPU_CHECK.command()(gpu_check.main)
+
+
+def test_the_gpu_benchmark_times_latency_and_batches_in_both_layouts():
+    rows = list(gpu_check.rows())
+    assert rows[0].dtype is torch.float16
+    assert {(row.shape.n, row.layout, row.direction) for row in rows} >= set(
+        itertools.product((1, 32, 256), ("contiguous", "channels_last"), ("forward", "both"))
+    )
+    forward, both = (next(row for row in rows if row.direction == direction) for direction in ("forward", "both"))
+    map_bytes = forward.shape.c * forward.shape.h * forward.shape.w * 2
+    assert forward.bytes() == 2 * map_bytes
+    assert both.bytes() == 5 * map_bytes
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_gpu_benchmark_without_a_gpu_says_so():
+    done = CliRunner().invoke(GPU_CHECK, ["--parts", "bench"])
+    assert done.exit_code == 2
+    assert "the CUDA kernels cannot run here: there is no NVIDIA GPU" in done.stderr
+    assert CliRunner().invoke(GPU_CHECK, ["--parts", "everything"]).exit_code == 2
 
 
 class FakeClock:

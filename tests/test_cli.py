@@ -40,6 +40,31 @@ def run(*arguments):
     return CliRunner().invoke(cli.app, list(arguments))
 
 
+def test_plan_prints_launches_and_bytes_for_a_gpu_that_is_not_here():
+    done = run("plan", "32x256x56x56", "--hidden", "16", "--device", "A100")
+    assert done.exit_code == 0
+    assert re.search(r"squeeze: \d+ blocks", done.stdout)
+    assert f"maps: {2 * 32 * 256 * 56 * 56 * 2} bytes read, {32 * 256 * 56 * 56 * 2} written" in done.stdout
+    assert "weight_gradients" in run("plan", "32x256x56x56", "--hidden", "16", "--backward").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("32xa",), "SHAPE is '32xa'; wanted three to five sizes"),
+        (("32x256",), "SHAPE is '32x256'; wanted three to five sizes"),
+        (("1x8x7x7", "--device", "V100"), "device is 'V100'; wanted one of T4"),
+        (("1x8x7x7", "--dtype", "int8"), "dtype is 'int8'; wanted float32"),
+        (("1x8x7x7", "--forced", "width=16"), "width=16 with elements of 2 bytes, spans of 98 bytes"),
+        (("0x8x7x7",), "n is 0; wanted 1 or more"),
+    ],
+)
+def test_a_plan_that_cannot_be_made_says_why(arguments, message):
+    done = run("plan", *arguments, "--hidden", "2")
+    assert done.exit_code == 2
+    assert message in done.stderr
+
+
 def run_process(*arguments, cwd=None):
     command = [sys.executable, "-m", "se_fused", *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120, check=False)
