@@ -88,13 +88,13 @@ def check_gradients(case, how):
 
 
 @given(cases().map(small), st.sampled_from(HOW))
-@settings(max_examples=60, phases=NO_SHRINKING)
+@settings(max_examples=40, phases=NO_SHRINKING)
 def test_every_option_shape_dtype_and_layout(case, how):
     check_forward(case, how)
 
 
 @given(cases(pre_acts=ORDER_KEEPING).map(small), st.sampled_from(HOW))
-@settings(max_examples=40, phases=NO_SHRINKING)
+@settings(max_examples=25, phases=NO_SHRINKING)
 def test_every_gradient(case, how):
     check_gradients(case, how)
 
@@ -115,9 +115,8 @@ def test_real_and_odd_shapes(n, c, r, spatial, layout, how):
     check_gradients(Case(n=n, c=c, r=r, spatial=spatial, layout=layout, options={"squeeze": "mean_max"}), how)
 
 
-@pytest.mark.parametrize("squeeze", ["mean", "max"])
 @pytest.mark.parametrize("name", ACTIVATIONS)
-@pytest.mark.parametrize("place", ["act", "pre_act", "post_act"])
+@pytest.mark.parametrize(("place", "squeeze"), [("act", "mean"), ("pre_act", "max"), ("post_act", "mean")])
 def test_special_values_stay_in_their_sample(place, name, squeeze):
     specials = [float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e38, -1e38, 1e-40]
     case = Case(n=len(specials) + 1, c=4, r=2, spatial=(2, 3), options={place: name, "squeeze": squeeze})
