@@ -64,32 +64,34 @@ void squeeze_rows(const Forward& f, const T* x, A* z, int64_t begin, int64_t end
   }
 }
 
-// Sums and maxima over positions [l0, l1) of one sample, channels [c0, c1); c1 - c0 <= kBlock.
+// Sums and maxima over positions [l0, l1) of one sample, channels [c0, c1).
 template <class T, class A = Accumulator<T>>
 void squeeze_positions(const Forward& f, const T* sample, int64_t l0, int64_t l1, int64_t c0, int64_t c1, A* sums,
                        A* maxima) {
   alignas(64) A buffer[kBlock];
   const bool sum = f.options.squeeze != Squeeze::kMax, max = f.options.squeeze != Squeeze::kMean;
-  const int64_t n = c1 - c0;
-  for (int64_t i = 0; i < n; ++i) {
-    if (sum) sums[i] = 0;
-    if (max) maxima[i] = -__builtin_huge_val();
+  for (int64_t c = c0; c < c1; ++c) {
+    if (sum) sums[c] = 0;
+    if (max) maxima[c] = -__builtin_huge_val();
   }
   for (int64_t l = l0; l < l1; ++l) {
-    const T* span = sample + l * f.c + c0;
-    if (f.options.pre_act == Activation::kIdentity && !max) {
+    for (int64_t c = c0; c < c1; c += kBlock) {
+      const int64_t n = c1 - c < kBlock ? c1 - c : kBlock;
+      const T* span = sample + l * f.c + c;
+      if (f.options.pre_act == Activation::kIdentity && !max) {
+        lanes<A>(n, [&](int64_t i, auto type) {
+          using V = decltype(type);
+          store(sums + c + i, load<V>(sums + c + i) + load<V>(span + i));
+        });
+        continue;
+      }
+      const A* u = stage(span, n, f.options.pre_act, f.options, buffer);
       lanes<A>(n, [&](int64_t i, auto type) {
         using V = decltype(type);
-        store(sums + i, load<V>(sums + i) + load<V>(span + i));
+        if (sum) store(sums + c + i, load<V>(sums + c + i) + load<V>(u + i));
+        if (max) store(maxima + c + i, max_keep_nan(load<V>(maxima + c + i), load<V>(u + i)));
       });
-      continue;
     }
-    const A* u = stage(span, n, f.options.pre_act, f.options, buffer);
-    lanes<A>(n, [&](int64_t i, auto type) {
-      using V = decltype(type);
-      if (sum) store(sums + i, load<V>(sums + i) + load<V>(u + i));
-      if (max) store(maxima + i, max_keep_nan(load<V>(maxima + i), load<V>(u + i)));
-    });
   }
 }
 
@@ -139,13 +141,15 @@ void squeeze(const Forward& f, const Buffers<A>& b, Worker& worker, int64_t n0, 
     });
     return;
   }
-  const int64_t groups = position_groups(f), blocks = divide_up(f.c, kBlock);
-  worker.share((n1 - n0) * groups * blocks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = n0 * groups * blocks + begin; i < n0 * groups * blocks + end; ++i) {
-      const int64_t span = i / blocks, n = span / groups, group = span % groups;
-      const int64_t c0 = i % blocks * kBlock, c1 = c0 + kBlock < f.c ? c0 + kBlock : f.c;
+  // Whole positions read faster than parts of them: 0.81 of the time at 16x1024x14x14.
+  const int64_t groups = position_groups(f), spans = (n1 - n0) * groups;
+  const int64_t blocks = spans < worker.count() ? divide_up(f.c, kBlock) : 1, width = blocks > 1 ? kBlock : f.c;
+  worker.share(spans * blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t span = n0 * groups + i / blocks, n = span / groups, group = span % groups;
+      const int64_t c0 = i % blocks * width, c1 = c0 + width < f.c ? c0 + width : f.c;
       squeeze_positions(f, x + n * f.c * f.l, f.l * group / groups, f.l * (group + 1) / groups, c0, c1,
-                        b.sums + span * f.c + c0, b.maxima + span * f.c + c0);
+                        b.sums + span * f.c, b.maxima + span * f.c);
     }
   });
   worker.share(f.c, kBlock, [&](int64_t c0, int64_t c1) {
