@@ -178,10 +178,14 @@ def bench(out: Path, budget_s: float) -> None:
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(), "commit": commit or "unknown",
         "gpu": properties.name, "driver": driver, "torch": torch.__version__, "copy_gb_s": f"{copy / 1e9:.0f}",
     }  # fmt: skip
+    no_triton = backends.why_not("triton", torch.device("cuda"))
+    if no_triton is not None:
+        typer.echo(f"not run: the Triton column: {no_triton}")
+    variants = [variant for variant in VARIANTS if variant != "triton" or no_triton is None]
     with (out / "layer_gpu.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         writer.writeheader()
-        for row, variant in itertools.product(rows(), VARIANTS):
+        for row, variant in itertools.product(rows(), variants):
             if time.monotonic() > end:
                 typer.echo("out of time: the rows that are left have not run")
                 return
@@ -242,6 +246,10 @@ def tests(out: Path) -> bool:
 
 
 def _tests_of(backend: str, out: Path) -> bool:
+    reason = backends.why_not(backend, torch.device("cuda"))
+    if reason is not None:
+        typer.echo(f"not run: verify {backend}: {reason}")
+        return True
     with se_fused.use_backend(backend):
         results = list(verify.run("cuda"))
     wrong = [

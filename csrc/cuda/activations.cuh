@@ -104,8 +104,8 @@ __device__ void differentiate_inline(Activation activation, const Options& o, A 
   }
 }
 
-// In float64 called, not inlined: its exponentials took a third of the time of compilation, and it is there to check
-// the others against.
+// In float64 called, not inlined, to keep its long exponentials out of every kernel: it is there to check the others
+// against.
 template <class A>
 __noinline__ __device__ A activate_called(Activation activation, const Options& o, A v) {
   A one[1] = {v};

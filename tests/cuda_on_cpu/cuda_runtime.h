@@ -2,8 +2,6 @@
 #pragma once
 
 #include <cmath>
-#include <stdexcept>
-#include <string>
 
 #include "machine.h"
 
@@ -50,7 +48,7 @@ template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                const Arguments&... arguments) {
   const dim3 &grid = config->gridDim, &block = config->blockDim;
-  cuda_on_cpu::run("kernel", {grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, config->dynamicSmemBytes,
+  cuda_on_cpu::run({grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, config->dynamicSmemBytes,
                    [&] { kernel(static_cast<Parameters>(arguments)...); });
   return cudaSuccess;
 }

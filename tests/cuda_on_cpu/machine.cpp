@@ -281,7 +281,7 @@ void check_access(const void* p, size_t bytes, bool write) {
   fail(std::string(write ? "a write" : "a read") + " of " + std::to_string(bytes) + " bytes out of bounds, " + near);
 }
 
-void run(const std::string& name, Index grid, Index block, size_t shared_bytes, const std::function<void()>& kernel) {
+void run(Index grid, Index block, size_t shared_bytes, const std::function<void()>& kernel) {
   const int count = static_cast<int>(block.x * block.y * block.z);
   while (machine.fibers.size() < static_cast<size_t>(count)) machine.fibers.push_back(std::make_unique<Fiber>());
   machine.kernel = &kernel;
@@ -291,13 +291,11 @@ void run(const std::string& name, Index grid, Index block, size_t shared_bytes, 
   std::shuffle(order.begin(), order.end(), machine.random);
   for (const unsigned i : order) {
     machine.position.block = {i, 0, 0};
-    machine.position.block_dim = block;
-    machine.position.grid_dim = grid;
     // A new buffer each time, of just this size, so that AddressSanitizer sees what lies outside.
     machine.shared = std::vector<unsigned char>(shared_bytes, kPoison);
     machine.shared.shrink_to_fit();
     run_block(block, count);
-    if (!machine.error.empty()) throw std::runtime_error("cuda_on_cpu: " + name + ": " + machine.error);
+    if (!machine.error.empty()) throw std::runtime_error("cuda_on_cpu: " + machine.error);
   }
 }
 

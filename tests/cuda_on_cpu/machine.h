@@ -19,7 +19,7 @@ struct Index {
 
 // The indices of the thread that runs now.
 struct Position {
-  Index thread, block, block_dim, grid_dim;
+  Index thread, block;
 };
 const Position& position();
 unsigned char* shared_memory();
@@ -39,7 +39,7 @@ const Counters& counters();
 void check_access(const void* p, size_t bytes, bool write);
 
 void set_seed(uint64_t seed);
-void run(const std::string& name, Index grid, Index block, size_t shared_bytes, const std::function<void()>& kernel);
+void run(Index grid, Index block, size_t shared_bytes, const std::function<void()>& kernel);
 
 template <class T>
 T read(const T* p) {
