@@ -123,7 +123,8 @@ def amd(compiled):
 
     return {
         "registers": count("vgpr_count"),
-        "spills": count("vgpr_spill_count") + count("sgpr_spill_count") + count("private_segment_fixed_size"),
+        # Not sgpr_spill_count: those move to lanes of vector registers, or else show in the private segment.
+        "spills": count("vgpr_spill_count") + count("private_segment_fixed_size"),
         "loads": len(re.findall(r"_load_dwordx4", text)),
         "stores": len(re.findall(r"_store_dwordx4", text)),
     }
