@@ -93,7 +93,8 @@ def _hidden(
             total += tl.load(ds + split * n * c + at, valid, 0.0)
         t = tl.load(p2 + at, valid, 0.0)
         d = chain(total, t, options[GATE], options[SLOPE], options[OFFSET])
-        tl.store(dp2 + at, d, valid & (r0 == 0))
+        if r0 == 0:
+            tl.store(dp2 + at, d, valid)
         if p1 is not None:
             products += d[:, None, :] * matrix(w2, r0, c0, r, c, True, BR, BK).to(A)
     if p1 is not None:

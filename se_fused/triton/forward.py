@@ -90,7 +90,8 @@ def _hidden(
     for c0 in range(0, c, BK):
         at, valid = rows(n0, c0, n, c, BN, BK)
         v = _squeezed(sums, maxima, at, valid, splits, n, c, l, options, BN, BK)
-        tl.store(z + at, v, valid & (r0 == 0))
+        if r0 == 0:
+            tl.store(z + at, v, valid)
         if w1 is not None:
             products += v[:, None, :] * matrix(w1, r0, c0, r, c, False, BR, BK).to(A)
     if w1 is not None:
@@ -108,9 +109,9 @@ def _scale(
         t = product(p1, w2, b2, n0, c0, n, c, r, options[ACT], options, False, BN, BC, BK)
     else:
         t = product(z, w2, b2, n0, c0, n, c, c, IDENTITY, options, False, BN, BC, BK)
-    if p2 is not None:
+    if (p2 is not None) and (begin == 0):
         at, valid = rows(n0, c0, n, c, BN, BC)
-        tl.store(p2 + at, t, valid & (begin == 0))
+        tl.store(p2 + at, t, valid)
     s = activation(t, options[GATE], options[SLOPE], options[OFFSET])
     for l0 in range(begin, end, BL):
         offset, inside = tile(n0, c0, l0, n, c, l, LAST, ALIGN, BN, BC, BL)

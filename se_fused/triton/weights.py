@@ -34,9 +34,9 @@ def _outer(
     if dw is not None:
         at, valid = rows(i0, j0, height, width, BI, BJ)
         tl.store(dw + at, tl.sum(products, 0).to(dw.dtype.element_ty), valid)
-    if db is not None:
+    if (db is not None) and (j0 == 0):
         i = i0 + tl.arange(0, BI)
-        tl.store(db + i, tl.sum(sums, 0).to(db.dtype.element_ty), (i < height) & (j0 == 0))
+        tl.store(db + i, tl.sum(sums, 0).to(db.dtype.element_ty), i < height)
 
 
 @triton.jit
