@@ -21,9 +21,10 @@ namespace {
 
 constexpr int kWarp = 32;
 constexpr size_t kStack = 256 << 10;     // of address space; pages come as they are touched
+constexpr int kStay = 200;               // steps, on average, before another block of the cluster goes on: for the caches
 constexpr unsigned char kPoison = 0xff;  // NaN in every floating-point type
 
-enum class State { kReady, kBarrier, kShuffle, kDone };
+enum class State { kReady, kBarrier, kCluster, kShuffle, kDone };
 
 // Where a stack was left. swapcontext changes the signal mask by a system call each time, which took a third of all
 // time; so it only starts a fiber, and _setjmp and _longjmp go on.
@@ -44,13 +45,29 @@ void hop(Place& from, Place& to) {
 #endif
 }
 
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+
+struct Block {
+  Index index;
+  std::vector<unsigned char> shared;
+  int waiting, done;       // threads
+  std::vector<int> ready;  // and those that can run
+};
+
 struct Fiber {
   Place place;
   void* stack = nullptr;
   State state;
+  Block* block;
   Index thread;
-  int number;
-  const char* file;  // where it waits
+  int number;                // in the cluster
+  int arrived, waited;       // at so many of the cluster's barriers
+  std::vector<Copy> copies;  // under way
+  const char* file;          // where it waits
   int line;
   unsigned mask;  // of a shuffle, with its value and partner
   uint64_t value;
@@ -65,14 +82,15 @@ struct Buffer {
 
 struct Machine {
   std::vector<std::unique_ptr<Fiber>> fibers;
-  std::vector<int> ready;
   Place scheduler;
   void* scheduler_fake_stack;
   const void* scheduler_stack;
   size_t scheduler_stack_size;
   Fiber* now = nullptr;
   Position position;
-  std::vector<unsigned char> shared;
+  std::vector<Block> blocks;  // of the cluster
+  int threads;                // of a block
+  int arrived, phase;         // threads at the cluster's present barrier; barriers that are over
   const std::function<void()>* kernel;
   std::string error;
   std::mt19937_64 random;
@@ -96,7 +114,7 @@ void to_scheduler([[maybe_unused]] bool for_good) {
 
 void to_fiber(Fiber& fiber) {
   machine.now = &fiber;
-  machine.position.thread = fiber.thread;
+  machine.position = {fiber.thread, fiber.block->index};
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&machine.scheduler_fake_stack, fiber.stack, kStack);
 #endif
@@ -105,15 +123,6 @@ void to_fiber(Fiber& fiber) {
   __sanitizer_finish_switch_fiber(machine.scheduler_fake_stack, nullptr, nullptr);
 #endif
   machine.now = nullptr;
-}
-
-void fiber_main() {
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(nullptr, &machine.scheduler_stack, &machine.scheduler_stack_size);
-#endif
-  (*machine.kernel)();
-  machine.now->state = State::kDone;
-  to_scheduler(true);
 }
 
 // Ends the launch from inside a thread, which never runs again.
@@ -126,14 +135,28 @@ void fiber_main() {
   std::abort();
 }
 
+void fiber_main() {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(nullptr, &machine.scheduler_stack, &machine.scheduler_stack_size);
+#endif
+  (*machine.kernel)();
+  if (machine.now->waited < machine.now->arrived) fail("an end without a wait at the cluster's last barrier");
+  machine.now->state = State::kDone;
+  to_scheduler(true);
+}
+
 void start(Fiber& fiber, int number, Index block) {
+  const int thread = number % machine.threads;
   if (!fiber.stack) {
     fiber.stack = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (fiber.stack == MAP_FAILED) throw std::bad_alloc();
   }
   fiber.state = State::kReady;
   fiber.number = number;
-  fiber.thread = {number % block.x, number / block.x % block.y, number / block.x / block.y};
+  fiber.arrived = fiber.waited = 0;
+  fiber.copies.clear();
+  fiber.block = &machine.blocks[number / machine.threads];
+  fiber.thread = {thread % block.x, thread / block.x % block.y, thread / block.x / block.y};
   fiber.place.started = false;
   getcontext(&fiber.place.start);
   fiber.place.start.uc_stack.ss_sp = fiber.stack;
@@ -144,24 +167,21 @@ void start(Fiber& fiber, int number, Index block) {
 
 void wake(Fiber& fiber) {
   fiber.state = State::kReady;
-  machine.ready.push_back(fiber.number);
+  fiber.block->ready.push_back(fiber.number);
 }
 
-// Wakes all threads if all of them wait at one barrier.
-void try_barrier(int count) {
-  for (int i = 0; i < count; ++i) {
-    if (machine.fibers[i]->state != State::kBarrier) return;
+// Wakes the threads of a block, all of which wait at a barrier.
+void end_barrier(Block& block) {
+  const auto first = machine.fibers.begin() + (&block - machine.blocks.data()) * machine.threads;
+  const auto end = first + machine.threads;
+  for (auto fiber = first; fiber != end; ++fiber) {
+    if ((*fiber)->line == (*first)->line && std::strcmp((*fiber)->file, (*first)->file) == 0) continue;
+    machine.error = "divergent barrier: threads wait at lines " + std::to_string((*first)->line) + " and " +
+                    std::to_string((*fiber)->line);
+    return;
   }
-  const Fiber& first = *machine.fibers[0];
-  for (int i = 0; i < count; ++i) {
-    const Fiber& fiber = *machine.fibers[i];
-    if (fiber.line != first.line || std::strcmp(fiber.file, first.file) != 0) {
-      machine.error = "divergent barrier: threads wait at lines " + std::to_string(first.line) + " and " +
-                      std::to_string(fiber.line);
-      return;
-    }
-  }
-  for (int i = 0; i < count; ++i) wake(*machine.fibers[i]);
+  block.waiting = 0;
+  for (auto fiber = first; fiber != end; ++fiber) wake(**fiber);
 }
 
 // Wakes the lanes of a warp if all that the mask names have come to the same shuffle.
@@ -198,32 +218,48 @@ std::string stuck(int count) {
     const Fiber& fiber = *machine.fibers[i];
     if (i > 0 && i % kWarp != 0 && fiber.state == machine.fibers[i - 1]->state) continue;
     out << " thread " << i << (fiber.state == State::kDone ? " has ended" : " waits");
-    if (fiber.state != State::kDone) out << " at line " << fiber.line;
+    if (fiber.state == State::kCluster)
+      out << " for the cluster";
+    else if (fiber.state != State::kDone)
+      out << " at line " << fiber.line;
     out << ";";
   }
   return out.str();
 }
 
-void run_block(Index block, int count) {
-  machine.ready.clear();
+void end_block(Block& block) { std::fill(block.shared.begin(), block.shared.end(), kPoison); }
+
+void run_cluster(Index block, int count) {
+  machine.arrived = machine.phase = 0;
   for (int i = 0; i < count; ++i) {
     start(*machine.fibers[i], i, block);
-    machine.ready.push_back(i);
+    wake(*machine.fibers[i]);
   }
   int done = 0;
+  std::vector<int>* ready = &machine.blocks[0].ready;
   while (done < count && machine.error.empty()) {
-    if (machine.ready.empty()) {
-      machine.error = stuck(count);
-      break;
+    if (ready->empty() || machine.random() % kStay == 0) {
+      std::vector<std::vector<int>*> candidates;
+      for (Block& other : machine.blocks) {
+        if (!other.ready.empty()) candidates.push_back(&other.ready);
+      }
+      if (candidates.empty()) {
+        machine.error = stuck(count);
+        break;
+      }
+      ready = candidates[machine.random() % candidates.size()];
     }
-    std::swap(machine.ready[machine.random() % machine.ready.size()], machine.ready.back());
-    Fiber& fiber = *machine.fibers[machine.ready.back()];
-    machine.ready.pop_back();
+    std::swap((*ready)[machine.random() % ready->size()], ready->back());
+    Fiber& fiber = *machine.fibers[ready->back()];
+    ready->pop_back();
     to_fiber(fiber);
     if (!machine.error.empty()) break;
-    if (fiber.state == State::kDone) ++done;
     if (fiber.state == State::kShuffle) try_shuffle(fiber, count);
-    if (fiber.state == State::kBarrier && machine.ready.empty()) try_barrier(count);
+    if (fiber.state == State::kBarrier && ++fiber.block->waiting == machine.threads) end_barrier(*fiber.block);
+    if (fiber.state == State::kDone) {
+      ++done;
+      if (++fiber.block->done == machine.threads) end_block(*fiber.block);
+    }
   }
 }
 
@@ -237,11 +273,55 @@ void wait(State state, const char* file, int line) {
 }  // namespace
 
 const Position& position() { return machine.position; }
-unsigned char* shared_memory() { return machine.shared.data(); }
+unsigned char* shared_memory() { return machine.now->block->shared.data(); }
 const Counters& counters() { return machine.counters; }
 void set_seed(uint64_t seed) { machine.random.seed(seed); }
 
 void sync_threads(const char* file, int line) { wait(State::kBarrier, file, line); }
+
+void cluster_arrive() {
+  Fiber& self = *machine.now;
+  if (self.arrived > self.waited) fail("a second arrival at a barrier of the cluster without a wait between");
+  ++self.arrived;
+  const int count = static_cast<int>(machine.blocks.size()) * machine.threads;
+  if (++machine.arrived < count) return;
+  machine.arrived = 0;
+  ++machine.phase;
+  for (int i = 0; i < count; ++i) {
+    if (machine.fibers[i]->state == State::kCluster) wake(*machine.fibers[i]);
+  }
+}
+
+void cluster_wait() {
+  Fiber& self = *machine.now;
+  if (self.waited == self.arrived) fail("a wait at a barrier of the cluster without an arrival");
+  ++self.waited;
+  if (self.arrived > machine.phase) wait(State::kCluster, "the cluster", 0);
+}
+
+const void* map_shared_rank(const void* p, unsigned rank) {
+  const Block& own = *machine.now->block;
+  const auto offset = static_cast<const unsigned char*>(p) - own.shared.data();
+  if (offset < 0 || offset > static_cast<std::ptrdiff_t>(own.shared.size())) fail("an address outside shared memory");
+  if (rank >= machine.blocks.size()) fail("no block " + std::to_string(rank) + " in the cluster");
+  if (machine.phase == 0) fail("another block's shared memory before it is known to have started");
+  if (machine.blocks[rank].done == machine.threads) fail("the shared memory of a block that has ended");
+  return machine.blocks[rank].shared.data() + offset;
+}
+
+void copy_async(void* to, const void* from, size_t bytes) {
+  check_access(from, bytes, false);
+  const auto offset = static_cast<unsigned char*>(to) - shared_memory();
+  const auto size = static_cast<std::ptrdiff_t>(machine.now->block->shared.size());
+  if (offset < 0 || offset + static_cast<std::ptrdiff_t>(bytes) > size) fail("a copy to outside shared memory");
+  if (reinterpret_cast<uintptr_t>(to) % bytes != 0) fail("a copy to an address that is not aligned to its size");
+  machine.now->copies.push_back({to, from, bytes});
+}
+
+void await_copies() {
+  for (const Copy& copy : machine.now->copies) std::memcpy(copy.to, copy.from, copy.bytes);
+  machine.now->copies.clear();
+}
 
 uint64_t shuffle_xor(unsigned mask, uint64_t value, int offset, const char* file, int line) {
   const int lane = machine.now->number % kWarp;
@@ -281,20 +361,23 @@ void check_access(const void* p, size_t bytes, bool write) {
   fail(std::string(write ? "a write" : "a read") + " of " + std::to_string(bytes) + " bytes out of bounds, " + near);
 }
 
-void run(Index grid, Index block, size_t shared_bytes, const std::function<void()>& kernel) {
-  const int count = static_cast<int>(block.x * block.y * block.z);
+void run(Index grid, Index block, unsigned cluster, size_t shared_bytes, const std::function<void()>& kernel) {
+  machine.threads = static_cast<int>(block.x * block.y * block.z);
+  const int count = machine.threads * static_cast<int>(cluster);
   while (machine.fibers.size() < static_cast<size_t>(count)) machine.fibers.push_back(std::make_unique<Fiber>());
   machine.kernel = &kernel;
   machine.error.clear();
-  std::vector<unsigned> order(grid.x);
-  for (unsigned i = 0; i < grid.x; ++i) order[i] = i;
+  if (grid.x % cluster != 0) throw std::runtime_error("cuda_on_cpu: the grid is no multiple of the cluster");
+  std::vector<unsigned> order(grid.x / cluster);
+  for (unsigned i = 0; i < order.size(); ++i) order[i] = i * cluster;
   std::shuffle(order.begin(), order.end(), machine.random);
-  for (const unsigned i : order) {
-    machine.position.block = {i, 0, 0};
-    // A new buffer each time, of just this size, so that AddressSanitizer sees what lies outside.
-    machine.shared = std::vector<unsigned char>(shared_bytes, kPoison);
-    machine.shared.shrink_to_fit();
-    run_block(block, count);
+  for (const unsigned first : order) {
+    machine.blocks.clear();
+    for (unsigned i = 0; i < cluster; ++i) {
+      // A new buffer each time, of just this size, so that AddressSanitizer sees what lies outside.
+      machine.blocks.push_back({{first + i, 0, 0}, std::vector<unsigned char>(shared_bytes, kPoison), 0, 0, {}});
+    }
+    run_cluster(block, count);
     if (!machine.error.empty()) throw std::runtime_error("cuda_on_cpu: " + machine.error);
   }
 }

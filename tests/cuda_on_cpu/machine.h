@@ -1,8 +1,10 @@
 // A CUDA device on one CPU thread: what the stand-in headers are made of.
 //
-// One fiber per CUDA thread, one block at a time, blocks and threads in an order drawn from a seed. A fiber runs until
-// a barrier or a shuffle. Shared memory starts poisoned. Every access to global memory is checked: it must lie inside
-// one watched buffer and be aligned to its size. An error is kept, the launch abandoned, and std::runtime_error raised.
+// One fiber per CUDA thread, the blocks of one cluster at a time, clusters and threads in an order drawn from a seed. A
+// fiber runs until a barrier or a shuffle. Shared memory starts poisoned, and is poisoned again when its block ends.
+// Every access to global memory is checked: it must lie inside one watched buffer and be aligned to its size. An
+// asynchronous copy arrives when its thread waits for it, no sooner. An error is kept, the launch abandoned, and
+// std::runtime_error raised.
 #pragma once
 
 #include <cstddef>
@@ -25,6 +27,12 @@ const Position& position();
 unsigned char* shared_memory();
 
 void sync_threads(const char* file, int line);
+void cluster_arrive();
+void cluster_wait();
+// The address in the shared memory of the cluster's block `rank` that p, which lies in this block's, has there.
+const void* map_shared_rank(const void* p, unsigned rank);
+void copy_async(void* to, const void* from, size_t bytes);
+void await_copies();
 // The value that the thread in lane (own lane ^ offset) passed to the same shuffle.
 uint64_t shuffle_xor(unsigned mask, uint64_t value, int offset, const char* file, int line);
 
@@ -39,7 +47,7 @@ const Counters& counters();
 void check_access(const void* p, size_t bytes, bool write);
 
 void set_seed(uint64_t seed);
-void run(Index grid, Index block, size_t shared_bytes, const std::function<void()>& kernel);
+void run(Index grid, Index block, unsigned cluster, size_t shared_bytes, const std::function<void()>& kernel);
 
 template <class T>
 T read(const T* p) {

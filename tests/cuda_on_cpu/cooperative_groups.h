@@ -1,0 +1,17 @@
+// Stands in for CUDA's header of this name: as much of it as the kernels use.
+#pragma once
+
+#include "machine.h"
+
+namespace cooperative_groups {
+
+struct cluster_group {
+  static void barrier_arrive() { cuda_on_cpu::cluster_arrive(); }
+  static void barrier_wait() { cuda_on_cpu::cluster_wait(); }
+  template <class T>
+  static T* map_shared_rank(T* p, unsigned rank) {
+    return static_cast<T*>(const_cast<void*>(cuda_on_cpu::map_shared_rank(p, rank)));
+  }
+};
+
+}  // namespace cooperative_groups
