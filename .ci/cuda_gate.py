@@ -86,15 +86,16 @@ def check_wide_accesses(objects: list[Path]) -> None:
         sass = run(TOOLS / "cuobjdump", "-sass", path, PATH=f"{TOOLS}:{os.environ['PATH']}")
         parts = re.split(r"\n\s+Function : (\w+)\n", sass)[1:]
         for name, code in zip(short(parts[::2]), parts[1::2], strict=True):
-            writes = re.match(r"(scale|distribute)_", name) is not None
+            writes = re.match(r"(scale|distribute)_|\w+_in_cluster", name) is not None
             if "double" in name or not (writes or name.startswith("reduce_")):
                 continue
-            width = re.search(r"_positions<\w+, (\d+)|^reduce_\w+<(\d+)", name)
-            element = 4 if "float>" in name or "<float" in name else 2
+            width = re.search(r"PositionShare<\w+, (\d+)|^reduce_\w+<(\d+)", name)
+            element = 2 if re.search("__half|__nv_bfloat16", name) else 4
             if width and int(width[1] or width[2]) * element < 16:
                 continue
             hot += 1
-            for wanted in ["LDG", "STG"][: 1 + writes]:
+            wide = ["LDG", "STG"] if writes else ["LDG"]
+            for wanted in [*wide, "LDGSTS"] if "cluster" in name else wide:
                 if not re.search(rf"{wanted}\.E\S*\.128", code):
                     sys.exit(f"{name}: no {wanted}.E.128 in its SASS")
     if hot < 20:
@@ -105,9 +106,11 @@ def check_wide_accesses(objects: list[Path]) -> None:
 def check_library(objects: list[Path], folder: Path) -> None:
     flags = [build._compiler(), *build._FLAGS]
     run(*flags, *build.binding_flags(), "-c", build.SOURCES / "cuda" / "binding.cpp", "-o", folder / "binding.o")
-    run(*flags, "-c", build.SOURCES / "plan.cpp", "-o", folder / "plan.o")
+    objects = [*objects, folder / "binding.o"]
+    for path in (build.SOURCES / "plan").glob("*.cpp"):
+        objects.append(folder / f"{path.stem}.o")
+        run(*flags, "-c", path, "-o", objects[-1])
     library = folder / "libse_fused_cuda.so"
-    objects = [*objects, folder / "binding.o", folder / "plan.o"]
     run(build.nvcc(), "-shared", *objects, "-o", library, *build.link_flags())
     known = set(SYMBOLS.read_text().split())
     for path in (library, build.library("cpu")):

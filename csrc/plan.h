@@ -15,14 +15,22 @@ constexpr int kThreads = 256;  // in every block
 constexpr int kTile = 1024;    // of a vector in shared memory while a matrix is multiplied by it
 constexpr int kSamples = 4;    // that share one reading of the weights in the layers' own kernels
 constexpr int kColumns = 32;   // of a matrix that a warp takes; of a tile of weight gradients
+// Blocks of a cluster kernel that a multiprocessor holds, as far as their registers go: 80 and 128 a thread.
+constexpr int kForwardResidents = 3, kBackwardResidents = 2;
 
 // The limits of a device that decisions depend on.
 struct Device {
   std::string name;
   int capability;  // 90 for sm_90
   int multiprocessors;
+  int64_t shared_per_block, shared_per_multiprocessor;  // bytes: what a block can ask for; what all its blocks share
+  // How many clusters of 1, 2, 4, 8 and 16 blocks can run at once, each block alone on its multiprocessor: from sm_90.
+  std::array<int, 5> clusters;
 };
+// Those whose numbers of clusters nobody has measured are predicted.
 const std::vector<Device>& device_presets();
+
+enum class Algorithm : int32_t { kTwoPass, kCluster };
 
 enum class Direction : int32_t { kForward, kBackward };
 
@@ -57,35 +65,49 @@ struct Reduction {
 // What is done element by element, with the gates of its channels computed first by each block.
 struct Elementwise {
   int width;          // bytes of an access
-  int lanes;          // channels_last: threads along the channels
   int64_t chunks;     // channels_last: blocks side by side along the channels
   int64_t per_block;  // NCHW: elements of a sample; channels_last: positions
   int64_t ranges;     // blocks a sample (and chunk)
   int64_t channels;   // at most so many in a block
 };
 
+// How the blocks of a cluster hold a sample in shared memory.
+struct Residence {
+  int size;                      // blocks
+  int64_t channels;              // that each excites
+  int64_t slab_bytes;            // of its share of one map
+  int64_t work;                  // numbers that its steps need in turn
+  bool keeps_x, keeps_residual;  // backward: beside g
+};
+
 struct Launch {
   const char* name;
   int64_t blocks;
   int64_t shared_bytes;
+  int cluster;  // blocks; 0: no cluster
 };
 
 struct Plan {
   Call call;
+  Algorithm algorithm;
   Reduction reduction;
   Elementwise elementwise;
-  bool fused_hidden;  // each block of the last launch computes h itself
+  bool fused_hidden;        // two_pass: each block of the last launch computes h itself
+  Residence residence;      // cluster
+  std::string not_cluster;  // why two_pass
   int launch_count;
   std::array<Launch, 4> launches;
   int64_t map_bytes_read, map_bytes_written;
   int64_t scratch_bytes;
 
+  void add(const char* name, int64_t blocks, int64_t shared_bytes, int cluster = 0);
   const Launch& launch(const std::string& name) const;
   std::string text() const;
 };
 
 // Raises std::invalid_argument, naming the limit, where no plan serves the call. `forced`, for tests and experiments:
-// "two_pass" or nothing, then any of width=, lanes=, splits=, per_block= and fused_hidden=, separated by spaces.
+// any of two_pass, width=, lanes=, splits=, per_block= and fused_hidden=, or any of cluster, width=, lanes= and size=,
+// separated by spaces.
 Plan make_plan(const Call& call, const Device& device, const std::string& forced = "");
 
 }  // namespace se

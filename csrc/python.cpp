@@ -51,10 +51,11 @@ se::DType dtype_named(const std::string& name) {
   return found->second;
 }
 
-std::vector<std::tuple<std::string, int64_t, int64_t>> launches(const se::Plan& plan) {
-  std::vector<std::tuple<std::string, int64_t, int64_t>> list;
+std::vector<std::tuple<std::string, int64_t, int64_t, int>> launches(const se::Plan& plan) {
+  std::vector<std::tuple<std::string, int64_t, int64_t, int>> list;
   for (int i = 0; i < plan.launch_count; ++i) {
-    list.emplace_back(plan.launches[i].name, plan.launches[i].blocks, plan.launches[i].shared_bytes);
+    const se::Launch& l = plan.launches[i];
+    list.emplace_back(l.name, l.blocks, l.shared_bytes, l.cluster);
   }
   return list;
 }
@@ -86,16 +87,22 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_features", &cpu_features, "The instruction sets that this CPU runs, of those that are compiled.");
 
   py::class_<se::Device>(m, "Device", "The limits of a GPU that plans depend on.")
-      .def(py::init<std::string, int, int>(), py::arg("name"), py::arg("capability"), py::arg("multiprocessors"))
+      .def(py::init<std::string, int, int, int64_t, int64_t, std::array<int, 5>>(), py::arg("name"),
+           py::arg("capability"), py::arg("multiprocessors"), py::arg("shared_per_block"),
+           py::arg("shared_per_multiprocessor"), py::arg("clusters"))
       .def_readonly("name", &se::Device::name)
       .def_readonly("capability", &se::Device::capability)
-      .def_readonly("multiprocessors", &se::Device::multiprocessors);
+      .def_readonly("multiprocessors", &se::Device::multiprocessors)
+      .def_readonly("shared_per_block", &se::Device::shared_per_block)
+      .def_readonly("shared_per_multiprocessor", &se::Device::shared_per_multiprocessor)
+      .def_readonly("clusters", &se::Device::clusters);
   m.def("device_presets", &se::device_presets, "Known GPUs.");
   m.def("preset", &preset, py::arg("name"), "The known GPU of this name.");
 
   py::class_<se::Plan>(m, "Plan", "Which kernels serve a call (csrc/plan.h).")
       .def("__str__", &se::Plan::text)
-      .def_property_readonly("launches", &launches, "Name, blocks and bytes of shared memory of each launch, in order.")
+      .def_property_readonly("launches", &launches,
+                             "Name, blocks, bytes of shared memory and blocks a cluster of each launch, in order.")
       .def_readonly("fused_hidden", &se::Plan::fused_hidden)
       .def_readonly("map_bytes_read", &se::Plan::map_bytes_read)
       .def_readonly("map_bytes_written", &se::Plan::map_bytes_written)

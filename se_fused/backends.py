@@ -6,6 +6,7 @@ the compiled ones by the device of `x`; this file decides between them, Triton a
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import logging
 import os
@@ -57,6 +58,7 @@ _unusable: dict[str, str | None] = {
     "reference": None,
 }
 _said: set[str] = set()
+_forced_plan = ""
 
 
 def load() -> None:
@@ -73,6 +75,20 @@ def load() -> None:
             _unusable[name] = None
         except (build.BuildError, OSError) as error:
             _unusable[name] = str(error)
+
+
+def cuda_library() -> ctypes.CDLL:
+    """The compiled CUDA part, for what is no operator.
+
+    Raises:
+        BuildError: if it has to be built and cannot be.
+    """
+    return ctypes.CDLL(str(build.library("cuda")))
+
+
+def forced_plan() -> str:
+    """What `use_backend` asks of the plans of the cuda backend."""
+    return _forced_plan
 
 
 def why_not(name: str, device: torch.device) -> str | None:
@@ -149,19 +165,31 @@ def explain(device: torch.device, plan: Callable[[], str] | None = None) -> Expl
 
 
 @contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(name: str, plan: str = "") -> Iterator[None]:
     """Force a backend inside a `with` block, for every thread of the process.
 
     Args:
         name: "auto", "cuda", "triton", "cpu" or "reference" (`se_fused.reference` under PyTorch's autograd).
+        plan: for "cuda", what the plan of each call must have, such as "two_pass" or "cluster size=4" (csrc/plan.h). A
+            call that no such plan serves raises ValueError, naming the limit.
 
     Raises:
-        ValueError: for any other name.
+        ValueError: for any other name, or a plan for another backend.
         BackendUnavailable: from a call inside the block that this backend cannot serve.
     """
-    global _forced
-    before, _forced = _forced, _check_name(name, "use_backend: name")
+    global _forced, _forced_plan
+    if plan and name != "cuda":
+        raise ValueError(f"use_backend: plan must be empty for {name!r}; got {plan!r}")
+    before = _forced, _forced_plan
+    _forced, _forced_plan = _check_name(name, "use_backend: name"), plan
+    _tell_plan()
     try:
         yield
     finally:
-        _forced = before
+        _forced, _forced_plan = before
+        _tell_plan()
+
+
+def _tell_plan() -> None:
+    if _unusable["cuda"] is None:
+        cuda_library().se_fused_force_plan(_forced_plan.encode())

@@ -170,6 +170,10 @@ def _write_ninja(folder: Path, group: str) -> None:
 _Recipe = tuple[dict[str, tuple[str, list[str]]], dict[str, tuple[list[str], list[str]]]]
 
 
+def _planner() -> dict[str, tuple[str, list[str]]]:
+    return {f"plan_{path.stem}": (f"plan/{path.name}", []) for path in sorted((SOURCES / "plan").glob("*.cpp"))}
+
+
 def _cpu_recipe() -> _Recipe:
     import pybind11
 
@@ -179,23 +183,16 @@ def _cpu_recipe() -> _Recipe:
         f'-DSE_FUSED_INSTRUCTION_SETS="{" ".join(["baseline", *(_X86[name] for name in isas if name in _X86)])}"',
         "-isystem", pybind11.get_include(), "-isystem", sysconfig.get_paths()["include"],
     ]  # fmt: skip
-    objects = {
-        "binding": ("cpu/binding.cpp", binding_flags()),
-        "python": ("python.cpp", facts),
-        "plan": ("plan.cpp", []),
-    }
+    objects = {"binding": ("cpu/binding.cpp", binding_flags())}
     for isa, flags in isas.items():
         for kernel in ("forward", "backward"):
             objects[f"{kernel}_{isa}"] = (f"cpu/{kernel}.cpp", [*_KERNEL_FLAGS, f"-DSE_CPU_ISA={isa}", *flags])
-    kernels = [name for name in objects if name not in ("python", "plan")]
-    return objects, {"cpu": (kernels, link_flags()), "_C": (["python", "plan"], [])}
+    kernels, facts_module = list(objects), {"python": ("python.cpp", facts)} | _planner()
+    return objects | facts_module, {"cpu": (kernels, link_flags()), "_C": (list(facts_module), [])}
 
 
 def _cuda_recipe() -> _Recipe:
-    objects: dict[str, tuple[str, list[str]]] = {
-        "binding": ("cuda/binding.cpp", binding_flags()),
-        "plan": ("plan.cpp", []),
-    }
+    objects = {"binding": ("cuda/binding.cpp", binding_flags())} | _planner()
     objects |= {path.stem: (f"cuda/{path.name}", []) for path in sorted((SOURCES / "cuda").glob("*.cu"))}
     return objects, {"cuda": (list(objects), link_flags())}
 

@@ -5,6 +5,7 @@ x, w1, b1, w2, b2, residual come first in every one of them; then follow the sev
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import torch
@@ -85,14 +86,15 @@ def forward_inplace(
 def plan(x: Tensor, r: int, squeeze: str, pre_act: bool, residual: bool, post_act: bool) -> str:
     """What the CUDA backend launches for a forward call (csrc/plan.h), in words."""
     native = build.load_facts()
-    properties = torch.cuda.get_device_properties(x.device)
-    device = native.Device(properties.name, 10 * properties.major + properties.minor, properties.multi_processor_count)
+    limits = (ctypes.c_int64 * 9)()
+    backends.cuda_library().se_fused_device_limits(x.device.index, limits)
+    device = native.Device(torch.cuda.get_device_name(x.device), *limits[:4], limits[4:])
     n, c = x.shape[:2]
     return str(
         native.plan(
             device, n=n, c=c, r=r, l=x.numel() // (n * c), dtype=str(x.dtype).removeprefix("torch."),
             channels_last=_is_channels_last(x), squeeze=SQUEEZES.index(squeeze),
-            pre_act=pre_act, residual=residual, post_act=post_act,
+            pre_act=pre_act, residual=residual, post_act=post_act, forced=backends.forced_plan(),
         )
     )  # fmt: skip
 

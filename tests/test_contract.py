@@ -295,6 +295,8 @@ def test_backends_explain_themselves():
         se_fused.squeeze_excite(*positional)
     with pytest.raises(ValueError, match="name must be one of auto, cuda"), se_fused.use_backend("gpu"):
         pass
+    with pytest.raises(ValueError, match="plan must be empty for 'cpu'"), se_fused.use_backend("cpu", "two_pass"):
+        pass
 
 
 def test_a_device_without_a_backend_falls_back_once_and_says_so(caplog, monkeypatch):

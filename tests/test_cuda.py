@@ -17,11 +17,12 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def backend():
-    with se_fused.use_backend("cuda"):
+@pytest.fixture(autouse=True, params=["", "two_pass"])
+def backend(request):
+    """Every test by the plan that the planner chooses, and by the one that serves everything."""
+    with se_fused.use_backend("cuda", request.param):
         assert backends.why_not("cuda", CUDA) is None, backends.why_not("cuda", CUDA)
-        yield
+        yield request.param
 
 
 def on_gpu(case):
@@ -127,10 +128,22 @@ def test_another_than_the_current_device():
     assert_close(y.cpu(), truth(cpu, {}), torch.float32)
 
 
-def test_explain_prints_the_plan():
+def test_explain_prints_the_plan(backend):
     _, gpu = on_gpu(Case())
     text = str(se_fused.explain(*[gpu[name] for name in ("x", "w1", "b1", "w2", "b2")]))
-    assert text.startswith("cuda: two_pass forward")
+    clusters = torch.cuda.get_device_capability() >= (9, 0) and not backend
+    assert text.startswith("cuda: cluster forward" if clusters else "cuda: two_pass forward")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0), reason="no clusters")
+@pytest.mark.parametrize("size", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_clusters_of_every_size(size, layout, dtype):
+    cpu, gpu = on_gpu(Case(n=5, c=192, r=12, spatial=(7, 7), dtype=dtype, layout=layout))
+    with se_fused.use_backend("cuda", f"cluster size={size}"), torch.no_grad():
+        y = call(se_fused.squeeze_excite, gpu, {})
+    assert_close(y.cpu(), truth(cpu, {}), dtype)
 
 
 def test_more_than_2_to_the_31_elements():

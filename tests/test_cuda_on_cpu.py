@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from test_gradients import ORDER_KEEPING, compare
 
 import se_fused
-from se_fused import HardSigmoid
+from se_fused import HardSigmoid, build
 from se_fused.reference import ACTIVATIONS, GATES, SQUEEZES
 
 
@@ -31,7 +31,8 @@ def served(cuda):
         yield
 
 
-GPUS = ("T4", "H200")
+GPUS = ("T4", "H200")  # two_pass; clusters where a sample fits
+SIZES = (1, 2, 4, 8)  # and 16, which takes long here, in the named shapes
 SEEDS = st.integers(0, 2**32)
 
 
@@ -51,6 +52,26 @@ def plans(draw, case):
     return " ".join(f"{name}={value}" for name, value in options.items() if value is not None and draw(st.booleans()))
 
 
+def cluster_sizes(case, backward):
+    """Those that can serve the case."""
+    positions, options = math.prod(case.spatial), case.options
+
+    def serves(size):
+        try:
+            build.load_facts().plan(
+                build.load_facts().preset("H200"), n=case.n, c=case.c, r=case.r or 0, l=positions,
+                dtype=str(case.dtype).removeprefix("torch."), backward=backward, forced=f"size={size}",
+                channels_last=positions == 1 or (case.layout.startswith("channels_last") and case.c > 1),
+                squeeze=SQUEEZES.index(options.get("squeeze", "mean")), pre_act=options.get("pre_act") is not None,
+                post_act=options.get("post_act") is not None, residual=case.residual == "map",
+            )  # fmt: skip
+        except ValueError:
+            return False
+        return True
+
+    return [size for size in SIZES if serves(size)]
+
+
 def forward(case):
     tensors = case.tensors()
     with torch.no_grad():
@@ -59,20 +80,46 @@ def forward(case):
     return y
 
 
-@given(cases(), st.data(), st.sampled_from(GPUS), SEEDS)
+@given(cases(), st.data(), SEEDS)
 @settings(max_examples=120)
-def test_forward(cuda, case, data, gpu, seed):
+def test_forward(cuda, case, data, seed):
     forced = data.draw(plans(case))
-    cuda.setup(gpu, forced, seed)
+    cuda.setup("T4", forced, seed)
     y = forward(case)
-    cuda.setup(gpu, forced, seed + 1)
+    cuda.setup("T4", forced, seed + 1)
     assert torch.equal(y.nan_to_num(), forward(case).nan_to_num()), "another schedule gives other bits"
 
 
-@given(cases(layouts=("contiguous", "channels_last", "offset")), SEEDS)
-@settings(max_examples=40)
-def test_in_place(cuda, case, seed):
-    cuda.setup(seed=seed)
+BELOW_FLOAT64 = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@given(cases(dtypes=BELOW_FLOAT64), st.data(), SEEDS)
+@settings(max_examples=80)
+def test_forward_in_clusters_of_every_size(cuda, case, data, seed):
+    sizes = cluster_sizes(case, backward=False)
+    assume(sizes)
+    forced = f"cluster size={data.draw(st.sampled_from(sizes))}"
+    cuda.setup("H200", forced, seed)
+    y = forward(case)
+    assert "cluster forward, 1 launch" in cuda.last_plan()
+    cuda.setup("H200", forced, seed + 1)
+    assert torch.equal(y.nan_to_num(), forward(case).nan_to_num()), "another schedule gives other bits"
+
+
+@given(cases(dtypes=BELOW_FLOAT64, pre_acts=ORDER_KEEPING), st.data(), SEEDS)
+@settings(max_examples=80)
+def test_gradients_in_clusters_of_every_size(cuda, case, data, seed):
+    sizes = [size for size in cluster_sizes(case, backward=True) if size in cluster_sizes(case, backward=False)]
+    assume(sizes)
+    cuda.setup("H200", f"cluster size={data.draw(st.sampled_from(sizes))}", seed)
+    compare(case)
+    assert "cluster backward" in cuda.last_plan()
+
+
+@given(cases(layouts=("contiguous", "channels_last", "offset")), st.sampled_from(GPUS), SEEDS)
+@settings(max_examples=60)
+def test_in_place(cuda, case, gpu, seed):
+    cuda.setup(gpu, seed=seed)
     tensors = case.tensors()
     expected = truth(tensors, case.options)
     with torch.no_grad():
@@ -81,10 +128,10 @@ def test_in_place(cuda, case, seed):
     assert_close(y, expected, case.dtype)
 
 
-@given(cases(pre_acts=ORDER_KEEPING), st.sampled_from(GPUS), SEEDS)
+@given(cases(pre_acts=ORDER_KEEPING), SEEDS)
 @settings(max_examples=120)
-def test_gradients(cuda, case, gpu, seed):
-    cuda.setup(gpu, "", seed)
+def test_gradients(cuda, case, seed):
+    cuda.setup("T4", "", seed)
     compare(case)
 
 
@@ -114,7 +161,9 @@ NAMED = {
 @pytest.mark.parametrize("name", NAMED)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_named_shapes(cuda, name, dtype, layout):
+@pytest.mark.parametrize("gpu", GPUS)
+def test_named_shapes(cuda, name, dtype, layout, gpu):
+    cuda.setup(gpu)
     case = NAMED[name]
     if case.c > 2000 and dtype is not torch.float32:
         pytest.skip("many weights take seconds here")
@@ -139,16 +188,21 @@ OPTIONS = (
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("residual", ["none", "map", "x"])
-def test_every_option(cuda, options, residual):
+@pytest.mark.parametrize("plan", ["two_pass", "cluster size=2"])
+def test_every_option(cuda, options, residual, plan):
+    cuda.setup("H200", plan)
+    dtype = torch.float64 if plan == "two_pass" else torch.float32
     for layout in ("contiguous", "channels_last"):
-        case = Case(c=20, r=5, spatial=(3, 7), dtype=torch.float64, layout=layout, residual=residual, options=options)
+        case = Case(c=20, r=5, spatial=(3, 7), dtype=dtype, layout=layout, residual=residual, options=options)
         forward(case)
         compare(case)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("squeeze", SQUEEZES)
-def test_special_values_stay_in_their_sample(value, squeeze):
+@pytest.mark.parametrize("gpu", GPUS)
+def test_special_values_stay_in_their_sample(cuda, value, squeeze, gpu):
+    cuda.setup(gpu)
     case = Case(n=3, options={"squeeze": squeeze})
     tensors = case.tensors()
     tensors["x"][1, 2, 3, 4] = value
@@ -163,6 +217,8 @@ def test_an_empty_batch():
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_large_maps_move_in_accesses_of_16_bytes(cuda, layout):
+@pytest.mark.parametrize("gpu", GPUS)
+def test_large_maps_move_in_accesses_of_16_bytes(cuda, layout, gpu):
+    cuda.setup(gpu)
     forward(Case(n=1, c=32, r=4, spatial=(16, 16), dtype=torch.float16, layout=layout))
     assert cuda.wide_share() == 1

@@ -26,24 +26,24 @@ FAULTS = {
     "a barrier that not all threads reach": (
         "reduce.cuh",
         "warps[lane / kWarp] = part;\n    __syncthreads();\n",
-        "warps[lane / kWarp] = part;\n    if (lane >= kWarp) return;\n    __syncthreads();\n",
+        "warps[lane / kWarp] = part;\n    if (lane >= kWarp) return part;\n    __syncthreads();\n",
         "deadlock: .*has ended",
     ),
     "a wrong tail": (
         "elementwise.cuh",
-        "threadIdx.x; e < count; e += kThreads) one(e);",
-        "threadIdx.x; e + 1 < count; e += kThreads) one(e);",
+        "threadIdx.x; e < size; e += kThreads) at(one, e);",
+        "threadIdx.x; e + 1 < size; e += kThreads) at(one, e);",
         "bytes of maps read and .* written, where the plan says",
     ),
     "a wrong shuffle mask": ("device.cuh", "0xffffffffu", "0x0000ffffu", "mask leaves out its own lane"),
     "an unwritten output": (
         "forward_two_pass.cu",
-        "if (f.p2 && owns(i)) store_one(",
-        "if (f.p2 && i > 0 && owns(i)) store_one(",
+        "if (f.p2 && share.owns(i)) store_one(",
+        "if (f.p2 && i > 0 && share.owns(i)) store_one(",
         "elements differ by more than",
     ),
     "an out-of-bounds read": ("reduce.cuh", "at < end; at += groups", "at <= end; at += groups", "out of bounds, near"),
-    "a misaligned access": ("elementwise.cuh", "(V - misaligned) % V", "(V - misaligned) % V + 1", "not aligned"),
+    "a misaligned access": ("elementwise.cuh", "(V - first % V) % V", "(V - first % V) % V + 1", "not aligned"),
     "a partial result left out": (
         "forward_two_pass.cu",
         "for (int split = 0; split < splits; ++split) {",
@@ -56,6 +56,48 @@ FAULTS = {
         "if (sums) store_one(sums + at, p.sum);",
         "if (sums) atomicAdd(sums + at, p.sum);",
         "atomicAdd",
+    ),
+    "a missing barrier of the cluster": (
+        "forward_cluster.cu",
+        "  cluster.sync();\n  product<1>(w2",
+        "  product<1>(w2",
+        "another block's shared memory before it is known to have started",
+    ),
+    "a missing barrier of the cluster, later": (
+        "backward_cluster.cu",
+        "    cluster.sync();\n    for (int i = threadIdx.x; i < f.c;",
+        "    for (int i = threadIdx.x; i < f.c;",
+        "elements differ by more than",
+    ),
+    "a block that does not wait for its readers": (
+        "forward_cluster.cu",
+        "  cluster.wait();\n",
+        "",
+        "an end without a wait at the cluster's last barrier",
+    ),
+    "a copy that is not waited for": (
+        "cluster.cuh",
+        "  __pipeline_wait_prior(0);\n",
+        "",
+        "elements differ by more than",
+    ),
+    "a slab that overlaps": (
+        "backward_cluster.cu",
+        "free += residence.slab_bytes;",
+        "free += residence.slab_bytes - 64;",
+        "elements differ by more than",
+    ),
+    "a peer left out": (
+        "cluster.cuh",
+        "for (int peer = 1; peer < cluster.size; ++peer) sum +=",
+        "for (int peer = 2; peer < cluster.size; ++peer) sum +=",
+        "elements differ by more than",
+    ),
+    "a map read twice": (
+        "forward_cluster.cu",
+        "scale<T>(f, squeeze.x, place.at, along);",
+        "scale<T>(f, Streamed<T>{static_cast<const T*>(f.x)}, place.at, along);",
+        "bytes of maps read and .* written, where the plan says",
     ),
 }
 
@@ -77,9 +119,10 @@ def test_a_planted_fault_is_caught(name, tmp_path):
     file, old, new, message = FAULTS[name]
     cuda_on_cpu.patched(tmp_path, f"csrc/cuda/{file}", old, new)
     base = cuda_on_cpu.library().parent
-    kept = {source: base / f"{Path(source).stem}.o" for source in ("binding.cpp", "machine.cpp", "plan.cpp")}
+    planner = [path.name for path in (cuda_on_cpu.ROOT / "csrc" / "plan").glob("*.cpp")]
+    kept = {name: base / f"{Path(name).stem}.o" for name in ("binding.cpp", "machine.cpp", *planner)}
     try:
-        library = cuda_on_cpu.compile_library(tmp_path, tmp_path / "build", kept)
+        library = cuda_on_cpu.compile_library(tmp_path, tmp_path / "build", kept, "-O0")
     except subprocess.CalledProcessError as error:
         said = error.output
     else:

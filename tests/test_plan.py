@@ -11,8 +11,12 @@ H200 = C.preset("H200")
 DEVICES = C.device_presets()
 
 
-def plan(device=H200, **call):
-    return C.plan(device, **{"n": 32, "c": 256, "r": 16, "l": 56 * 56, "dtype": "float16"} | call)
+def plan(device=H200, forced="two_pass", **call):
+    return C.plan(device, forced=forced, **{"n": 32, "c": 256, "r": 16, "l": 56 * 56, "dtype": "float16"} | call)
+
+
+def cluster(device=H200, **call):
+    return plan(device, **{"forced": "cluster"} | call)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +49,7 @@ def test_the_widest_access_that_every_row_allows(call, width):
     ],
 )
 def test_the_launches(call, names):
-    assert [name for name, _, _ in plan(**call).launches] == names
+    assert [name for name, *_ in plan(**call).launches] == names
 
 
 def test_one_row_is_split_until_the_gpu_is_full():
@@ -74,7 +78,13 @@ def test_the_bytes_of_the_maps():
         ({"r": 300}, "fused_hidden=1", "fused_hidden=1 with R = 300; wanted 1 to 256"),
         ({"l": 1, "c": 4096}, "per_block=4096", "4096 channels a block; wanted 1 to 1024"),
         ({}, "per_block=0", "per_block=0"),
-        ({}, "cluster", "'cluster' is neither two_pass nor"),
+        ({}, "two-pass", "'two-pass' is none of two_pass, cluster, width="),
+        ({}, "two_pass size=4", "asks for both two_pass and cluster"),
+        ({}, "size=3", "cluster: size=3; wanted 1, 2, 4, 8 or 16"),
+        ({}, "size=4", "each of 4 blocks would need 4[0-9]{5} bytes of shared memory; H200 has 232448"),
+        ({"c": 9}, "size=8", "a sample does not divide among 8 blocks"),
+        ({"c": 128, "l": 4, "channels_last": True}, "size=8", "a sample does not divide among 8 blocks"),
+        ({"dtype": "float64"}, "cluster", "cluster: its kernels are not compiled for float64"),
         ({}, "splits=many", "'splits=many' has no number"),
         ({"l": 2**30 + 1}, "", "1073741825 positions a channel; wanted at most 2\\^30"),
     ],
@@ -86,7 +96,7 @@ def test_what_cannot_be_served_names_the_limit(call, forced, message):
 
 def test_an_old_gpu_is_refused():
     with pytest.raises(ValueError, match="V100 is sm_70; wanted sm_75 on"):
-        plan(C.Device("V100", 70, 80))
+        plan(C.Device("V100", 70, 80, 96 << 10, 96 << 10, [0] * 5))
 
 
 def test_an_unknown_preset_names_the_known():
@@ -106,8 +116,54 @@ def test_every_call_has_a_plan_within_the_limits(
         device, n=n, c=c, r=r, l=positions, dtype=dtype, channels_last=channels_last,
         backward=backward, squeeze=squeeze, alignment=alignment,
     )  # fmt: skip
-    for name, blocks, shared in chosen.launches:
+    for name, blocks, shared, size in chosen.launches:
         assert 1 <= blocks < 2**31, name
-        assert 0 < shared <= 48 << 10, name  # what every GPU gives a block without asking
+        if size == 0:
+            assert 0 < shared <= 48 << 10, name  # what every GPU gives a block without asking
+        else:
+            assert device.clusters[size.bit_length() - 1] > 0
+            assert blocks == n * size
+            assert shared <= device.shared_per_block
     assert 1 <= chosen.splits <= 64
-    assert "two_pass" in str(chosen)
+    whole = n * c * positions * {"float64": 8, "float32": 4}.get(dtype, 2)
+    if "cluster" in str(chosen).splitlines()[0]:
+        assert (chosen.map_bytes_read, chosen.map_bytes_written) == ((1 + backward) * whole, whole)
+    else:
+        assert "not cluster: " in str(chosen)
+
+
+@pytest.mark.parametrize(
+    ("call", "size"),
+    [
+        ({"n": 1, "l": 7 * 7, "c": 960}, 16),  # as many multiprocessors as there are, for one sample
+        ({"n": 396, "l": 7 * 7, "c": 256}, 1),  # three samples a multiprocessor: one wave
+        ({"n": 32, "l": 56 * 56}, 16),  # 1.6 MB need 8 blocks, 16 leave room for two a multiprocessor
+    ],
+)
+def test_the_size_of_the_cluster(call, size):
+    ((_, blocks, _, chosen),) = cluster(**call).launches
+    assert chosen == size
+    assert blocks == size * call["n"]
+
+
+def test_no_cluster_where_none_is_resident():
+    clusters = [16, 8, 4, 0, 0]
+    sliced = C.Device("a slice of an H200", 90, 16, H200.shared_per_block, H200.shared_per_multiprocessor, clusters)
+    assert plan(sliced, forced="").launches[0][0] == "squeeze"
+    with pytest.raises(ValueError, match="a slice of an H200 has no clusters of 16 blocks"):
+        cluster(sliced)
+    with pytest.raises(ValueError, match="A100 has no clusters: they come with sm_90"):
+        cluster(C.preset("A100"))
+    assert "not cluster: each of 16 blocks would need" in str(plan(forced="", c=64, l=300 * 300))
+
+
+def test_the_bytes_of_the_maps_in_a_cluster():
+    whole = 32 * 256 * 56 * 56 * 2
+    assert (cluster().map_bytes_read, cluster().map_bytes_written) == (whole, whole)
+    assert cluster(residual=True).map_bytes_read == 2 * whole
+    small = {"l": 14 * 14}
+    for options in ({}, {"squeeze": 1}, {"pre_act": True}, {"post_act": True}):
+        back = cluster(backward=True, **small, **options)
+        assert (back.map_bytes_read, back.map_bytes_written) == (whole // 8, whole // 16)
+    back = cluster(backward=True, post_act=True, residual=True, **small)
+    assert back.map_bytes_read == 3 * whole // 16

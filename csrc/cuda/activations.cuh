@@ -1,4 +1,6 @@
-// The activations and their derivatives on V values at a time, so that the run-time code is switched on once a vector.
+// The activations and their derivatives. Those that stand around the SE layers of real networks are inlined for V
+// values at a time, so that the run-time code is switched on once a vector; the others, and float64, are called for
+// each value, which keeps their long exponentials out of every kernel.
 // NaN and the infinities behave as in PyTorch: comparisons are arranged so that a NaN falls through.
 #pragma once
 
@@ -33,6 +35,95 @@ __device__ A mish_factor(A e) {
   return n / (n + 2);
 }
 
+template <class A>
+__device__ A relu(A v) {
+  return v < 0 ? A(0) : v;
+}
+template <class A>
+__device__ A relu6(A v) {
+  return clamp<A>(v, 0, 6);
+}
+template <class A>
+__device__ A silu(A v) {
+  return v * sigmoid(v);
+}
+template <class A>
+__device__ A hardswish(A v) {
+  return v * clamp<A>(v + 3, 0, 6) / 6;
+}
+
+template <class A>
+__device__ A relu_slope(A v) {
+  return v <= 0 ? A(0) : A(1);
+}
+template <class A>
+__device__ A relu6_slope(A v) {
+  return v <= 0 || v >= 6 ? A(0) : A(1);
+}
+template <class A>
+__device__ A silu_slope(A v) {
+  const A s = sigmoid(v);
+  return s * (1 + v * (1 - s));
+}
+template <class A>
+__device__ A hardswish_slope(A v) {
+  return v <= -3 ? A(0) : v >= 3 ? A(1) : v / 3 + A(0.5);
+}
+
+template <class A>
+__noinline__ __device__ A activate_one(Activation activation, const Options& o, A v) {
+  switch (activation) {
+    case Activation::kIdentity: return v;
+    case Activation::kRelu: return relu(v);
+    case Activation::kRelu6: return relu6(v);
+    case Activation::kSilu: return silu(v);
+    case Activation::kHardswish: return hardswish(v);
+    case Activation::kGelu: return A(0.5) * v * (1 + std::erf(v * A(kSqrtHalf)));
+    case Activation::kGeluTanh: return A(0.5) * v * (1 + gelu_tanh_inner(v));
+    case Activation::kLeakyRelu: return v > 0 ? v : A(kLeakySlope) * v;
+    case Activation::kMish: return v * mish_factor(std::exp(v > 40 ? A(40) : v));
+    case Activation::kSigmoid: return sigmoid(v);
+    case Activation::kTanh: return std::tanh(v);
+    case Activation::kHardSigmoid: return clamp<A>(A(o.slope) * v + A(o.offset), 0, 1);
+  }
+  return v;
+}
+
+template <class A>
+__noinline__ __device__ A slope_one(Activation activation, const Options& o, A v) {
+  switch (activation) {
+    case Activation::kIdentity: return 1;
+    case Activation::kRelu: return relu_slope(v);
+    case Activation::kRelu6: return relu6_slope(v);
+    case Activation::kSilu: return silu_slope(v);
+    case Activation::kHardswish: return hardswish_slope(v);
+    case Activation::kGelu:
+      return A(0.5) * (1 + std::erf(v * A(kSqrtHalf))) + v * std::exp(A(-0.5) * v * v) * A(0.5 * kSqrtTwoOverPi);
+    case Activation::kGeluTanh: {
+      const A inner = gelu_tanh_inner(v), slope = A(kSqrtTwoOverPi) * (1 + A(3 * kGeluCubic) * v * v);
+      return A(0.5) * (1 + inner) + A(0.5) * v * (1 - inner * inner) * slope;
+    }
+    case Activation::kLeakyRelu: return v > 0 ? A(1) : A(kLeakySlope);
+    case Activation::kMish: {
+      const A e = std::exp(v > 40 ? A(40) : v), factor = mish_factor(e);
+      return factor + v * (e / (e + 1)) * (1 - factor * factor);
+    }
+    case Activation::kSigmoid: {
+      const A s = sigmoid(v);
+      return s * (1 - s);
+    }
+    case Activation::kTanh: {
+      const A s = std::tanh(v);
+      return 1 - s * s;
+    }
+    case Activation::kHardSigmoid: {
+      const A at = A(o.slope) * v + A(o.offset);
+      return at < 0 || at > 1 ? A(0) : A(o.slope);
+    }
+  }
+  return 1;
+}
+
 template <int V, class A, class Function>
 __device__ void each(A (&v)[V], Function&& function) {
 #pragma unroll
@@ -40,103 +131,37 @@ __device__ void each(A (&v)[V], Function&& function) {
 }
 
 template <int V, class A>
-__device__ void activate_inline(Activation activation, const Options& o, A (&v)[V]) {
-  switch (activation) {
-    case Activation::kIdentity: return;
-    case Activation::kRelu: return each(v, [](A t) { return t < 0 ? A(0) : t; });
-    case Activation::kRelu6: return each(v, [](A t) { return clamp<A>(t, 0, 6); });
-    case Activation::kSilu: return each(v, [](A t) { return t * sigmoid(t); });
-    case Activation::kHardswish: return each(v, [](A t) { return t * clamp<A>(t + 3, 0, 6) / 6; });
-    case Activation::kGelu: return each(v, [](A t) { return A(0.5) * t * (1 + std::erf(t * A(kSqrtHalf))); });
-    case Activation::kGeluTanh: return each(v, [](A t) { return A(0.5) * t * (1 + gelu_tanh_inner(t)); });
-    case Activation::kLeakyRelu: return each(v, [](A t) { return t > 0 ? t : A(kLeakySlope) * t; });
-    case Activation::kMish: return each(v, [](A t) { return t * mish_factor(std::exp(t > 40 ? A(40) : t)); });
-    case Activation::kSigmoid: return each(v, [](A t) { return sigmoid(t); });
-    case Activation::kTanh: return each(v, [](A t) { return std::tanh(t); });
-    case Activation::kHardSigmoid: {
-      const A slope = A(o.slope), offset = A(o.offset);
-      return each(v, [=](A t) { return clamp<A>(slope * t + offset, 0, 1); });
-    }
-  }
-}
-
-template <int V, class A>
-__device__ void differentiate_inline(Activation activation, const Options& o, A (&v)[V]) {
-  switch (activation) {
-    case Activation::kIdentity: return each(v, [](A) { return A(1); });
-    case Activation::kRelu: return each(v, [](A t) { return t <= 0 ? A(0) : A(1); });
-    case Activation::kRelu6: return each(v, [](A t) { return t <= 0 || t >= 6 ? A(0) : A(1); });
-    case Activation::kSilu:
-      return each(v, [](A t) {
-        const A s = sigmoid(t);
-        return s * (1 + t * (1 - s));
-      });
-    case Activation::kHardswish: return each(v, [](A t) { return t <= -3 ? A(0) : t >= 3 ? A(1) : t / 3 + A(0.5); });
-    case Activation::kGelu:
-      return each(v, [](A t) {
-        return A(0.5) * (1 + std::erf(t * A(kSqrtHalf))) + t * std::exp(A(-0.5) * t * t) * A(0.5 * kSqrtTwoOverPi);
-      });
-    case Activation::kGeluTanh:
-      return each(v, [](A t) {
-        const A inner = gelu_tanh_inner(t), slope = A(kSqrtTwoOverPi) * (1 + A(3 * kGeluCubic) * t * t);
-        return A(0.5) * (1 + inner) + A(0.5) * t * (1 - inner * inner) * slope;
-      });
-    case Activation::kLeakyRelu: return each(v, [](A t) { return t > 0 ? A(1) : A(kLeakySlope); });
-    case Activation::kMish:
-      return each(v, [](A t) {
-        const A e = std::exp(t > 40 ? A(40) : t), factor = mish_factor(e);
-        return factor + t * (e / (e + 1)) * (1 - factor * factor);
-      });
-    case Activation::kSigmoid:
-      return each(v, [](A t) {
-        const A s = sigmoid(t);
-        return s * (1 - s);
-      });
-    case Activation::kTanh:
-      return each(v, [](A t) {
-        const A s = std::tanh(t);
-        return 1 - s * s;
-      });
-    case Activation::kHardSigmoid: {
-      const A slope = A(o.slope), offset = A(o.offset);
-      return each(v, [=](A t) { return slope * t + offset < 0 || slope * t + offset > 1 ? A(0) : slope; });
-    }
-  }
-}
-
-// In float64 called, not inlined, to keep its long exponentials out of every kernel: it is there to check the others
-// against.
-template <class A>
-__noinline__ __device__ A activate_called(Activation activation, const Options& o, A v) {
-  A one[1] = {v};
-  activate_inline(activation, o, one);
-  return one[0];
-}
-template <class A>
-__noinline__ __device__ A differentiate_called(Activation activation, const Options& o, A v) {
-  A one[1] = {v};
-  differentiate_inline(activation, o, one);
-  return one[0];
-}
+constexpr bool kInlined = V > 1 && std::is_same_v<A, float>;
 
 // v = activation(v)
 template <int V, class A>
 __device__ void activate(Activation activation, const Options& o, A (&v)[V]) {
-  if constexpr (std::is_same_v<A, double>) {
-    each(v, [&](A t) { return activate_called(activation, o, t); });
-  } else {
-    activate_inline(activation, o, v);
+  if (activation == Activation::kIdentity) return;
+  if constexpr (kInlined<V, A>) {
+    switch (activation) {
+      case Activation::kRelu: return each(v, relu<A>);
+      case Activation::kRelu6: return each(v, relu6<A>);
+      case Activation::kSilu: return each(v, silu<A>);
+      case Activation::kHardswish: return each(v, hardswish<A>);
+      default: break;
+    }
   }
+  each(v, [&](A t) { return activate_one(activation, o, t); });
 }
 
 // v = activation'(v)
 template <int V, class A>
 __device__ void differentiate(Activation activation, const Options& o, A (&v)[V]) {
-  if constexpr (std::is_same_v<A, double>) {
-    each(v, [&](A t) { return differentiate_called(activation, o, t); });
-  } else {
-    differentiate_inline(activation, o, v);
+  if constexpr (kInlined<V, A>) {
+    switch (activation) {
+      case Activation::kRelu: return each(v, relu_slope<A>);
+      case Activation::kRelu6: return each(v, relu6_slope<A>);
+      case Activation::kSilu: return each(v, silu_slope<A>);
+      case Activation::kHardswish: return each(v, hardswish_slope<A>);
+      default: break;
+    }
   }
+  each(v, [&](A t) { return slope_one(activation, o, t); });
 }
 
 // g *= activation'(v). Where the derivative is 0 so is the gradient, whatever g: relu's backward in PyTorch selects, it
@@ -150,13 +175,6 @@ __device__ void chain(Activation activation, const Options& o, const A (&v)[V], 
   differentiate(activation, o, derivative);
 #pragma unroll
   for (int i = 0; i < V; ++i) g[i] = derivative[i] == 0 ? A(0) : g[i] * derivative[i];
-}
-
-template <class A>
-__device__ A activate_one(Activation activation, const Options& o, A v) {
-  A one[1] = {v};
-  activate(activation, o, one);
-  return one[0];
 }
 
 template <class A>

@@ -14,12 +14,18 @@ namespace {
 
 using se::Tensor;
 
+std::mutex mutex;  // of what follows
+std::string forced;
+std::unordered_map<int, se::Device> known;
+
 const se::Device& limits(int index) {
-  static std::mutex mutex;
-  static std::unordered_map<int, se::Device> known;
-  const std::lock_guard<std::mutex> lock(mutex);
   const auto found = known.find(index);
   return found != known.end() ? found->second : known.emplace(index, se::cuda::device_limits(index)).first->second;
+}
+
+se::Plan plan(const se::Call& call, int index) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  return se::make_plan(call, limits(index), forced);
 }
 
 struct Cuda {
@@ -30,17 +36,11 @@ struct Cuda {
     void* stream = nullptr;
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream && aoti_torch_get_current_cuda_stream(index, &stream) == 0,
                     "se_fused: this torch gives no CUDA stream");
-    const se::Plan plan = se::make_plan(se::call_of(f), limits(index));
+    const se::Plan plan = ::plan(se::call_of(f), index);
     // From torch's caching allocator: safe in CUDA graphs, and on any number of streams and threads.
     const int64_t size[] = {plan.scratch_bytes};
     const Tensor scratch = torch::stable::new_empty(x, {size, 1}, torch::headeronly::ScalarType::Byte);
-    launch(f, plan, scratch.data_ptr(), stream);
-  }
-  static void launch(const se::Forward& f, const se::Plan& plan, void* scratch, void* stream) {
-    se::cuda::forward(f, plan, scratch, stream);
-  }
-  static void launch(const se::Backward& f, const se::Plan& plan, void* scratch, void* stream) {
-    se::cuda::backward(f, plan, scratch, stream);
+    se::cuda::run(f, plan, scratch.data_ptr(), stream);
   }
 };
 
@@ -49,4 +49,20 @@ struct Cuda {
 STABLE_TORCH_LIBRARY_IMPL(se_fused, CUDA, m) {
   m.impl("forward_out", TORCH_BOX(&se::forward_out<Cuda>));
   m.impl("backward_out", TORCH_BOX(&se::backward_out<Cuda>));
+}
+
+// For ctypes: the numbers of csrc/plan.h's Device, in its order; the forced plan of the calls that follow, or "".
+extern "C" __attribute__((visibility("default"))) void se_fused_device_limits(int index, int64_t* out) {
+  const torch::stable::accelerator::DeviceGuard guard(index);
+  const std::lock_guard<std::mutex> lock(mutex);
+  const se::Device& device = limits(index);
+  *out++ = device.capability;
+  *out++ = device.multiprocessors;
+  *out++ = device.shared_per_block;
+  *out++ = device.shared_per_multiprocessor;
+  for (const int clusters : device.clusters) *out++ = clusters;
+}
+extern "C" __attribute__((visibility("default"))) void se_fused_force_plan(const char* text) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  forced = text;
 }

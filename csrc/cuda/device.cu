@@ -5,18 +5,53 @@
 #include "kernels.h"
 
 namespace se::cuda {
+namespace {
+
+void check(cudaError_t error) {
+  if (error == cudaSuccess) return;
+  throw std::runtime_error(std::string("se_fused: device limits: ") + cudaGetErrorString(error));
+}
+
+__global__ void __launch_bounds__(kThreads) occupant() {}
+
+// Clusters that this device can run at once, with nothing else beside a block on its multiprocessor; 0 where it cannot
+// run them at all, or not as it is set up now.
+int resident_clusters(int size, int64_t shared_bytes) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(size), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(size);
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  int clusters = 0;
+  if (cudaOccupancyMaxActiveClusters(&clusters, occupant, &config) == cudaSuccess) return clusters;
+  cudaGetLastError();  // or the next launch would report it
+  return 0;
+}
+
+}  // namespace
 
 Device device_limits(int index) {
   auto attribute = [&](cudaDeviceAttr which) {
     int value = 0;
-    const cudaError_t error = cudaDeviceGetAttribute(&value, which, index);
-    if (error != cudaSuccess)
-      throw std::runtime_error(std::string("se_fused: device limits: ") + cudaGetErrorString(error));
+    check(cudaDeviceGetAttribute(&value, which, index));
     return value;
   };
-  return {"cuda:" + std::to_string(index),
-          10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor),
-          attribute(cudaDevAttrMultiProcessorCount)};
+  Device device{"cuda:" + std::to_string(index),
+                10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor),
+                attribute(cudaDevAttrMultiProcessorCount),
+                attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+                attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+                {}};
+  if (device.capability < 90) return device;
+  const auto shared = static_cast<int>(device.shared_per_block);
+  check(cudaFuncSetAttribute(occupant, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+  check(cudaFuncSetAttribute(occupant, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+  for (int log = 0; log < 5; ++log) device.clusters[log] = resident_clusters(1 << log, shared);
+  return device;
 }
 
 }  // namespace se::cuda

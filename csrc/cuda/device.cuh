@@ -112,6 +112,34 @@ __device__ void store_one(T* p, Accumulator<T> v) {
   store<1>(p, one);
 }
 
+// Where a kernel reads a map: in global memory, there for the last time, or the share of a block in its shared memory,
+// at whose beginning element `first` of the map lies. at: an index into the map.
+template <class T>
+struct Global {
+  const T* map;
+  template <int V>
+  __device__ void load(int64_t at, Accumulator<T> (&v)[V]) const {
+    cuda::load<V>(map + at, v);
+  }
+};
+template <class T>
+struct Streamed {
+  const T* map;
+  template <int V>
+  __device__ void load(int64_t at, Accumulator<T> (&v)[V]) const {
+    load_streaming<V>(map + at, v);
+  }
+};
+template <class T>
+struct Resident {
+  const T* slab;
+  int64_t first;
+  template <int V>
+  __device__ void load(int64_t at, Accumulator<T> (&v)[V]) const {
+    unpack<V, T>(*reinterpret_cast<const typename Access<V * sizeof(T)>::Type*>(slab + (at - first)), v);
+  }
+};
+
 // A NaN stays, as in PyTorch's amax; fmax would drop it.
 template <class A>
 __device__ A max_keep_nan(A a, A b) {
@@ -178,7 +206,16 @@ void with_width(int bytes, Body&& body) {
   body(std::integral_constant<int, 1>());
 }
 
-// `kernel` on the grid that the plan lists under `name`.
+inline void check(cudaError_t error, const char* name, const Plan& plan) {
+  if (error == cudaSuccess) return;
+  throw std::runtime_error(std::string("se_fused: kernel ") + name + ": " + cudaGetErrorString(error) + "\n" +
+                           plan.text());
+}
+
+constexpr int64_t kSharedWithoutAsking = 48 << 10;
+constexpr int kPortableCluster = 8;
+
+// `kernel` on the grid that the plan lists under `name`, in the clusters that it says.
 template <class... Parameters, class... Arguments>
 void launch(const Plan& plan, const char* name, void* stream, void (*kernel)(Parameters...),
             const Arguments&... arguments) {
@@ -188,11 +225,19 @@ void launch(const Plan& plan, const char* name, void* stream, void (*kernel)(Par
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = planned.shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string("se_fused: kernel ") + name + ": " + cudaGetErrorString(error) + "\n" +
-                             plan.text());
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(planned.cluster), 1, 1};
+  config.attrs = &attribute;
+  config.numAttrs = planned.cluster > 0;
+  auto allow = [&](cudaFuncAttribute what, int64_t value) {
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), what, static_cast<int>(value)), name, plan);
+  };
+  if (planned.shared_bytes > kSharedWithoutAsking) {
+    allow(cudaFuncAttributeMaxDynamicSharedMemorySize, planned.shared_bytes);
   }
+  if (planned.cluster > kPortableCluster) allow(cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  check(cudaLaunchKernelEx(&config, kernel, arguments...), name, plan);
 }
 
 }  // namespace se::cuda

@@ -1,12 +1,17 @@
 // A block's share of the maps, walked in accesses of 16 bytes wherever the data allows.
+//
+// A share has: n, c0 and channels (its sample and channels), sample_first() (whether this block reports what it
+// computed for the whole sample), owns(i) (and for the channel c0 + i), walk(body) with body(std::integral_constant
+// <int, V>(), Place) for every V elements, and along(values, place, v): v[k] = values[i] for the channel c0 + i of
+// each of them. `first` and `count` are its elements in the map, where it has all channels of its positions.
 #pragma once
 
 #include "device.cuh"
 
 namespace se::cuda {
 
-// Channel of an element: i / l by a multiplication, for i < 2^31 and 1 <= l <= 2^30 (Granlund and Montgomery, "Division
-// by invariant integers using multiplication", figure 4.1).
+// Quotient by a multiplication, for i < 2^31 and 1 <= l <= 2^30 (Granlund and Montgomery, "Division by invariant
+// integers using multiplication", figure 4.1).
 struct Divisor {
   unsigned multiplier, shift;
 
@@ -17,80 +22,112 @@ struct Divisor {
   __device__ unsigned divide(unsigned i) const { return (__umulhi(i, multiplier) + i) >> shift; }
 };
 
-// NCHW: elements [e0, e1) of sample n, in the channels [c0, c0 + channels).
-struct RowShare {
-  int64_t n, range, e0, e1, c0;
-  int channels;
+// Elements from `at` on in the map, the first of them in channel c0 + i of the share, at position r of L.
+struct Place {
+  int64_t at;
+  int i;
+  unsigned r;
+};
 
-  __device__ RowShare(int64_t c, int64_t l, const Elementwise& e) {
+// NCHW: elements [first, first + count) of the map.
+template <class T>
+struct RowShare {
+  static constexpr bool kSplitsPositions = false;
+  int64_t n, range, first, count, c0, l;
+  int channels;
+  unsigned before;  // elements of channel c0 that are not in the share
+  bool wide;
+  Divisor by_l;
+
+  __device__ RowShare(const Problem& p, const Elementwise& e, const Divisor& by) : l(p.l), by_l(by) {
     const auto ranges = static_cast<unsigned>(e.ranges);
     n = blockIdx.x / ranges;
     range = blockIdx.x % ranges;
-    e0 = range * e.per_block;
-    e1 = e0 + e.per_block < c * l ? e0 + e.per_block : c * l;
+    const int64_t e0 = range * e.per_block, rest = p.c * l - e0;
+    count = rest < e.per_block ? rest : e.per_block;
+    first = n * p.c * l + e0;
     c0 = e0 / l;
-    channels = static_cast<int>((e1 - 1) / l - c0) + 1;
+    channels = static_cast<int>((e0 + count - 1) / l - c0) + 1;
+    before = static_cast<unsigned>(e0 - c0 * l);
+    wide = e.width == 16;
   }
-  // Whether this block is the one that reports what it computed for the channel c0 + i: the one of its first element.
-  __device__ bool owns(int i, int64_t l) const { return i > 0 || e0 == c0 * l; }
+  __device__ bool sample_first() const { return range == 0; }
+  __device__ bool owns(int i) const { return i > 0 || before == 0; }
 
-  // body(std::integral_constant<int, V>(), at, i, r): V elements from `at` on in the map, the first of them in channel
-  // c0 + i at position r.
-  template <class T, class Body>
-  __device__ void walk(const T* map, int64_t c, int64_t l, const Divisor& by_l, bool wide, Body&& body) const {
+  template <class Body>
+  __device__ void walk(Body&& body) const {
     constexpr int V = 16 / sizeof(T);
-    const int64_t first = n * c * l + e0;
-    const unsigned count = static_cast<unsigned>(e1 - e0), before = static_cast<unsigned>(e0 - c0 * l);
-    const auto misaligned = static_cast<unsigned>(reinterpret_cast<uintptr_t>(map + first) % 16 / sizeof(T));
-    const unsigned to_border = (V - misaligned) % V;
-    const unsigned head = !wide || to_border > count ? count : to_border;
-    auto one = [&](unsigned e) {
+    const auto size = static_cast<unsigned>(count), to_border = static_cast<unsigned>((V - first % V) % V);
+    const unsigned head = !wide || to_border > size ? size : to_border, vectors = (size - head) / V;
+    auto at = [&](auto width, unsigned e) {
       const unsigned i = by_l.divide(e + before);
-      body(std::integral_constant<int, 1>(), first + e, static_cast<int>(i), e + before - i * static_cast<unsigned>(l));
+      body(width, Place{first + e, static_cast<int>(i), e + before - i * static_cast<unsigned>(l)});
     };
-    for (unsigned e = threadIdx.x; e < head; e += kThreads) one(e);
-    const unsigned vectors = (count - head) / V;
-    for (unsigned v = threadIdx.x; v < vectors; v += kThreads) {
-      const unsigned e = head + v * V, i = by_l.divide(e + before);
-      body(std::integral_constant<int, V>(), first + e, static_cast<int>(i), e + before - i * static_cast<unsigned>(l));
+    const std::integral_constant<int, 1> one;
+    for (unsigned e = threadIdx.x; e < head; e += kThreads) at(one, e);
+    for (unsigned v = threadIdx.x; v < vectors; v += kThreads) at(std::integral_constant<int, V>(), head + v * V);
+    for (unsigned e = head + vectors * V + threadIdx.x; e < size; e += kThreads) at(one, e);
+  }
+  template <int V, class A>
+  __device__ void along(const A* values, const Place& place, A (&v)[V]) const {
+    int i = place.i;
+    unsigned r = place.r;
+#pragma unroll
+    for (int k = 0; k < V; ++k) {
+      v[k] = values[i];
+      if (++r == l) r = 0, ++i;
     }
-    for (unsigned e = head + vectors * V + threadIdx.x; e < count; e += kThreads) one(e);
   }
 };
 
-// values[i] for V elements that begin in channel `i` at position r of L: one channel after the other.
-template <int V, class A>
-__device__ void along_row(const A* values, int i, unsigned r, int64_t l, A (&v)[V]) {
-#pragma unroll
-  for (int k = 0; k < V; ++k) {
-    v[k] = values[i];
-    if (++r == l) r = 0, ++i;
-  }
-}
-
-// channels_last: positions [l0, l1) of sample n, in the channels [c0, c0 + channels).
+// channels_last: positions [l0, l1) of sample n, in the channels [c0, c0 + channels), of which V divides both.
+template <class T, int W>
 struct PositionShare {
-  int64_t n, range, l0, l1, c0;
+  static constexpr bool kSplitsPositions = true;
+  int64_t n, range, l0, l1, c0, first, count, c;
   int channels;
+  unsigned vectors;  // of a position, in every chunk but the last
+  Divisor by_vectors;
 
-  __device__ PositionShare(int64_t c, int64_t l, int per_lane, const Elementwise& e) {
+  __device__ PositionShare(const Problem& p, const Elementwise& e, const Divisor& by) : c(p.c), by_vectors(by) {
     const auto ranges = static_cast<unsigned>(e.ranges), chunks = static_cast<unsigned>(e.chunks);
     range = blockIdx.x % ranges;
-    c0 = int64_t{blockIdx.x / ranges % chunks} * e.lanes * per_lane;
+    c0 = int64_t{blockIdx.x / ranges % chunks} * e.channels;
     n = blockIdx.x / ranges / chunks;
     l0 = range * e.per_block;
-    l1 = l0 + e.per_block < l ? l0 + e.per_block : l;
-    channels = static_cast<int>(c - c0 < e.lanes * per_lane ? c - c0 : e.lanes * per_lane);
+    l1 = l0 + e.per_block < p.l ? l0 + e.per_block : p.l;
+    channels = static_cast<int>(c - c0 < e.channels ? c - c0 : e.channels);
+    vectors = static_cast<unsigned>(e.channels / W);
+    first = (n * p.l + l0) * c + c0;
+    count = (l1 - l0) * c;
   }
-  __device__ bool owns() const { return range == 0; }
+  __device__ bool sample_first() const { return range == 0 && c0 == 0; }
+  __device__ bool owns(int) const { return range == 0; }
 
-  // body(at, i): V elements from `at` on in the map, in the channels c0 + i on. V divides C.
-  template <int V, class Body>
-  __device__ void walk(int64_t c, int64_t l, int lanes, Body&& body) const {
-    const int i = threadIdx.x % lanes * V;
-    if (i >= channels) return;
-    for (int64_t at = l0 + threadIdx.x / lanes; at < l1; at += kThreads / lanes) body((n * l + at) * c + c0 + i, i);
+  template <class Body>
+  __device__ void walk(Body&& body) const {
+    const auto size = static_cast<unsigned>(l1 - l0) * vectors;
+    for (unsigned v = threadIdx.x; v < size; v += kThreads) {
+      const unsigned position = by_vectors.divide(v);
+      const auto i = static_cast<int>((v - position * vectors) * W);
+      if (i < channels) body(std::integral_constant<int, W>(), Place{first + position * c + i, i, 0});
+    }
+  }
+  template <int V, class A>
+  __device__ void along(const A* values, const Place& place, A (&v)[V]) const {
+#pragma unroll
+    for (int k = 0; k < V; ++k) v[k] = values[place.i + k];
   }
 };
+
+// body(share, by): the type of a block's share, as a null pointer, and what its constructor divides by.
+template <class T, class Body>
+void with_share(const Call& call, const Elementwise& e, Body&& body) {
+  if (!call.channels_last) return body(static_cast<RowShare<T>*>(nullptr), Divisor(call.l));
+  with_width<T, false>(e.width, [&](auto width) {
+    constexpr int W = decltype(width)::value;
+    body(static_cast<PositionShare<T, W>*>(nullptr), Divisor(e.channels / W));
+  });
+}
 
 }  // namespace se::cuda

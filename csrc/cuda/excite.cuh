@@ -6,10 +6,16 @@
 
 namespace se::cuda {
 
+// Rows of `stride` weights; `from` gives the part of it that begins at a row and column.
 struct Matrix {
-  const void* data;  // [rows, columns]
+  const void* data;
   DType dtype;
-  int64_t columns;
+  int64_t stride;
+
+  __device__ Matrix from(int64_t row, int64_t column) const {
+    const int bytes = dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+    return {static_cast<const char*>(data) + (row * stride + column) * bytes, dtype, stride};
+  }
 };
 
 // b[i], or 0 where there is none.
@@ -31,18 +37,18 @@ __device__ void stage(A* tile, int samples, int64_t k0, int width, Source&& v) {
   __syncthreads();
 }
 
-// sums[s][i] = sum_k m[row0 + i, k] v(s, k) for i < rows. A warp takes every kWarps-th row.
+// sums[s][i] = sum_k m[i, k] v(s, k) for i < rows, k < depth. A warp takes every kWarps-th row.
 // Shared memory: tile [kS][kTile], sums [kS][rows]; complete for all threads at the end.
 template <int kS, class A, class Source>
-__device__ void product(const Matrix& m, int64_t row0, int rows, int samples, A* tile, A* sums, Source&& v) {
+__device__ void product(const Matrix& m, int rows, int64_t depth, int samples, A* tile, A* sums, Source&& v) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  for (int64_t k0 = 0; k0 < m.columns; k0 += kTile) {
-    const int width = m.columns - k0 < kTile ? static_cast<int>(m.columns - k0) : kTile;
+  for (int64_t k0 = 0; k0 < depth; k0 += kTile) {
+    const int width = depth - k0 < kTile ? static_cast<int>(depth - k0) : kTile;
     stage<kS>(tile, samples, k0, width, v);
     with_weight_type<A>(m.dtype, [&](auto type) {
       using W = decltype(type);
       for (int i = warp; i < rows; i += kWarps) {
-        const W* row = static_cast<const W*>(m.data) + (row0 + i) * m.columns + k0;
+        const W* row = static_cast<const W*>(m.data) + i * m.stride + k0;
         A partial[kS]{};
         for (int k = lane; k < width; k += kWarp) {
           const A weight = load_one(row + k);
@@ -60,12 +66,12 @@ __device__ void product(const Matrix& m, int64_t row0, int rows, int samples, A*
   __syncthreads();
 }
 
-// sums[s][j] = sum_k a(s, k) m[k, column0 + j] for j < columns, k < depth. A lane takes a column, a warp every
+// sums[s][j] = sum_k a(s, k) m[k, j] for j < columns, k < depth. A lane takes a column, a warp every
 // kWarps-th k. Shared memory: tile [kS][kTile], warps [kS][kThreads], sums [kS][columns]; complete for all threads at
 // the end.
 template <int kS, class A, class Source>
-__device__ void transposed_product(const Matrix& m, int64_t depth, int64_t column0, int columns, int samples, A* tile,
-                                   A* warps, A* sums, Source&& a) {
+__device__ void transposed_product(const Matrix& m, int64_t depth, int columns, int samples, A* tile, A* warps, A* sums,
+                                   Source&& a) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   for (int j0 = 0; j0 < columns; j0 += kColumns) {
     const bool exists = j0 + lane < columns;
@@ -76,9 +82,9 @@ __device__ void transposed_product(const Matrix& m, int64_t depth, int64_t colum
       if (!exists) continue;
       with_weight_type<A>(m.dtype, [&](auto type) {
         using W = decltype(type);
-        const W* column = static_cast<const W*>(m.data) + k0 * m.columns + column0 + j0 + lane;
+        const W* column = static_cast<const W*>(m.data) + k0 * m.stride + j0 + lane;
         for (int k = warp; k < width; k += kWarps) {
-          const A weight = load_one(column + k * m.columns);
+          const A weight = load_one(column + k * m.stride);
 #pragma unroll
           for (int s = 0; s < kS; ++s) partial[s] += weight * tile[s * kTile + k];
         }

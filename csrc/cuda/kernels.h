@@ -11,7 +11,18 @@ Device device_limits(int index);
 
 // Enqueue the operation on `stream`, a cudaStream_t; `scratch` has plan.scratch_bytes bytes. Raise std::runtime_error
 // with the kernel and the plan where a launch fails.
-void forward(const Forward& f, const Plan& plan, void* scratch, void* stream);
-void backward(const Backward& f, const Plan& plan, void* scratch, void* stream);
+void forward_two_pass(const Forward& f, const Plan& plan, void* scratch, void* stream);
+void forward_cluster(const Forward& f, const Plan& plan, void* stream);
+void backward_two_pass(const Backward& f, const Plan& plan, void* scratch, void* stream);
+void backward_cluster(const Backward& f, const Plan& plan, void* scratch, void* stream);
+
+inline void run(const Forward& f, const Plan& plan, void* scratch, void* stream) {
+  if (plan.algorithm == Algorithm::kCluster) return forward_cluster(f, plan, stream);
+  forward_two_pass(f, plan, scratch, stream);
+}
+inline void run(const Backward& f, const Plan& plan, void* scratch, void* stream) {
+  if (plan.algorithm == Algorithm::kCluster) return backward_cluster(f, plan, scratch, stream);
+  backward_two_pass(f, plan, scratch, stream);
+}
 
 }  // namespace se::cuda

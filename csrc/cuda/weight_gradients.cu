@@ -2,7 +2,7 @@
 // Grid:   a block for each tile of 32 x 32 of dw2, then of dw1; those of the first column also sum the bias.
 // Bytes:  the small vectors, once for each tile of rows or columns; the gradients once.
 // Why:    a tile belongs to one block, which adds the samples in their order: no atomics, the same bits every time.
-#include "gradients.cuh"
+#include "backward.cuh"
 
 namespace se::cuda {
 namespace {
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
       outer_product<A>(
           static_cast<W*>(f.dw2), static_cast<W*>(f.db2), f.n, f.c, depth, int64_t{blockIdx.x / depth_tiles} * kColumns,
           int64_t{blockIdx.x % depth_tiles} * kColumns,
-          [&](int64_t n, int64_t i) { return gate_gradient(f, partial, n, i); }, h);
+          [&](int64_t n, int64_t i) { return gate_gradient(f, n, i, partial.gate(f, n, i)); }, h);
     } else {
       if (!f.dw1 && !f.db1) return;
       const unsigned tile = blockIdx.x - second;

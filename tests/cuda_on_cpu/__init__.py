@@ -25,10 +25,12 @@ from se_fused import build, launch, ops
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-_FLAGS = "-std=c++17 -O1 -g -fPIC -fvisibility=hidden -Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-parentheses"
+_FLAGS = "-std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-parentheses"
 
 
-def compile_library(root: Path, output: Path, finished: dict[str, Path] | None = None) -> Path:
+def compile_library(
+    root: Path, output: Path, finished: dict[str, Path] | None = None, optimization: str = "-O1 -g"
+) -> Path:
     """The library of the sources under `root`, a copy of this checkout's csrc and tests/cuda_on_cpu.
 
     finished: objects that are there already, by the name of their source.
@@ -38,12 +40,12 @@ def compile_library(root: Path, output: Path, finished: dict[str, Path] | None =
     """
     output.mkdir(parents=True, exist_ok=True)
     shim = root / "tests" / "cuda_on_cpu"
-    sources = [*sorted((root / "csrc" / "cuda").glob("*_*.cu")), root / "csrc" / "plan.cpp"]
+    sources = [*sorted((root / "csrc" / "cuda").glob("*_*.cu")), *sorted((root / "csrc" / "plan").glob("*.cpp"))]
     sources += [shim / "machine.cpp", shim / "binding.cpp"]
     with (output / "build.ninja").open("w") as file:
         ninja = ninja_syntax.Writer(file, width=10_000)
         flags, finished = os.environ.get("SE_FUSED_CXXFLAGS", ""), finished or {}
-        common = f"{_FLAGS} {flags} -I {shim} {' '.join(build.binding_flags())}"
+        common = f"{_FLAGS} {optimization} {flags} -I {shim} {' '.join(build.binding_flags())}"
         ninja.rule("cpp", f"c++ -x c++ {common} -MD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
         ninja.rule("link", f"c++ -shared {flags} $in -o $out {' '.join(build.link_flags())}")
         for source in sources:

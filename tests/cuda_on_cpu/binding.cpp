@@ -55,13 +55,6 @@ void watch(const se::Backward& f, int64_t map) {
   watch_output("db2", f.db2, f.c * w);
 }
 
-void enqueue(const se::Forward& f, const se::Plan& plan, void* scratch) {
-  se::cuda::forward(f, plan, scratch, nullptr);
-}
-void enqueue(const se::Backward& f, const se::Plan& plan, void* scratch) {
-  se::cuda::backward(f, plan, scratch, nullptr);
-}
-
 struct OnCpu {
   template <class Direction>
   static void run(const Direction& f, const se::Tensor&) {
@@ -75,7 +68,7 @@ struct OnCpu {
     cuda_on_cpu::forget_all();
     watch(f, f.n * f.c * f.l * bytes(f.dtype));
     watch_output("scratch", scratch.get(), plan.scratch_bytes);
-    enqueue(f, plan, scratch.get());
+    se::cuda::run(f, plan, scratch.get(), nullptr);
     const auto& counted = cuda_on_cpu::counters();
     STD_TORCH_CHECK(
         counted.map_bytes_read == plan.map_bytes_read && counted.map_bytes_written == plan.map_bytes_written,

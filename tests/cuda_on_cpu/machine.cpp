@@ -20,8 +20,8 @@ namespace cuda_on_cpu {
 namespace {
 
 constexpr int kWarp = 32;
-constexpr size_t kStack = 256 << 10;     // of address space; pages come as they are touched
-constexpr int kStay = 200;               // steps, on average, before another block of the cluster goes on: for the caches
+constexpr size_t kStack = 256 << 10;  // of address space; pages come as they are touched
+constexpr int kStay = 200;            // steps, on average, before another block of the cluster goes on: for the caches
 constexpr unsigned char kPoison = 0xff;  // NaN in every floating-point type
 
 enum class State { kReady, kBarrier, kCluster, kShuffle, kDone };

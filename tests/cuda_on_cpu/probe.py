@@ -3,6 +3,7 @@
 Usage: python -m cuda_on_cpu.probe LIBRARY, with tests/ on the path.
 """
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -18,20 +19,20 @@ CASES = (
     Case(n=1, c=2, r=1, spatial=(64, 80)),
     Case(n=5, c=40, r=9, spatial=(5, 5), layout="channels_last", options={"squeeze": "max"}),
     Case(n=2, c=16, r=None, spatial=(8, 8), layout="offset"),
+    Case(n=1, c=24, r=5, spatial=(4, 4), options={"pre_act": "relu"}),
 )
 
 
 def main(path: Path) -> None:
     library = cuda_on_cpu.Library(path)
     with library.serves():
-        for seed in range(3):
-            for case in CASES:
-                library.setup(plan="splits=2", seed=seed)
-                tensors = case.tensors()
-                with torch.no_grad():
-                    y = call(se_fused.squeeze_excite, tensors, case.options)
-                assert_close(y, truth(tensors, case.options), case.dtype)
-                compare(case)
+        for plan, seed, case in itertools.product(("splits=2", "cluster size=2"), range(3), CASES):
+            library.setup("H200", plan, seed)
+            tensors = case.tensors()
+            with torch.no_grad():
+                y = call(se_fused.squeeze_excite, tensors, case.options)
+            assert_close(y, truth(tensors, case.options), case.dtype)
+            compare(case)
 
 
 if __name__ == "__main__":

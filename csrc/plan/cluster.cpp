@@ -1,0 +1,128 @@
+#include <algorithm>
+
+#include "parts.h"
+
+namespace se::planning {
+namespace {
+
+// A model of the time, predicted: no GPU has measured these yet. What a multiprocessor moves alone, and its part of
+// what all move together (H200: 4.3 TB/s over 132); and what a block spends on its exchange and layers, when its
+// multiprocessor moves nothing unless it has a second block.
+constexpr double kAloneBytesPerUs = 100e3, kTogetherBytesPerUs = 33e3, kExchangeUs = 2.5;
+constexpr int64_t kReserved = 1 << 10;  // bytes of shared memory that the system takes for a block
+
+// The share of each of `size` blocks: false where one would have none.
+bool divide(Plan& plan, int size, const Forced& forced) {
+  const Call& call = plan.call;
+  const int64_t element = element_bytes(call.dtype);
+  Elementwise& e = plan.elementwise;
+  Residence& residence = plan.residence;
+  e = {}, residence = {};
+  e.chunks = 1, e.ranges = size;
+  residence.size = size;
+  // NCHW: in whole 16 bytes for any L, where that leaves channels to every block.
+  for (const int64_t unit : {call.channels_last ? 1 : 16 / element, int64_t{1}}) {
+    residence.channels = ceil_div(ceil_div(call.c, unit), size) * unit;
+    if ((size - 1) * residence.channels < call.c) break;
+  }
+  if ((size - 1) * residence.channels >= call.c) return false;
+  if (call.channels_last) {
+    e.width = width_for(call, call.c * element, false, forced.width);
+    e.channels = call.c;
+    e.per_block = ceil_div(call.l, size);
+    if ((size - 1) * e.per_block >= call.l) return false;
+  } else {
+    e.width = width_for(call, 16, false, {});
+    e.channels = residence.channels;
+    e.per_block = residence.channels * call.l;
+  }
+  const int64_t share = call.channels_last ? e.per_block * call.c : e.per_block;
+  residence.slab_bytes = ceil_div(share * element, 16) * 16 + 16;  // and the remainder of 16 of the first element
+  return true;
+}
+
+// What forward_cluster.cu and backward_cluster.cu lay out.
+int64_t shared_bytes(Plan& plan) {
+  const Call& call = plan.call;
+  const Elementwise& e = plan.elementwise;
+  Residence& residence = plan.residence;
+  const bool forward = call.direction == Direction::kForward;
+  const int64_t part = forward ? 2 : 3, own = residence.channels;
+  const int64_t reduced = kThreads * (call.channels_last ? e.width / element_bytes(call.dtype) : 1) * part;
+  residence.work = std::max<int64_t>(forward ? kTile : kTile + kThreads, reduced);
+  int64_t numbers = residence.work + part * e.channels + own + call.r;
+  int64_t slabs = 1;
+  if (forward) {
+    numbers += own;
+  } else {
+    const int64_t kinds = call.squeeze == Squeeze::kMean ? 2 : 4;
+    numbers += (call.r ? call.r : call.c) + kinds * (own + (call.channels_last ? call.c : 0));
+    residence.keeps_x = reads_x_again(call);
+    residence.keeps_residual = reads_residual(call);
+    slabs += residence.keeps_x + residence.keeps_residual;
+  }
+  return slabs * residence.slab_bytes + numbers * accumulator_bytes(call.dtype);
+}
+
+double predicted_us(const Plan& plan, const Device& device, int64_t shared, int clusters) {
+  const Call& call = plan.call;
+  const int size = plan.residence.size;
+  const int64_t residents =
+      std::clamp<int64_t>(device.shared_per_multiprocessor / (shared + kReserved), 1,
+                          call.direction == Direction::kForward ? kForwardResidents : kBackwardResidents);
+  const int64_t at_once = clusters * residents, waves = ceil_div(call.n, at_once);
+  const auto bytes = static_cast<double>(plan.map_bytes_read + plan.map_bytes_written);
+  const auto busy = static_cast<double>(std::min<int64_t>(device.multiprocessors, std::min(call.n, at_once) * size));
+  const double weights = static_cast<double>(2 * call.c * (call.r ? call.r : call.c) * element_bytes(call.dtype));
+  return waves * (kExchangeUs / std::min<int64_t>(residents, 2) + weights / size * residents / kAloneBytesPerUs) +
+         bytes / std::min(kTogetherBytesPerUs * device.multiprocessors, kAloneBytesPerUs * busy);
+}
+
+}  // namespace
+
+std::string plan_cluster(Plan& plan, const Device& device, const Forced& forced) {
+  const Call& call = plan.call;
+  if (call.dtype == DType::kFloat64) return "its kernels are not compiled for float64";
+  if (device.capability < 90) return device.name + " has no clusters: they come with sm_90";
+  if (call.direction == Direction::kBackward && !writes_maps(call)) return "no gradient of a map is wanted";
+  const int64_t map = call.n * call.c * call.l * element_bytes(call.dtype);
+  plan.algorithm = Algorithm::kCluster;
+  plan.reduction = whole_reduction(call, forced);
+  plan.reduction.splits = 1;
+  if (call.direction == Direction::kForward) {
+    plan.map_bytes_read = (1 + call.residual) * map;
+    plan.map_bytes_written = map;
+  } else {
+    plan.map_bytes_read = (2 + reads_residual(call)) * map;
+    plan.map_bytes_written = (call.dx + call.dresidual) * map;
+    if (call.dw) plan.scratch_bytes = call.n * (call.c + call.r) * accumulator_bytes(call.dtype);
+  }
+
+  std::string why = "size=" + std::to_string(forced.size.value_or(0)) + "; wanted 1, 2, 4, 8 or 16";
+  double least = 0;
+  int64_t chosen_shared = 0;
+  int chosen = 0;
+  for (int log = 0; log < 5; ++log) {
+    const int size = 1 << log;
+    if (forced.size && *forced.size != size) continue;
+    const std::string blocks = std::to_string(size) + (size == 1 ? " block" : " blocks");
+    if (device.clusters[log] == 0) {
+      why = device.name + " has no clusters of " + blocks;
+    } else if (!divide(plan, size, forced)) {
+      why = "a sample does not divide among " + blocks;
+    } else if (const int64_t shared = shared_bytes(plan); shared > device.shared_per_block) {
+      why = "each of " + blocks + " would need " + std::to_string(shared) + " bytes of shared memory; " + device.name +
+            " has " + std::to_string(device.shared_per_block);
+    } else if (const double us = predicted_us(plan, device, shared, device.clusters[log]); !chosen || us < least) {
+      least = us, chosen = size, chosen_shared = shared;
+    }
+  }
+  if (!chosen) return why;
+  divide(plan, chosen, forced);
+  shared_bytes(plan);
+  plan.add(call.direction == Direction::kForward ? "forward" : "backward", call.n * chosen, chosen_shared, chosen);
+  if (call.direction == Direction::kBackward) add_weight_gradients(plan);
+  return "";
+}
+
+}  // namespace se::planning

@@ -1,0 +1,221 @@
+#include "../plan.h"
+
+#include <algorithm>
+#include <sstream>
+#include <stdexcept>
+
+#include "parts.h"
+
+namespace se {
+namespace planning {
+namespace {
+
+constexpr int64_t kLongestRow = int64_t{1} << 30;  // positions within a block are 32-bit numbers
+constexpr int64_t kLargestGrid = (int64_t{1} << 31) - 1;
+
+int lanes_among(const char* what, std::initializer_list<int> allowed, int64_t lanes) {
+  for (const int value : allowed) {
+    if (value == lanes) return value;
+  }
+  refuse("lanes=" + std::to_string(lanes) + " along " + what);
+}
+
+int64_t next_power_of_two(int64_t v) {
+  int64_t power = 1;
+  while (power < v) power *= 2;
+  return power;
+}
+
+// Of the addresses of the maps; null is aligned to all.
+int alignment_of(std::initializer_list<const void*> maps) {
+  uintptr_t bits = 16;
+  for (const void* map : maps) bits |= reinterpret_cast<uintptr_t>(map);
+  return static_cast<int>(bits & -bits);
+}
+
+Call call_of(const Problem& p, Direction direction) {
+  Call call{};
+  call.direction = direction;
+  call.n = p.n, call.c = p.c, call.r = p.r, call.l = p.l;
+  call.channels_last = p.channels_last;
+  call.dtype = p.dtype;
+  call.squeeze = p.options.squeeze;
+  call.pre_act = p.options.pre_act != Activation::kIdentity;
+  call.post_act = p.options.post_act != Activation::kIdentity;
+  call.residual = p.residual && p.residual != p.x;
+  return call;
+}
+
+}  // namespace
+
+void refuse(const std::string& why) { throw std::invalid_argument("se_fused: no plan: " + why); }
+
+Forced::Forced(const std::string& text) {
+  std::istringstream words(text);
+  for (std::string word; words >> word;) {
+    const size_t equals = word.find('=');
+    const std::string name = word.substr(0, equals);
+    std::optional<Algorithm> of;
+    if (name == "two_pass" || name == "splits" || name == "per_block" || name == "fused_hidden") {
+      of = Algorithm::kTwoPass;
+    } else if (name == "cluster" || name == "size") {
+      of = Algorithm::kCluster;
+    }
+    if (of && algorithm.value_or(*of) != *of) refuse("'" + text + "' asks for both two_pass and cluster");
+    if (of) algorithm = of;
+    if (word == "two_pass" || word == "cluster") continue;
+    std::optional<int64_t>* slot = name == "width"          ? &width
+                                   : name == "lanes"        ? &lanes
+                                   : name == "splits"       ? &splits
+                                   : name == "per_block"    ? &per_block
+                                   : name == "fused_hidden" ? &fused_hidden
+                                   : name == "size"         ? &size
+                                                            : nullptr;
+    if (!slot || equals == std::string::npos) {
+      refuse("'" + word +
+             "' is none of two_pass, cluster, width=, lanes=, splits=, per_block=, fused_hidden= and size=");
+    }
+    try {
+      *slot = std::stoll(word.substr(equals + 1));
+    } catch (const std::logic_error&) {
+      refuse("'" + word + "' has no number");
+    }
+  }
+}
+
+int width_for(const Call& call, int64_t span, bool half_wide, const std::optional<int64_t>& forced) {
+  const int64_t element = element_bytes(call.dtype);
+  auto fits = [&](int64_t width) {
+    return width == element ||
+           (element < 8 && (width == 16 || (width == 8 && half_wide)) && span % width == 0 && call.alignment >= width);
+  };
+  if (!forced) return static_cast<int>(fits(16) ? 16 : fits(8) ? 8 : element);
+  if (!fits(*forced)) {
+    refuse("width=" + std::to_string(*forced) + " with elements of " + std::to_string(element) + " bytes, spans of " +
+           std::to_string(span) + " bytes and addresses aligned to " + std::to_string(call.alignment));
+  }
+  return static_cast<int>(*forced);
+}
+
+Reduction whole_reduction(const Call& call, const Forced& forced) {
+  Reduction reduction{};
+  const int64_t row = (call.channels_last ? call.c : call.l) * element_bytes(call.dtype);
+  reduction.width = width_for(call, row, !call.channels_last, forced.width);
+  const int64_t vectors = row / reduction.width;
+  if (call.channels_last) {
+    reduction.lanes = lanes_among("the channels", {1, 2, 4, 8, 16, 32},
+                                  forced.lanes.value_or(std::min<int64_t>(kColumns, next_power_of_two(vectors))));
+  } else {
+    // A group of 8 takes up to 8 accesses a thread, a warp up to 16.
+    reduction.lanes = lanes_among("a row", {8, 32, kThreads},
+                                  forced.lanes.value_or(vectors <= 64    ? 8
+                                                        : vectors <= 512 ? 32
+                                                                         : kThreads));
+  }
+  return reduction;
+}
+
+void add_weight_gradients(Plan& plan) {
+  const Call& call = plan.call;
+  if (!call.dw) return;
+  const int64_t depth = call.r > 0 ? call.r : call.c;
+  plan.add(
+      "weight_gradients",
+      ceil_div(call.c, kColumns) * ceil_div(depth, kColumns) + ceil_div(call.r, kColumns) * ceil_div(call.c, kColumns),
+      2 * kColumns * kColumns * accumulator_bytes(call.dtype));
+}
+
+}  // namespace planning
+
+Call call_of(const Forward& f) {
+  Call call = planning::call_of(f, Direction::kForward);
+  call.alignment = planning::alignment_of({f.x, f.residual, f.y});
+  call.keeps = f.p1 != nullptr;
+  return call;
+}
+
+Call call_of(const Backward& f) {
+  Call call = planning::call_of(f, Direction::kBackward);
+  call.alignment = planning::alignment_of({f.g, f.x, f.residual, f.dx, f.dresidual});
+  call.dx = f.dx;
+  call.dresidual = f.dresidual;
+  call.dw = f.dw1 || f.db1 || f.dw2 || f.db2;
+  return call;
+}
+
+const std::vector<Device>& device_presets() {
+  constexpr int64_t kKiB = 1 << 10;
+  // The numbers of clusters: RTX 5090 as QuACK measured them; the others for 120 of 132 multiprocessors with clusters
+  // of 8, as seen on an H100, and in proportion.
+  static const std::vector<Device> presets{
+      {"T4", 75, 40, 64 * kKiB, 64 * kKiB, {}},
+      {"A100", 80, 108, 163 * kKiB, 164 * kKiB, {}},
+      {"RTX 4090", 89, 128, 99 * kKiB, 100 * kKiB, {}},
+      {"H100", 90, 132, 227 * kKiB, 228 * kKiB, {132, 66, 32, 15, 7}},
+      {"H200", 90, 132, 227 * kKiB, 228 * kKiB, {132, 66, 32, 15, 7}},
+      {"B200", 100, 148, 227 * kKiB, 228 * kKiB, {148, 74, 36, 16, 8}},
+      {"RTX 5090", 120, 170, 99 * kKiB, 100 * kKiB, {170, 85, 41, 19, 0}},
+  };
+  return presets;
+}
+
+Plan make_plan(const Call& call, const Device& device, const std::string& forced_text) {
+  using planning::refuse;
+  const planning::Forced forced(forced_text);
+  if (device.capability < 75) refuse(device.name + " is sm_" + std::to_string(device.capability) + "; wanted sm_75 on");
+  if (call.l > planning::kLongestRow) {
+    refuse(std::to_string(call.l) + " positions a channel; wanted at most 2^30");
+  }
+  Plan plan{};
+  plan.call = call;
+  std::string why = "two_pass was asked for";
+  if (forced.algorithm != Algorithm::kTwoPass) why = planning::plan_cluster(plan, device, forced);
+  if (!why.empty()) {
+    if (forced.algorithm == Algorithm::kCluster) refuse("cluster: " + why);
+    plan = Plan{};
+    plan.call = call;
+    plan.not_cluster = why;
+    planning::plan_two_pass(plan, device, forced);
+  }
+  for (int i = 0; i < plan.launch_count; ++i) {
+    if (plan.launches[i].blocks > planning::kLargestGrid) {
+      refuse(std::string(plan.launches[i].name) + " has " + std::to_string(plan.launches[i].blocks) +
+             " blocks; wanted at most 2^31 - 1");
+    }
+  }
+  return plan;
+}
+
+void Plan::add(const char* name, int64_t blocks, int64_t shared_bytes, int cluster) {
+  launches[launch_count++] = {name, blocks, shared_bytes, cluster};
+}
+
+const Launch& Plan::launch(const std::string& name) const {
+  for (int i = 0; i < launch_count; ++i) {
+    if (launches[i].name == name) return launches[i];
+  }
+  throw std::logic_error("se_fused: the plan has no launch " + name);
+}
+
+std::string Plan::text() const {
+  const bool cluster = algorithm == Algorithm::kCluster;
+  std::ostringstream out;
+  out << (cluster ? "cluster " : "two_pass ") << (call.direction == Direction::kForward ? "forward" : "backward")
+      << ", " << launch_count << (launch_count == 1 ? " launch of " : " launches of ") << kThreads
+      << " threads a block\n";
+  for (int i = 0; i < launch_count; ++i) {
+    out << "  " << launches[i].name << ": " << launches[i].blocks << " blocks";
+    if (launches[i].cluster > 0) out << " in clusters of " << launches[i].cluster;
+    out << ", " << launches[i].shared_bytes << " bytes of shared memory\n";
+  }
+  out << "  reduction: accesses of " << reduction.width << " bytes, " << reduction.lanes << " threads along "
+      << (call.channels_last ? "the channels" : "a row") << ", " << reduction.splits << " splits\n"
+      << "  elementwise: accesses of " << elementwise.width << " bytes, " << elementwise.per_block
+      << (call.channels_last ? " positions of " : " elements of at most ") << elementwise.channels
+      << " channels a block\n"
+      << "  maps: " << map_bytes_read << " bytes read, " << map_bytes_written << " written; scratch: " << scratch_bytes
+      << " bytes\n  " << (cluster ? "not two_pass: it would read x again from memory" : "not cluster: " + not_cluster);
+  return out.str();
+}
+
+}  // namespace se
