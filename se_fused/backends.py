@@ -77,13 +77,20 @@ def load() -> None:
             _unusable[name] = str(error)
 
 
-def cuda_library() -> ctypes.CDLL:
+def _cuda_library() -> ctypes.CDLL:
     """The compiled CUDA part, for what is no operator.
 
     Raises:
         BuildError: if it has to be built and cannot be.
     """
     return ctypes.CDLL(str(build.library("cuda")))
+
+
+def cuda_limits(index: int) -> list[int]:
+    """Of a GPU: capability, multiprocessors, shared memory a block and a multiprocessor, clusters of 1, 2, 4, 8, 16."""
+    limits = (ctypes.c_int64 * 9)()
+    _cuda_library().se_fused_device_limits(index, limits)
+    return list(limits)
 
 
 def forced_plan() -> str:
@@ -192,4 +199,4 @@ def use_backend(name: str, plan: str = "") -> Iterator[None]:
 
 def _tell_plan() -> None:
     if _unusable["cuda"] is None:
-        cuda_library().se_fused_force_plan(_forced_plan.encode())
+        _cuda_library().se_fused_force_plan(_forced_plan.encode())

@@ -5,7 +5,6 @@ x, w1, b1, w2, b2, residual come first in every one of them; then follow the sev
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import torch
@@ -86,8 +85,7 @@ def forward_inplace(
 def plan(x: Tensor, r: int, squeeze: str, pre_act: bool, residual: bool, post_act: bool) -> str:
     """What the CUDA backend launches for a forward call (csrc/plan.h), in words."""
     native = build.load_facts()
-    limits = (ctypes.c_int64 * 9)()
-    backends.cuda_library().se_fused_device_limits(x.device.index, limits)
+    limits = backends.cuda_limits(x.device.index)
     device = native.Device(torch.cuda.get_device_name(x.device), *limits[:4], limits[4:])
     n, c = x.shape[:2]
     return str(
