@@ -1,4 +1,4 @@
-"""The decisions of csrc/plan.cpp, on any machine: which launches, which accesses, and what cannot be forced."""
+"""The decisions of csrc/plan/, on any machine: which launches, which accesses, and what cannot be forced."""
 
 import pytest
 from hypothesis import given
