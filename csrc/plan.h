@@ -77,6 +77,7 @@ struct Residence {
   int64_t channels;              // that each excites
   int64_t slab_bytes;            // of its share of one map
   int64_t work;                  // numbers that its steps need in turn
+  bool wide;                     // whether the share is copied in 16 bytes
   bool keeps_x, keeps_residual;  // backward: beside g
 };
 
@@ -92,9 +93,10 @@ struct Plan {
   Algorithm algorithm;
   Reduction reduction;
   Elementwise elementwise;
-  bool fused_hidden;        // two_pass: each block of the last launch computes h itself
-  Residence residence;      // cluster
-  std::string not_cluster;  // why two_pass
+  bool fused_hidden;         // two_pass: each block of the last launch computes h itself
+  Residence residence;       // cluster
+  int64_t shared_per_block;  // the limit of the device
+  std::string not_cluster;   // why two_pass
   int launch_count;
   std::array<Launch, 4> launches;
   int64_t map_bytes_read, map_bytes_written;

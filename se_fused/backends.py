@@ -59,10 +59,12 @@ _unusable: dict[str, str | None] = {
 }
 _said: set[str] = set()
 _forced_plan = ""
+_cuda: ctypes.CDLL | None = None  # the compiled CUDA part, for what is no operator
 
 
 def load() -> None:
     """Load the compiled parts, building them if need be. A failure leaves the reason for `explain` and the log."""
+    global _cuda
     names = ["cpu"]
     if torch.version.cuda is not None and torch.cuda.is_available():
         names.append("cuda")
@@ -71,25 +73,28 @@ def load() -> None:
             _unusable[name] = "not loaded, because SE_FUSED_BACKEND=reference"
             continue
         try:
-            torch.ops.load_library(build.library(name))
+            path = build.library(name)
+            torch.ops.load_library(path)
             _unusable[name] = None
+            if name == "cuda":
+                _cuda = ctypes.CDLL(str(path))
+                _cuda.se_fused_device_limits.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_int64)]
+                _cuda.se_fused_device_limits.restype = ctypes.c_bool
+                _cuda.se_fused_force_plan.argtypes = [ctypes.c_char_p]
+                _cuda.se_fused_force_plan.restype = None
         except (build.BuildError, OSError) as error:
             _unusable[name] = str(error)
 
 
-def _cuda_library() -> ctypes.CDLL:
-    """The compiled CUDA part, for what is no operator.
+def cuda_limits(index: int) -> list[int]:
+    """Of a GPU: capability, multiprocessors, shared memory a block and a multiprocessor, clusters of 1, 2, 4, 8, 16.
 
     Raises:
-        BuildError: if it has to be built and cannot be.
+        RuntimeError: if the CUDA part is not loaded, or the device gives no answer.
     """
-    return ctypes.CDLL(str(build.library("cuda")))
-
-
-def cuda_limits(index: int) -> list[int]:
-    """Of a GPU: capability, multiprocessors, shared memory a block and a multiprocessor, clusters of 1, 2, 4, 8, 16."""
     limits = (ctypes.c_int64 * 9)()
-    _cuda_library().se_fused_device_limits(index, limits)
+    if _cuda is None or not _cuda.se_fused_device_limits(index, limits):
+        raise RuntimeError(f"se_fused: no limits of cuda:{index}: {_unusable['cuda'] or 'it gives no answer'}")
     return list(limits)
 
 
@@ -184,19 +189,18 @@ def use_backend(name: str, plan: str = "") -> Iterator[None]:
         ValueError: for any other name, or a plan for another backend.
         BackendUnavailable: from a call inside the block that this backend cannot serve.
     """
-    global _forced, _forced_plan
     if plan and name != "cuda":
         raise ValueError(f"use_backend: plan must be empty for {name!r}; got {plan!r}")
     before = _forced, _forced_plan
-    _forced, _forced_plan = _check_name(name, "use_backend: name"), plan
-    _tell_plan()
+    _force(_check_name(name, "use_backend: name"), plan)
     try:
         yield
     finally:
-        _forced, _forced_plan = before
-        _tell_plan()
+        _force(*before)
 
 
-def _tell_plan() -> None:
-    if _unusable["cuda"] is None:
-        _cuda_library().se_fused_force_plan(_forced_plan.encode())
+def _force(name: str, plan: str) -> None:
+    global _forced, _forced_plan
+    _forced, _forced_plan = name, plan
+    if _cuda is not None:
+        _cuda.se_fused_force_plan(plan.encode())

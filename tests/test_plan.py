@@ -135,6 +135,7 @@ def test_every_call_has_a_plan_within_the_limits(
 @pytest.mark.parametrize(
     ("call", "size"),
     [
+        ({"n": 1, "l": 7 * 7, "c": 960, "channels_last": True}, 16),
         ({"n": 1, "l": 7 * 7, "c": 960}, 16),  # as many multiprocessors as there are, for one sample
         ({"n": 396, "l": 7 * 7, "c": 256}, 1),  # three samples a multiprocessor: one wave
         ({"n": 32, "l": 56 * 56}, 16),  # 1.6 MB need 8 blocks, 16 leave room for two a multiprocessor
@@ -152,7 +153,7 @@ def test_no_cluster_where_none_is_resident():
     assert plan(sliced, forced="").launches[0][0] == "squeeze"
     with pytest.raises(ValueError, match="a slice of an H200 has no clusters of 16 blocks"):
         cluster(sliced)
-    with pytest.raises(ValueError, match="A100 has no clusters: they come with sm_90"):
+    with pytest.raises(ValueError, match="A100 has no clusters: they need sm_90"):
         cluster(C.preset("A100"))
     assert "not cluster: each of 16 blocks would need" in str(plan(forced="", c=64, l=300 * 300))
 

@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardResidents)
   auto copy = [&](const void* map) {
     T* slab = reinterpret_cast<T*>(free);
     free += residence.slab_bytes;
-    return copy_to_slab(share, map, e.width == 16, slab);
+    return copy_to_slab(share, map, residence.wide, slab);
   };
   auto copy_if = [&](bool keeps, const void* map) -> MaybeResident<T> {
     return {keeps ? copy(map) : Resident<T>{nullptr, 0}, static_cast<const T*>(map)};
@@ -109,6 +109,8 @@ __global__ void __launch_bounds__(kThreads, kBackwardResidents)
                      [&](const A* values, A(&along)[W]) { share.along(values, place, along); });
   });
   cluster.wait();
+#else
+  __trap();  // device_limits() says that there are no clusters
 #endif
 }
 

@@ -51,8 +51,9 @@ STABLE_TORCH_LIBRARY_IMPL(se_fused, CUDA, m) {
   m.impl("backward_out", TORCH_BOX(&se::backward_out<Cuda>));
 }
 
-// For ctypes: the numbers of csrc/plan.h's Device, in its order; the forced plan of the calls that follow, or "".
-extern "C" __attribute__((visibility("default"))) void se_fused_device_limits(int index, int64_t* out) {
+// For ctypes: the numbers of csrc/plan.h's Device, in its order, and whether they are known; the forced plan of the
+// calls that follow, or "".
+extern "C" __attribute__((visibility("default"))) bool se_fused_device_limits(int index, int64_t* out) try {
   const torch::stable::accelerator::DeviceGuard guard(index);
   const std::lock_guard<std::mutex> lock(mutex);
   const se::Device& device = limits(index);
@@ -61,6 +62,9 @@ extern "C" __attribute__((visibility("default"))) void se_fused_device_limits(in
   *out++ = device.shared_per_block;
   *out++ = device.shared_per_multiprocessor;
   for (const int clusters : device.clusters) *out++ = clusters;
+  return true;
+} catch (const std::exception&) {
+  return false;
 }
 extern "C" __attribute__((visibility("default"))) void se_fused_force_plan(const char* text) {
   const std::lock_guard<std::mutex> lock(mutex);

@@ -46,7 +46,10 @@ Device device_limits(int index) {
                 attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
                 attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
                 {}};
-  if (device.capability < 90) return device;
+  // A library for older GPUs runs on a newer one by its PTX, without the kernels for clusters.
+  cudaFuncAttributes code{};
+  check(cudaFuncGetAttributes(&code, occupant));
+  if (device.capability < 90 || code.ptxVersion < 90) return device;
   const auto shared = static_cast<int>(device.shared_per_block);
   check(cudaFuncSetAttribute(occupant, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
   check(cudaFuncSetAttribute(occupant, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));

@@ -212,7 +212,6 @@ inline void check(cudaError_t error, const char* name, const Plan& plan) {
                            plan.text());
 }
 
-constexpr int64_t kSharedWithoutAsking = 48 << 10;
 constexpr int kPortableCluster = 8;
 
 // `kernel` on the grid that the plan lists under `name`, in the clusters that it says.
@@ -233,9 +232,8 @@ void launch(const Plan& plan, const char* name, void* stream, void (*kernel)(Par
   auto allow = [&](cudaFuncAttribute what, int64_t value) {
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), what, static_cast<int>(value)), name, plan);
   };
-  if (planned.shared_bytes > kSharedWithoutAsking) {
-    allow(cudaFuncAttributeMaxDynamicSharedMemorySize, planned.shared_bytes);
-  }
+  // The same for every call: it belongs to the kernel, and another thread may be about to launch it.
+  if (planned.cluster > 0) allow(cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_per_block);
   if (planned.cluster > kPortableCluster) allow(cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   check(cudaLaunchKernelEx(&config, kernel, arguments...), name, plan);
 }

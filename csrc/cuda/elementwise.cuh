@@ -94,8 +94,8 @@ struct PositionShare {
     range = blockIdx.x % ranges;
     c0 = int64_t{blockIdx.x / ranges % chunks} * e.channels;
     n = blockIdx.x / ranges / chunks;
-    l0 = range * e.per_block;
-    l1 = l0 + e.per_block < p.l ? l0 + e.per_block : p.l;
+    l0 = p.l * range / ranges;  // at most per_block
+    l1 = p.l * (range + 1) / ranges;
     channels = static_cast<int>(c - c0 < e.channels ? c - c0 : e.channels);
     vectors = static_cast<unsigned>(e.channels / W);
     first = (n * p.l + l0) * c + c0;

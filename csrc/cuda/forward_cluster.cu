@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kThreads, kForwardResidents)
   A* hidden_part = z + residence.channels;                       // [R]
   A* s = hidden_part + f.r;                                      // [own]
 
-  const Operation squeeze{copy_to_slab(share, f.x, e.width == 16, reinterpret_cast<T*>(memory)), f.options};
+  const Operation squeeze{copy_to_slab(share, f.x, residence.wide, reinterpret_cast<T*>(memory)), f.options};
   await_copies();
   reduce_share(share, squeeze, f, reduction, reinterpret_cast<Part*>(work),
                [&](int64_t i, const Part& part) { parts[i] = part; });
@@ -82,6 +82,8 @@ __global__ void __launch_bounds__(kThreads, kForwardResidents)
     scale<T>(f, squeeze.x, place.at, along);
   });
   cluster.wait();
+#else
+  __trap();  // device_limits() says that there are no clusters
 #endif
 }
 

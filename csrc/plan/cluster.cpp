@@ -20,6 +20,7 @@ bool divide(Plan& plan, int size, const Forced& forced) {
   e = {}, residence = {};
   e.chunks = 1, e.ranges = size;
   residence.size = size;
+  residence.wide = call.alignment == 16;
   // NCHW: in whole 16 bytes for any L, where that leaves channels to every block.
   for (const int64_t unit : {call.channels_last ? 1 : 16 / element, int64_t{1}}) {
     residence.channels = ceil_div(ceil_div(call.c, unit), size) * unit;
@@ -30,7 +31,7 @@ bool divide(Plan& plan, int size, const Forced& forced) {
     e.width = width_for(call, call.c * element, false, forced.width);
     e.channels = call.c;
     e.per_block = ceil_div(call.l, size);
-    if ((size - 1) * e.per_block >= call.l) return false;
+    if (call.l < size) return false;
   } else {
     e.width = width_for(call, 16, false, {});
     e.channels = residence.channels;
@@ -83,7 +84,8 @@ double predicted_us(const Plan& plan, const Device& device, int64_t shared, int 
 std::string plan_cluster(Plan& plan, const Device& device, const Forced& forced) {
   const Call& call = plan.call;
   if (call.dtype == DType::kFloat64) return "its kernels are not compiled for float64";
-  if (device.capability < 90) return device.name + " has no clusters: they come with sm_90";
+  if (device.clusters == decltype(device.clusters){})
+    return device.name + " has no clusters: they need sm_90 and kernels compiled for it";
   if (call.direction == Direction::kBackward && !writes_maps(call)) return "no gradient of a map is wanted";
   const int64_t map = call.n * call.c * call.l * element_bytes(call.dtype);
   plan.algorithm = Algorithm::kCluster;

@@ -177,6 +177,7 @@ Plan make_plan(const Call& call, const Device& device, const std::string& forced
     plan.not_cluster = why;
     planning::plan_two_pass(plan, device, forced);
   }
+  plan.shared_per_block = device.shared_per_block;
   for (int i = 0; i < plan.launch_count; ++i) {
     if (plan.launches[i].blocks > planning::kLargestGrid) {
       refuse(std::string(plan.launches[i].name) + " has " + std::to_string(plan.launches[i].blocks) +
