@@ -66,11 +66,15 @@ def bench(out: Path, budget_s: float) -> None:
             if time.monotonic() > end:
                 typer.echo("out of time: the rows that are left have not run")
                 return
-            functions = calls(row, variant, cold_sets(row))
             backend = variant if variant in backends.BACKENDS else "auto"
-            with torch.set_grad_enabled(row.direction == "both"), se_fused.use_backend(backend):
-                measured = {"cold": graph_times(functions), "warm": graph_times(functions[:1])}
-                measured["eager"] = eager_times(functions[0])
+            try:
+                functions = calls(row, variant, cold_sets(row))
+                with torch.set_grad_enabled(row.direction == "both"), se_fused.use_backend(backend):
+                    measured = {"cold": graph_times(functions), "warm": graph_times(functions[:1])}
+                    measured["eager"] = eager_times(functions[0])
+            except Exception as error:  # a peer may break in any way; the other columns are still wanted
+                typer.echo(f"not run: {row.shape} {row.dtype} {row.layout} {row.direction} {variant}: {error}")
+                continue
             for mode, times in measured.items():
                 p20, p50, p80 = (f"{value:.2f}" for value in spread(times))
                 writer.writerow(
