@@ -1,8 +1,9 @@
 """The CUDA kernels' own sources, compiled by the host's compiler and run thread by thread on the CPU.
 
 `library(...)` builds them; its operators `forward_out` and `backward_out` stand in for those of a backend. What this
-proves: indexing, tails, barriers, shuffles, determinism, the bytes that move. What it cannot: speed, and the memory
-model between blocks.
+proves: indexing, tails, barriers, shuffles, what the blocks of a cluster exchange, determinism, the bytes that move.
+What it cannot: speed, and the memory model between blocks. Some 700 lines: 350 are the device, 50 its memory, 120 the
+stand-in headers, 110 the operators.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def compile_library(
     output.mkdir(parents=True, exist_ok=True)
     shim = root / "tests" / "cuda_on_cpu"
     sources = [*sorted((root / "csrc" / "cuda").glob("*_*.cu")), *sorted((root / "csrc" / "plan").glob("*.cpp"))]
-    sources += [shim / "machine.cpp", shim / "binding.cpp"]
+    sources += [shim / f"{name}.cpp" for name in ("machine", "memory", "binding")]
     with (output / "build.ninja").open("w") as file:
         ninja = ninja_syntax.Writer(file, width=10_000)
         flags, finished = os.environ.get("SE_FUSED_CXXFLAGS", ""), finished or {}

@@ -74,12 +74,6 @@ struct Fiber {
   int partner;
 };
 
-struct Buffer {
-  std::string name;
-  uintptr_t begin, end;
-  bool map;
-};
-
 struct Machine {
   std::vector<std::unique_ptr<Fiber>> fibers;
   Place scheduler;
@@ -94,8 +88,6 @@ struct Machine {
   const std::function<void()>* kernel;
   std::string error;
   std::mt19937_64 random;
-  std::vector<Buffer> buffers;
-  Counters counters{};
 };
 Machine machine;
 
@@ -123,16 +115,6 @@ void to_fiber(Fiber& fiber) {
   __sanitizer_finish_switch_fiber(machine.scheduler_fake_stack, nullptr, nullptr);
 #endif
   machine.now = nullptr;
-}
-
-// Ends the launch from inside a thread, which never runs again.
-[[noreturn]] void fail(const std::string& what) {
-  std::ostringstream out;
-  const Position& at = machine.position;
-  out << what << " (block " << at.block.x << ", thread " << at.thread.x << ")";
-  machine.error = out.str();
-  to_scheduler(true);
-  std::abort();
 }
 
 void fiber_main() {
@@ -272,9 +254,17 @@ void wait(State state, const char* file, int line) {
 
 }  // namespace
 
+void fail(const std::string& what) {
+  std::ostringstream out;
+  const Position& at = machine.position;
+  out << what << " (block " << at.block.x << ", thread " << at.thread.x << ")";
+  machine.error = out.str();
+  to_scheduler(true);
+  std::abort();
+}
+
 const Position& position() { return machine.position; }
 unsigned char* shared_memory() { return machine.now->block->shared.data(); }
-const Counters& counters() { return machine.counters; }
 void set_seed(uint64_t seed) { machine.random.seed(seed); }
 
 void sync_threads(const char* file, int line) { wait(State::kBarrier, file, line); }
@@ -331,34 +321,6 @@ uint64_t shuffle_xor(unsigned mask, uint64_t value, int offset, const char* file
   machine.now->partner = lane ^ offset;
   wait(State::kShuffle, file, line);
   return machine.now->value;
-}
-
-void watch(const char* name, const void* begin, size_t bytes, bool map) {
-  const auto from = reinterpret_cast<uintptr_t>(begin);
-  if (begin) machine.buffers.push_back({name, from, from + bytes, map});
-}
-
-void forget_all() {
-  machine.buffers.clear();
-  machine.counters = {};
-}
-
-void check_access(const void* p, size_t bytes, bool write) {
-  const auto begin = reinterpret_cast<uintptr_t>(p), end = begin + bytes;
-  if (begin % bytes != 0) fail("an access of " + std::to_string(bytes) + " bytes that is not aligned to them");
-  for (const Buffer& buffer : machine.buffers) {
-    if (begin < buffer.begin || end > buffer.end) continue;
-    if (buffer.map) {
-      (write ? machine.counters.map_bytes_written : machine.counters.map_bytes_read) += bytes;
-      ++(bytes == 16 ? machine.counters.wide_accesses : machine.counters.narrow_accesses);
-    }
-    return;
-  }
-  std::string near = "no buffer";
-  for (const Buffer& buffer : machine.buffers) {
-    if (begin < buffer.end + 4096 && end + 4096 > buffer.begin) near = "near " + buffer.name;
-  }
-  fail(std::string(write ? "a write" : "a read") + " of " + std::to_string(bytes) + " bytes out of bounds, " + near);
 }
 
 void run(Index grid, Index block, unsigned cluster, size_t shared_bytes, const std::function<void()>& kernel) {

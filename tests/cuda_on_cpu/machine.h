@@ -26,6 +26,9 @@ struct Position {
 const Position& position();
 unsigned char* shared_memory();
 
+// Ends the launch from inside a thread, which never runs again.
+[[noreturn]] void fail(const std::string& what);
+
 void sync_threads(const char* file, int line);
 void cluster_arrive();
 void cluster_wait();
