@@ -136,7 +136,7 @@ def plan(
     dtype: Annotated[str, typer.Option(help="float32, float64, float16 or bfloat16.")] = "float16",
     channels_last: Annotated[bool, typer.Option("--channels-last", help="The order of x.")] = False,
     backward: Annotated[bool, typer.Option("--backward", help="The gradients, instead of y.")] = False,
-    forced: Annotated[str, typer.Option(help="What the plan must have, such as 'splits=4 lanes=32'.")] = "",
+    forced: Annotated[str, typer.Option(help="What the plan must have: 'two_pass splits=4', 'cluster size=8'.")] = "",
 ) -> None:
     """Print what the CUDA kernels would launch for a call on some GPU, and the bytes they would move; needs no GPU."""
     try:

@@ -151,8 +151,10 @@ def test_no_cluster_where_none_is_resident():
     clusters = [16, 8, 4, 0, 0]
     sliced = C.Device("a slice of an H200", 90, 16, H200.shared_per_block, H200.shared_per_multiprocessor, clusters)
     assert plan(sliced, forced="").launches[0][0] == "squeeze"
-    with pytest.raises(ValueError, match="a slice of an H200 has no clusters of 16 blocks"):
+    with pytest.raises(ValueError, match=r"each of 4 blocks would need .* a slice of an H200 has 232448"):
         cluster(sliced)
+    with pytest.raises(ValueError, match="a slice of an H200 has no clusters of 8 blocks"):
+        cluster(sliced, forced="size=8")
     with pytest.raises(ValueError, match="A100 has no clusters: they need sm_90"):
         cluster(C.preset("A100"))
     assert "not cluster: each of 16 blocks would need" in str(plan(forced="", c=64, l=300 * 300))

@@ -117,7 +117,7 @@ struct GateGradientOperation {
   }
 };
 
-// What `distribute` needs to know of each channel of its block, in shared memory: `kinds` values for each.
+// What `distribute` needs to know of each channel of its block, in shared memory.
 template <class A>
 struct Channels {
   A *s, *mean_share;   // mean_share: dz / L, to be added at every position

@@ -79,13 +79,26 @@ double predicted_us(const Plan& plan, const Device& device, int64_t shared, int 
          bytes / std::min(kTogetherBytesPerUs * device.multiprocessors, kAloneBytesPerUs * busy);
 }
 
+// Of the size that was asked for, or the largest that the device has and the sample divides among.
+std::string why_not(Plan& plan, const Device& device, const Forced& forced) {
+  for (int log = 4; log >= 0; --log) {
+    const int size = 1 << log;
+    if (forced.size ? *forced.size != size : device.clusters[log] == 0 || !divide(plan, size, forced)) continue;
+    const std::string blocks = std::to_string(size) + (size == 1 ? " block" : " blocks");
+    if (device.clusters[log] == 0) return device.name + " has no clusters of " + blocks;
+    if (!divide(plan, size, forced)) return "a sample does not divide among " + blocks;
+    return "each of " + blocks + " would need " + std::to_string(shared_bytes(plan)) + " bytes of shared memory; " +
+           device.name + " has " + std::to_string(device.shared_per_block);
+  }
+  return "size=" + std::to_string(forced.size.value_or(0)) + "; wanted 1, 2, 4, 8 or 16";
+}
+
 }  // namespace
 
 std::string plan_cluster(Plan& plan, const Device& device, const Forced& forced) {
   const Call& call = plan.call;
   if (call.dtype == DType::kFloat64) return "its kernels are not compiled for float64";
-  if (device.clusters == decltype(device.clusters){})
-    return device.name + " has no clusters: they need sm_90 and kernels compiled for it";
+  if (device.clusters[0] == 0) return device.name + " has no clusters: they need sm_90 and kernels compiled for it";
   if (call.direction == Direction::kBackward && !writes_maps(call)) return "no gradient of a map is wanted";
   const int64_t map = call.n * call.c * call.l * element_bytes(call.dtype);
   plan.algorithm = Algorithm::kCluster;
@@ -100,26 +113,19 @@ std::string plan_cluster(Plan& plan, const Device& device, const Forced& forced)
     if (call.dw) plan.scratch_bytes = call.n * (call.c + call.r) * accumulator_bytes(call.dtype);
   }
 
-  std::string why = "size=" + std::to_string(forced.size.value_or(0)) + "; wanted 1, 2, 4, 8 or 16";
   double least = 0;
   int64_t chosen_shared = 0;
   int chosen = 0;
   for (int log = 0; log < 5; ++log) {
     const int size = 1 << log;
     if (forced.size && *forced.size != size) continue;
-    const std::string blocks = std::to_string(size) + (size == 1 ? " block" : " blocks");
-    if (device.clusters[log] == 0) {
-      why = device.name + " has no clusters of " + blocks;
-    } else if (!divide(plan, size, forced)) {
-      why = "a sample does not divide among " + blocks;
-    } else if (const int64_t shared = shared_bytes(plan); shared > device.shared_per_block) {
-      why = "each of " + blocks + " would need " + std::to_string(shared) + " bytes of shared memory; " + device.name +
-            " has " + std::to_string(device.shared_per_block);
-    } else if (const double us = predicted_us(plan, device, shared, device.clusters[log]); !chosen || us < least) {
-      least = us, chosen = size, chosen_shared = shared;
-    }
+    if (device.clusters[log] == 0 || !divide(plan, size, forced)) continue;
+    const int64_t shared = shared_bytes(plan);
+    if (shared > device.shared_per_block) continue;
+    const double us = predicted_us(plan, device, shared, device.clusters[log]);
+    if (!chosen || us < least) least = us, chosen = size, chosen_shared = shared;
   }
-  if (!chosen) return why;
+  if (!chosen) return why_not(plan, device, forced);
   divide(plan, chosen, forced);
   shared_bytes(plan);
   plan.add(call.direction == Direction::kForward ? "forward" : "backward", call.n * chosen, chosen_shared, chosen);

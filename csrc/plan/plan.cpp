@@ -51,6 +51,7 @@ Call call_of(const Problem& p, Direction direction) {
 void refuse(const std::string& why) { throw std::invalid_argument("se_fused: no plan: " + why); }
 
 Forced::Forced(const std::string& text) {
+  if (text.empty()) return;  // the stream alone takes longer than a plan
   std::istringstream words(text);
   for (std::string word; words >> word;) {
     const size_t equals = word.find('=');
@@ -168,8 +169,8 @@ Plan make_plan(const Call& call, const Device& device, const std::string& forced
   }
   Plan plan{};
   plan.call = call;
-  std::string why = "two_pass was asked for";
-  if (forced.algorithm != Algorithm::kTwoPass) why = planning::plan_cluster(plan, device, forced);
+  const std::string why =
+      forced.algorithm == Algorithm::kTwoPass ? "two_pass was asked for" : planning::plan_cluster(plan, device, forced);
   if (!why.empty()) {
     if (forced.algorithm == Algorithm::kCluster) refuse("cluster: " + why);
     plan = Plan{};
