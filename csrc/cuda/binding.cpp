@@ -1,7 +1,9 @@
 // Registers the CUDA kernels as se_fused::forward_out and se_fused::backward_out, by the LibTorch stable ABI.
 #include <torch/csrc/stable/accelerator.h>
 
+#include <exception>
 #include <mutex>
+#include <string>
 #include <unordered_map>
 
 #include "../arguments.h"

@@ -78,7 +78,7 @@ __device__ void reduce_rows_of(const RowShare<T>& share, const Operation& op, co
 }
 
 // store(i, Part) over the positions of the share, for each of its channels c0 + i. The width is no template parameter
-// of the kernels: they would take half as long again to compile.
+// of the kernels: there would be three of each to compile.
 template <class T, class Operation, class Store, class Part = typename Operation::Part>
 __device__ void reduce_share(const RowShare<T>& share, const Operation& op, const Problem& p, const Reduction& r,
                              Part* work, Store&& store) {

@@ -112,8 +112,8 @@ __device__ void store_one(T* p, Accumulator<T> v) {
   store<1>(p, one);
 }
 
-// Where a kernel reads a map: in global memory, there for the last time, or the share of a block in its shared memory,
-// at whose beginning element `first` of the map lies. at: an index into the map.
+// Where a kernel reads a map: Global, in global memory; Streamed, there for the last time; Resident, in shared memory,
+// where a block's share of it begins with element `first` of the map. at: an index into the map.
 template <class T>
 struct Global {
   const T* map;
