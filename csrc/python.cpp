@@ -1,5 +1,5 @@
 // se_fused._C: facts about this build and this CPU, and the plans of calls on a GPU. No torch header, so importing it
-// needs no torch.
+// needs no torch; and the direct way into the CPU kernels.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/features.h"
+#include "direct.h"
 #include "plan.h"
 
 namespace py = pybind11;
@@ -85,6 +86,14 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Facts about the compiled part of se_fused and about this CPU, and the plans of calls on a GPU.";
   m.def("build_info", &build_info, "Compiler, target torch version and instruction sets of this build.");
   m.def("cpu_features", &cpu_features, "The instruction sets that this CPU runs, of those that are compiled.");
+
+  m.def(
+      "serve", &se::direct::serve, py::arg("forward"), py::arg("types"),
+      "From now on forward() runs the function at this address, for tensors of these types; false where this torch has "
+      "no DLPack exchange.");
+  m.def("forward", &se::direct::forward,
+        "y = squeeze_excite(x, w1, b1, w2, b2, residual) into y, with the options as numbers (se.h); false, with y "
+        "untouched, where it takes the dispatcher.");
 
   py::class_<se::Device>(m, "Device", "The limits of a GPU that plans depend on.")
       .def(py::init<std::string, int, int, int64_t, int64_t, std::array<int, 5>>(), py::arg("name"),

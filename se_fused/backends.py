@@ -14,12 +14,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from . import build
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
+PLAIN = (torch.Tensor, torch.nn.Parameter)  # no subclass that computes otherwise
 _log = logging.getLogger("se_fused")
 
 
@@ -62,9 +64,17 @@ _forced_plan = ""
 _cuda: ctypes.CDLL | None = None  # the compiled CUDA part, for what is no operator
 
 
+def _refuse(*_: Any) -> bool:
+    return False
+
+
+# csrc/direct.cpp's forward, once the CPU kernels are there.
+forward_direct: Callable[..., bool] = _refuse
+
+
 def load() -> None:
     """Load the compiled parts, building them if need be. A failure leaves the reason for `explain` and the log."""
-    global _cuda
+    global _cuda, forward_direct
     names = ["cpu"]
     if torch.version.cuda is not None and torch.cuda.is_available():
         names.append("cuda")
@@ -76,7 +86,12 @@ def load() -> None:
             path = build.library(name)
             torch.ops.load_library(path)
             _unusable[name] = None
-            if name == "cuda":
+            if name == "cpu":
+                address = ctypes.cast(ctypes.CDLL(str(path)).se_fused_cpu_forward, ctypes.c_void_p).value
+                native = build.load_facts()
+                if native.serve(address, PLAIN):
+                    forward_direct = native.forward
+            else:
                 _cuda = ctypes.CDLL(str(path))
                 _cuda.se_fused_device_limits.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_int64)]
                 _cuda.se_fused_device_limits.restype = ctypes.c_bool

@@ -188,6 +188,7 @@ def _cpu_recipe() -> _Recipe:
         for kernel in ("forward", "backward"):
             objects[f"{kernel}_{isa}"] = (f"cpu/{kernel}.cpp", [*_KERNEL_FLAGS, f"-DSE_CPU_ISA={isa}", *flags])
     kernels, facts_module = list(objects), {"python": ("python.cpp", facts)} | _planner()
+    facts_module["direct"] = ("direct.cpp", [*facts, "-isystem", str(_torch() / "include")])
     return objects | facts_module, {"cpu": (kernels, link_flags()), "_C": (list(facts_module), [])}
 
 

@@ -1,6 +1,7 @@
 """The contract: what the operation takes, what it returns, how it is differentiated.
 
-    squeeze_excite (public)  -> checks, then the reference or one of
+    squeeze_excite (public)  -> plain inference on the CPU: straight to the kernels (csrc/direct.cpp); else checks,
+                                then the reference or one of
       torch.ops.se_fused.squeeze_excite            inference: y
       torch.ops.se_fused.squeeze_excite_           inference, y written over x
       torch.ops.se_fused.squeeze_excite_train      y, and for backward z, p1 = W1 z + b1, p2 = W2 h + b2
@@ -42,8 +43,6 @@ for _schema in (
     " Tensor(a!)? dx, Tensor(b!)? dw1, Tensor(c!)? db1, Tensor(d!)? dw2, Tensor(e!)? db2, Tensor(f!)? dresidual) -> ()",
 ):
     _LIBRARY.define(_schema, tags=torch.Tag.pt2_compliant_tag)
-_forward_out = torch.ops.se_fused.forward_out.default
-
 
 _LIBRARY.impl("squeeze_excite", launch.forward, "CompositeExplicitAutograd")
 _LIBRARY.impl("squeeze_excite_", launch.forward_inplace, "CompositeExplicitAutograd")
@@ -140,14 +139,18 @@ class _Train(torch.autograd.Function):
     backward = staticmethod(_differentiate)
 
 
-def _unobserved(*tensors: Tensor | None) -> bool:
-    """Whether nothing but autograd has to see the operators: no compiler, tracer, dispatch mode or tensor subclass."""
+def _observed() -> bool:
+    """Whether a compiler, a tracer or a dispatch mode has to see the operators."""
     return (
-        not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._get_tracing_state() is None
-        and all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
     )
+
+
+def _unobserved(*tensors: Tensor | None) -> bool:
+    """Whether nothing but autograd has to see the operators: no observer, and no tensor subclass."""
+    return not _observed() and all(t is None or type(t) in backends.PLAIN for t in tensors)
 
 
 def _under_transform() -> bool:
@@ -159,24 +162,26 @@ def _direct(
     x: Tensor, w1: Tensor | None, b1: Tensor | None, w2: Tensor, b2: Tensor | None, residual: Tensor | None,
     *options: Any, inplace: bool,
 ) -> Tensor | None:  # fmt: skip
-    """y straight from the kernels: inference on a plain dense CPU tensor, while nobody traces, transforms or forces.
+    """y straight from the kernels: inference on dense CPU tensors, while nobody traces, transforms, watches or forces.
 
-    The rest of the way, 9 us of checks and dispatch, is longer than many a small map takes. None: take it. What the
+    The rest of the way, 14 us of checks and dispatch, is longer than many a small map takes. None: take it. What the
     kernels refuse is either wrong, and found there, or needs one of its conversions.
     """
     if (
         type(x) is not Tensor
         or not (x.is_cpu and backends.kernels_serve_cpu())
-        or torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
+        or _observed()
+        or torch._C._len_torch_function_stack() > 0
+        or torch.autograd.profiler._is_profiler_enabled
         or _under_transform()
     ):
         return None
     try:
-        if not x.is_contiguous() or needs_grad(x, w1, b1, w2, b2, residual):
+        if needs_grad(x, w1, b1, w2, b2, residual):
             return None
         y = x if inplace else torch.empty_like(x)
-        _forward_out(x, w1, b1, w2, b2, residual, *options, False, y, None, None, None)
+        if not backends.forward_direct(x, w1, b1, w2, b2, residual, y, *options):
+            return None
     except (RuntimeError, TypeError, AttributeError):
         return None
     if inplace:

@@ -8,7 +8,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "../arguments.h"
+#include "../stable.h"
 #include "features.h"
 #include "kernels.h"
 
@@ -71,12 +71,14 @@ Scratch allocate(size_t bytes) {
   return scratch;
 }
 
+void run_forward(const se::Forward& f) {
+  if (f.y != f.x) expect_new_pages(f.y, map_bytes(f));
+  const Scratch scratch = allocate(kernels().forward_scratch(f));
+  kernels().forward(f, pool(), scratch.get());
+}
+
 struct Cpu {
-  static void run(const se::Forward& f, const se::Tensor&) {
-    if (f.y != f.x) expect_new_pages(f.y, map_bytes(f));
-    const Scratch scratch = allocate(kernels().forward_scratch(f));
-    kernels().forward(f, pool(), scratch.get());
-  }
+  static void run(const se::Forward& f, const se::Tensor&) { run_forward(f); }
   static void run(const se::Backward& f, const se::Tensor&) {
     expect_new_pages(f.dx, map_bytes(f));
     expect_new_pages(f.dresidual, map_bytes(f));
@@ -91,3 +93,6 @@ STABLE_TORCH_LIBRARY_IMPL(se_fused, CPU, m) {
   m.impl("forward_out", TORCH_BOX(&se::forward_out<Cpu>));
   m.impl("backward_out", TORCH_BOX(&se::backward_out<Cpu>));
 }
+
+// For csrc/direct.cpp, which has it from se_fused/backends.py.
+extern "C" __attribute__((visibility("default"))) void se_fused_cpu_forward(const se::Forward* f) { run_forward(*f); }

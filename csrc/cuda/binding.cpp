@@ -6,7 +6,7 @@
 #include <string>
 #include <unordered_map>
 
-#include "../arguments.h"
+#include "../stable.h"
 #include "kernels.h"
 
 // torch's current stream. In torch >= 2.10, but declared only where CUDA's headers are.

@@ -4,7 +4,7 @@
 #include <memory>
 #include <string>
 
-#include "../../csrc/arguments.h"
+#include "../../csrc/stable.h"
 #include "../../csrc/cuda/kernels.h"
 #include "machine.h"
 

@@ -1,0 +1,108 @@
+#include "direct.h"
+
+#include <ATen/dlpack.h>  // DLPack's own header, as torch carries it: it includes nothing of torch
+
+#include <stdexcept>
+#include <vector>
+
+#include "arguments.h"
+
+namespace py = pybind11;
+
+namespace se::direct {
+namespace {
+
+#if DLPACK_MAJOR_VERSION > 1 || (DLPACK_MAJOR_VERSION == 1 && DLPACK_MINOR_VERSION >= 3)
+
+DLPackDLTensorFromPyObjectNoSync describe = nullptr;
+
+const void* exchange_of(py::handle type) {
+  PyObject* capsule = PyObject_GetAttrString(type.ptr(), "__dlpack_c_exchange_api__");
+  const void* table = capsule ? PyCapsule_GetPointer(capsule, "dlpack_exchange_api") : nullptr;
+  Py_XDECREF(capsule);
+  if (!table) PyErr_Clear();
+  return table;
+}
+
+bool find_exchange(py::handle type) {
+  const auto* table = static_cast<const DLPackExchangeAPI*>(exchange_of(type));
+  if (!table || table->header.version.major != DLPACK_MAJOR_VERSION) return false;
+  describe = table->dltensor_from_py_object_no_sync;
+  return describe != nullptr;
+}
+
+bool describe_tensor(PyObject* object, View& out) {
+  DLTensor t;
+  if (describe(object, &t) != 0) return false;
+  if (t.device.device_type != kDLCPU || t.dtype.lanes != 1) return false;
+  if (t.dtype.code == kDLFloat && t.dtype.bits == 32) {
+    out.dtype = DType::kFloat32;
+  } else if (t.dtype.code == kDLFloat && t.dtype.bits == 64) {
+    out.dtype = DType::kFloat64;
+  } else if (t.dtype.code == kDLFloat && t.dtype.bits == 16) {
+    out.dtype = DType::kFloat16;
+  } else if (t.dtype.code == kDLBfloat && t.dtype.bits == 16) {
+    out.dtype = DType::kBFloat16;
+  } else {
+    return false;
+  }
+  out.dim = t.ndim, out.sizes = t.shape, out.strides = t.strides;
+  out.data = static_cast<char*>(t.data) + t.byte_offset;
+  return t.data != nullptr;
+}
+
+#else
+
+bool find_exchange(py::handle) { return false; }
+bool describe_tensor(PyObject*, View&) { return false; }
+
+#endif
+
+void (*run)(const Forward*) = nullptr;
+std::vector<PyTypeObject*> plain;  // alive for as long as torch is
+
+// What a subclass of Tensor computes is its own affair; and DLPack does not tell of lazy negation.
+bool view(py::handle object, View& out) {
+  if (object.is_none()) return true;
+  bool is_plain = false;
+  for (const PyTypeObject* type : plain) is_plain |= Py_TYPE(object.ptr()) == type;
+  if (!is_plain) return false;
+  static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
+  PyObject* negative = PyObject_CallMethodNoArgs(object.ptr(), is_neg);
+  Py_XDECREF(negative);
+  return negative == Py_False && describe_tensor(object.ptr(), out);
+}
+
+}  // namespace
+
+bool serve(uintptr_t forward, const py::tuple& types) {
+  plain.clear();
+  for (const py::handle type : types) plain.push_back(reinterpret_cast<PyTypeObject*>(type.ptr()));
+  run = find_exchange(types[0]) ? reinterpret_cast<void (*)(const Forward*)>(forward) : nullptr;
+  return run != nullptr;
+}
+
+bool forward(py::handle x, py::handle w1, py::handle b1, py::handle w2, py::handle b2, py::handle residual,
+             py::handle y, int64_t act, int64_t gate, double slope, double offset, int64_t squeeze, int64_t pre_act,
+             int64_t post_act) {
+  Inputs in;
+  View out;
+  if (!run || !view(x, in.x) || !view(w1, in.w1) || !view(b1, in.b1) || !view(w2, in.w2) || !view(b2, in.b2) ||
+      !view(residual, in.residual) || !view(y, out) || !out) {
+    PyErr_Clear();
+    return false;
+  }
+  const py::gil_scoped_release others;
+  Forward f{};
+  try {
+    const bool channels_last = !is_dense(in.x);
+    fill(f, in, {act, gate, slope, offset, squeeze, pre_act, post_act}, channels_last);
+    f.y = map("y", out, in.x, channels_last);
+  } catch (const std::runtime_error&) {
+    return false;  // wrong, or in need of a conversion: found on the other way
+  }
+  run(&f);
+  return true;
+}
+
+}  // namespace se::direct
