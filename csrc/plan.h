@@ -78,6 +78,7 @@ struct Residence {
   int64_t slab_bytes;            // of its share of one map
   int64_t work;                  // numbers that its steps need in turn
   bool wide;                     // whether the share is copied in 16 bytes
+  bool by_channels;              // channels_last: a block has its channels of every position, not its positions
   bool keeps_x, keeps_residual;  // backward: beside g
 };
 
@@ -108,8 +109,8 @@ struct Plan {
 };
 
 // Raises std::invalid_argument, naming the limit, where no plan serves the call. `forced`, for tests and experiments:
-// any of two_pass, width=, lanes=, splits=, per_block= and fused_hidden=, or any of cluster, width=, lanes= and size=,
-// separated by spaces.
+// any of two_pass, width=, lanes=, splits=, per_block= and fused_hidden=, or any of cluster, width=, lanes=, size= and
+// by_channels=, separated by spaces.
 Plan make_plan(const Call& call, const Device& device, const std::string& forced = "");
 
 }  // namespace se

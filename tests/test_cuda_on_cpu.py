@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from test_gradients import ORDER_KEEPING, compare
 
 import se_fused
-from se_fused import HardSigmoid, build
+from se_fused import HardSigmoid, build, launch
 from se_fused.reference import ACTIVATIONS, GATES, SQUEEZES
 
 
@@ -33,6 +33,7 @@ def served(cuda):
 
 GPUS = ("T4", "H200")  # two_pass; clusters where a sample fits
 SIZES = (1, 2, 4, 8)  # and 16, which takes long here, in the named shapes
+BY = (" by_channels=0", " by_channels=1")  # of channels_last
 SEEDS = st.integers(0, 2**32)
 
 
@@ -52,24 +53,27 @@ def plans(draw, case):
     return " ".join(f"{name}={value}" for name, value in options.items() if value is not None and draw(st.booleans()))
 
 
-def cluster_sizes(case, backward):
-    """Those that can serve the case."""
+def cluster_plans(case, backward):
+    """Those that can serve the case: of every size, by channels and by positions."""
     positions, options = math.prod(case.spatial), case.options
+    order = launch._is_channels_last(torch.empty_like(case.tensors()["x"]))
+    channels_last = positions == 1 or (order and case.c > 1)
 
-    def serves(size):
+    def serves(plan):
         try:
             build.load_facts().plan(
                 build.load_facts().preset("H200"), n=case.n, c=case.c, r=case.r or 0, l=positions,
-                dtype=str(case.dtype).removeprefix("torch."), backward=backward, forced=f"size={size}",
-                channels_last=positions == 1 or (case.layout.startswith("channels_last") and case.c > 1),
+                dtype=str(case.dtype).removeprefix("torch."), backward=backward, forced=plan,
+                channels_last=channels_last, residual=case.residual == "map",
                 squeeze=SQUEEZES.index(options.get("squeeze", "mean")), pre_act=options.get("pre_act") is not None,
-                post_act=options.get("post_act") is not None, residual=case.residual == "map",
+                post_act=options.get("post_act") is not None,
             )  # fmt: skip
         except ValueError:
             return False
         return True
 
-    return [size for size in SIZES if serves(size)]
+    plans = [f"cluster size={size}{by}" for size in SIZES for by in (BY if channels_last else [""])]
+    return [plan for plan in plans if serves(plan)]
 
 
 def forward(case):
@@ -96,9 +100,9 @@ BELOW_FLOAT64 = (torch.float32, torch.float16, torch.bfloat16)
 @given(cases(dtypes=BELOW_FLOAT64), st.data(), SEEDS)
 @settings(max_examples=80)
 def test_forward_in_clusters_of_every_size(cuda, case, data, seed):
-    sizes = cluster_sizes(case, backward=False)
-    assume(sizes)
-    forced = f"cluster size={data.draw(st.sampled_from(sizes))}"
+    serving = cluster_plans(case, backward=False)
+    assume(serving)
+    forced = data.draw(st.sampled_from(serving))
     cuda.setup("H200", forced, seed)
     y = forward(case)
     assert "cluster forward, 1 launch" in cuda.last_plan()
@@ -109,9 +113,21 @@ def test_forward_in_clusters_of_every_size(cuda, case, data, seed):
 @given(cases(dtypes=BELOW_FLOAT64, pre_acts=ORDER_KEEPING), st.data(), SEEDS)
 @settings(max_examples=80)
 def test_gradients_in_clusters_of_every_size(cuda, case, data, seed):
-    sizes = [size for size in cluster_sizes(case, backward=True) if size in cluster_sizes(case, backward=False)]
-    assume(sizes)
-    cuda.setup("H200", f"cluster size={data.draw(st.sampled_from(sizes))}", seed)
+    serving = [plan for plan in cluster_plans(case, backward=True) if plan in cluster_plans(case, backward=False)]
+    assume(serving)
+    cuda.setup("H200", data.draw(st.sampled_from(serving)), seed)
+    compare(case)
+    assert "cluster backward" in cuda.last_plan()
+
+
+@given(cases(BELOW_FLOAT64, ORDER_KEEPING, ("channels_last",)), st.sampled_from(SIZES), SEEDS)
+@settings(max_examples=60)
+def test_channels_last_by_channels(cuda, case, size, seed):
+    case.c = 8 * (case.c % 9 + size)  # whole 16 bytes of every dtype, for every block
+    plan = f"cluster size={size} by_channels=1"
+    assume(plan in cluster_plans(case, backward=True))
+    cuda.setup("H200", plan, seed)
+    forward(case)
     compare(case)
     assert "cluster backward" in cuda.last_plan()
 
@@ -188,11 +204,18 @@ OPTIONS = (
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("residual", ["none", "map", "x"])
-@pytest.mark.parametrize("plan", ["two_pass", "cluster size=2"])
-def test_every_option(cuda, options, residual, plan):
+@pytest.mark.parametrize(
+    ("plan", "layouts"),
+    [
+        ("two_pass", ("contiguous", "channels_last")),
+        ("cluster size=2", ("contiguous", "channels_last")),
+        ("cluster size=2 by_channels=1", ("channels_last",)),
+    ],
+)
+def test_every_option(cuda, options, residual, plan, layouts):
     cuda.setup("H200", plan)
     dtype = torch.float64 if plan == "two_pass" else torch.float32
-    for layout in ("contiguous", "channels_last"):
+    for layout in layouts:
         case = Case(c=20, r=5, spatial=(3, 7), dtype=dtype, layout=layout, residual=residual, options=options)
         forward(case)
         compare(case)

@@ -87,6 +87,12 @@ FAULTS = {
         "free += residence.slab_bytes - 64;",
         "elements differ by more than",
     ),
+    "a share of a position that is packed too far apart": (
+        "cluster.cuh",
+        "return e - by_c.divide(e) * others;",
+        "return e - by_c.divide(e) * (others - 4);",
+        "a copy to outside shared memory|elements differ by more than",
+    ),
     "a peer left out": (
         "cluster.cuh",
         "for (int peer = 1; peer < cluster.size; ++peer) sum +=",

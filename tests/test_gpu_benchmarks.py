@@ -38,6 +38,14 @@ def test_the_gpu_benchmark_without_a_gpu_says_so():
     assert CliRunner().invoke(GPU_CHECK, ["--parts", "everything"]).exit_code == 2
 
 
+def test_the_sweep_tries_both_ways_to_split_channels_last() -> None:
+    row = next(gpu_calls.rows())
+    assert len(gpu_plans.plans_of(row)) == 7
+    both = gpu_plans.plans_of(dataclasses.replace(row, layout="channels_last"))
+    assert both[0] == ""
+    assert {"cluster size=8 by_channels=0", "cluster size=8 by_channels=1"} < set(both)
+
+
 def test_the_sweep_says_where_the_planner_is_beaten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

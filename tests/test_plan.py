@@ -84,6 +84,7 @@ def test_the_bytes_of_the_maps():
         ({}, "size=4", "each of 4 blocks would need 4[0-9]{5} bytes of shared memory; H200 has 232448"),
         ({"c": 9}, "size=8", "a sample does not divide among 8 blocks"),
         ({"c": 128, "l": 4, "channels_last": True}, "size=8", "a sample does not divide among 8 blocks"),
+        ({"c": 28, "l": 49, "channels_last": True}, "size=2 by_channels=1", "among 2 blocks by channels"),
         ({"dtype": "float64"}, "cluster", "cluster: its kernels are not compiled for float64"),
         ({}, "splits=many", "'splits=many' has no number"),
         ({"l": 2**30 + 1}, "", "1073741825 positions a channel; wanted at most 2\\^30"),
@@ -145,6 +146,15 @@ def test_the_size_of_the_cluster(call, size):
     ((_, blocks, _, chosen),) = cluster(**call).launches
     assert chosen == size
     assert blocks == size * call["n"]
+
+
+def test_channels_last_is_split_by_channels_where_their_piece_of_a_position_is_long():
+    for size, by_channels in ((4, True), (8, True), (16, False)):  # pieces of 512, 256 and 128 bytes
+        call = {"c": 1024, "l": 14 * 14, "channels_last": True}
+        chosen = cluster(**call, forced=f"size={size}")
+        assert chosen.by_channels == by_channels
+        assert chosen.per_block == (14 * 14 if by_channels else -(-14 * 14 // size))
+    assert not cluster(c=1024, l=14 * 14).by_channels  # NCHW
 
 
 def test_no_cluster_where_none_is_resident():

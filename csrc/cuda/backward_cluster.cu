@@ -1,9 +1,9 @@
 // What:   dx, dresidual, and ds and dp1 for the weights' launch, by the formulas of backward_two_pass.cu, with the maps
 //         that are needed twice in the shared memory of one thread-block cluster.
 // Grid:   as forward_cluster.cu: a cluster a sample, a block its own channels or positions.
-//           1. g into shared memory (and x and the residual, where dx depends on them)    2. ds, over all blocks for
-//           channels_last; dp2 of the own channels    3. their part of dp2 W2    4. dp1: from the sum of all blocks'
-//           parts; dz of the own channels, which channels_last then collects    5. dx from shared memory
+//           1. g into shared memory (and x and the residual, where dx depends on them)    2. ds, over all blocks if by
+//           positions; dp2 of the own channels    3. their part of dp2 W2    4. dp1: from the sum of all blocks' parts;
+//           dz of the own channels, which are then collected if by positions    5. dx from shared memory
 // Bytes:  reads g, x and (with a post_act) the residual once, writes dx once: the least there is.
 // Needs:  a sample of each map that stays in shared memory.
 // Why:    g alone stays in the common case, so that as large samples fit as forward.
@@ -15,9 +15,9 @@ namespace se::cuda {
 namespace {
 
 // A map in shared memory, or where it stays in global memory (slab null) there.
-template <class T>
+template <class T, class Slab>
 struct MaybeResident {
-  Resident<T> resident;
+  Slab resident;
   const T* map;
   template <int V>
   __device__ void load(int64_t at, Accumulator<T> (&v)[V]) const {
@@ -28,12 +28,13 @@ struct MaybeResident {
 
 template <class T, class Share, class A = Accumulator<T>>
 __global__ void __launch_bounds__(kThreads, kBackwardResidents)
-    backward_in_cluster(Backward f, A* ds, A* dp1, Elementwise e, Divisor by, Residence residence,
+    backward_in_cluster(Backward f, A* ds, A* dp1, Elementwise e, typename Share::Divisors by, Residence residence,
                         Reduction reduction) {
 #ifdef SE_FUSED_HAS_CLUSTERS
-  using Operation = GateGradientOperation<A, Maps<Resident<T>, MaybeResident<T>>>;
-  using Part = typename Operation::Part;
   const Share share(f, e, by);
+  using Slab = decltype(share.slab(nullptr));
+  using Operation = GateGradientOperation<A, Maps<Slab, MaybeResident<T, Slab>>>;
+  using Part = typename Operation::Part;
   const Cluster cluster(residence.size);
   const int64_t own0 = cluster.rank * residence.channels, n = share.n;
   const auto own = static_cast<int>(f.c - own0 < residence.channels ? f.c - own0 : residence.channels);
@@ -45,11 +46,11 @@ __global__ void __launch_bounds__(kThreads, kBackwardResidents)
     free += residence.slab_bytes;
     return copy_to_slab(share, map, residence.wide, slab);
   };
-  auto copy_if = [&](bool keeps, const void* map) -> MaybeResident<T> {
-    return {keeps ? copy(map) : Resident<T>{nullptr, 0}, static_cast<const T*>(map)};
+  auto copy_if = [&](bool keeps, const void* map) -> MaybeResident<T, Slab> {
+    return {keeps ? copy(map) : share.slab(nullptr), static_cast<const T*>(map)};
   };
-  const Resident<T> g = copy(f.g);
-  const MaybeResident<T> x = copy_if(residence.keeps_x, f.x);
+  const Slab g = copy(f.g);
+  const MaybeResident<T, Slab> x = copy_if(residence.keeps_x, f.x);
   const Operation op{f, {g, x, copy_if(residence.keeps_residual, f.residual)}};
   const int64_t depth = f.r ? f.r : f.c;
   A* work = reinterpret_cast<A*>(free);
@@ -124,7 +125,7 @@ void backward_cluster(const Backward& f, const Plan& plan, void* scratch, void* 
       const bool dw = f.dw1 || f.db1 || f.dw2 || f.db2;
       A* ds = dw ? static_cast<A*>(scratch) : nullptr;
       A* dp1 = dw ? ds + f.n * f.c : nullptr;
-      with_share<T>(plan.call, plan.elementwise, [&](auto* share, const Divisor& by) {
+      with_cluster_share<T>(plan, [&](auto* share, const auto& by) {
         using Share = std::remove_pointer_t<decltype(share)>;
         launch(plan, "backward", stream, backward_in_cluster<T, Share>, f, ds, dp1, plan.elementwise, by,
                plan.residence, plan.reduction);

@@ -14,6 +14,75 @@
 
 namespace se::cuda {
 
+// A block's channels at every position of a channels_last map, packed in shared memory. others: channels of the map
+// that are not among them.
+template <class T>
+struct Packed {
+  const T* slab;
+  int64_t first;
+  unsigned others;
+  Divisor by_c;
+
+  __device__ unsigned index(int64_t at) const {
+    const auto e = static_cast<unsigned>(at - first);
+    return e - by_c.divide(e) * others;
+  }
+  template <int V>
+  __device__ void load(int64_t at, Accumulator<T> (&v)[V]) const {
+    unpack<V, T>(*reinterpret_cast<const typename Access<V * sizeof(T)>::Type*>(slab + index(at)), v);
+  }
+};
+
+// channels_last: the channels [c0, c0 + channels) of sample n at every position, in whole 16 bytes.
+template <class T>
+struct ChannelShare {
+  static constexpr bool kSplitsPositions = false;
+  static constexpr int V = 16 / sizeof(T);
+  struct Divisors {
+    Divisor vectors, c;
+  };
+  int64_t n, c0, first, c, l;
+  int channels;
+  unsigned vectors;  // of a position, in every block but the last
+  Divisors by;
+
+  __device__ ChannelShare(const Problem& p, const Elementwise& e, const Divisors& by) : c(p.c), l(p.l), by(by) {
+    const auto ranges = static_cast<unsigned>(e.ranges);
+    n = blockIdx.x / ranges;
+    c0 = blockIdx.x % ranges * e.channels;
+    channels = static_cast<int>(c - c0 < e.channels ? c - c0 : e.channels);
+    vectors = static_cast<unsigned>(e.channels / V);
+    first = n * l * c + c0;
+  }
+  __device__ Packed<T> slab(const T* memory) const {
+    return {memory, first, static_cast<unsigned>(c - channels), by.c};
+  }
+
+  template <class Body>
+  __device__ void walk(Body&& body) const {
+    const auto size = static_cast<unsigned>(l) * vectors;
+    for (unsigned v = threadIdx.x; v < size; v += kThreads) {
+      const unsigned position = by.vectors.divide(v);
+      const auto i = static_cast<int>((v - position * vectors) * V);
+      if (i < channels) body(std::integral_constant<int, V>(), Place{first + position * c + i, i, 0});
+    }
+  }
+  template <class A>
+  __device__ void along(const A* values, const Place& place, A (&v)[V]) const {
+#pragma unroll
+    for (int k = 0; k < V; ++k) v[k] = values[place.i + k];
+  }
+};
+
+// body(share, by) as with_share has it, for the plan's blocks of a cluster.
+template <class T, class Body>
+void with_cluster_share(const Plan& plan, Body&& body) {
+  if (!plan.residence.by_channels) return with_share<T>(plan.call, plan.elementwise, body);
+  using Share = ChannelShare<T>;
+  body(static_cast<Share*>(nullptr),
+       typename Share::Divisors{Divisor(plan.elementwise.channels / Share::V), Divisor(plan.call.c)});
+}
+
 #ifdef SE_FUSED_HAS_CLUSTERS
 struct Cluster {
   using Group = cooperative_groups::cluster_group;
@@ -38,7 +107,7 @@ struct Cluster {
 // Begins to copy a share of a map into the slab; it is there after await_copies(). An element's address has the same
 // remainder of 16 as in the map, so that accesses are as wide as there.
 template <class T, class Share>
-__device__ Resident<T> copy_to_slab(const Share& share, const void* map, bool wide, T* slab) {
+__device__ auto copy_to_slab(const Share& share, const void* map, bool wide, T* slab) {
   constexpr int V = 16 / sizeof(T);
   const T* from = static_cast<const T*>(map) + share.first;
   const auto size = static_cast<unsigned>(share.count), offset = wide ? static_cast<unsigned>(share.first % V) : 0;
@@ -55,7 +124,15 @@ __device__ Resident<T> copy_to_slab(const Share& share, const void* map, bool wi
   };
   for (unsigned e = threadIdx.x; e < head; e += kThreads) one(e);
   for (unsigned e = head + vectors * V + threadIdx.x; e < size; e += kThreads) one(e);
-  return {to, share.first};
+  return share.slab(to);
+}
+template <class T>
+__device__ auto copy_to_slab(const ChannelShare<T>& share, const void* map, bool, T* slab) {
+  const auto packed = share.slab(slab);
+  share.walk([&](auto, const Place& place) {
+    __pipeline_memcpy_async(slab + packed.index(place.at), static_cast<const T*>(map) + place.at, 16);
+  });
+  return packed;
 }
 
 __device__ inline void await_copies() {
@@ -91,7 +168,18 @@ __device__ void reduce_share(const PositionShare<T, W>& share, const Operation& 
                              const Reduction& r, Part* work, Store&& store) {
   for (int c0 = 0; c0 < share.channels; c0 += r.lanes * W) {
     __syncthreads();  // `work` has been read
-    reduce_positions_of<W>(op, share.n, c0, p.c, p.l, share.l0, share.l1, r.lanes, work, store);
+    reduce_positions_of<W>(op, share.n, c0, p.c, p.c, p.l, share.l0, share.l1, r.lanes, work, store);
+  }
+}
+template <class T, class Operation, class Store, class Part = typename Operation::Part>
+__device__ void reduce_share(const ChannelShare<T>& share, const Operation& op, const Problem& p, const Reduction& r,
+                             Part* work, Store&& store) {
+  constexpr int V = 16 / sizeof(T);
+  const int64_t end = share.c0 + share.channels;
+  for (int64_t channel0 = share.c0; channel0 < end; channel0 += r.lanes * V) {
+    __syncthreads();  // `work` has been read
+    reduce_positions_of<V>(op, share.n, channel0, end, p.c, p.l, 0, p.l, r.lanes, work,
+                           [&](int64_t channel, const Part& part) { store(channel - share.c0, part); });
   }
 }
 

@@ -3,7 +3,8 @@
 // A share has: n, c0 and channels (its sample and channels), sample_first() (whether this block reports what it
 // computed for the whole sample), owns(i) (and for the channel c0 + i), walk(body) with body(std::integral_constant
 // <int, V>(), Place) for every V elements, and along(values, place, v): v[k] = values[i] for the channel c0 + i of
-// each of them. `first` and `count` are its elements in the map, where it has all channels of its positions.
+// each of them. `first` and `count` are its elements in the map, where it has all channels of its positions;
+// slab(memory) then reads them where they have been copied to. Divisors: what its constructor takes from the host.
 #pragma once
 
 #include "device.cuh"
@@ -33,6 +34,7 @@ struct Place {
 template <class T>
 struct RowShare {
   static constexpr bool kSplitsPositions = false;
+  using Divisors = Divisor;
   int64_t n, range, first, count, c0, l;
   int channels;
   unsigned before;  // elements of channel c0 that are not in the share
@@ -53,6 +55,7 @@ struct RowShare {
   }
   __device__ bool sample_first() const { return range == 0; }
   __device__ bool owns(int i) const { return i > 0 || before == 0; }
+  __device__ Resident<T> slab(const T* memory) const { return {memory, first}; }
 
   template <class Body>
   __device__ void walk(Body&& body) const {
@@ -84,6 +87,7 @@ struct RowShare {
 template <class T, int W>
 struct PositionShare {
   static constexpr bool kSplitsPositions = true;
+  using Divisors = Divisor;
   int64_t n, range, l0, l1, c0, first, count, c;
   int channels;
   unsigned vectors;  // of a position, in every chunk but the last
@@ -103,6 +107,7 @@ struct PositionShare {
   }
   __device__ bool sample_first() const { return range == 0 && c0 == 0; }
   __device__ bool owns(int) const { return range == 0; }
+  __device__ Resident<T> slab(const T* memory) const { return {memory, first}; }
 
   template <class Body>
   __device__ void walk(Body&& body) const {

@@ -1,9 +1,9 @@
 // What:   y = post_act(u * s + residual), with a whole sample in the shared memory of one thread-block cluster.
-// Grid:   a cluster of up to 8 (16) blocks a sample. NCHW: a block has the map of its own channels. channels_last: all
-//         channels of its own positions; its own channels then are those that it excites.
-//           1. x into shared memory    2. squeeze, over all blocks for channels_last    3. the own channels' part of W1
-//           z
-//           4. h: the sum of all blocks' parts; gates of the own channels, which channels_last then collects
+// Grid:   a cluster of up to 8 (16) blocks a sample. A block has the map of its own channels; in channels_last where
+//         these are too short a piece of a position, it has all channels of its own positions, and its own channels
+//         are those that it excites.
+//           1. x into shared memory    2. squeeze, over all blocks if by positions    3. the own channels' part of W1 z
+//           4. h: the sum of all blocks' parts; gates of the own channels, which are then collected if by positions
 //           5. y from shared memory
 // Bytes:  reads x and the residual once, writes y once: the least there is. Every weight is read once a sample.
 // Needs:  sm_90, and a sample that fits: a block has up to 227 KB.
@@ -19,11 +19,12 @@ namespace {
 
 template <class T, class Share, class A = Accumulator<T>>
 __global__ void __launch_bounds__(kThreads, kForwardResidents)
-    forward_in_cluster(Forward f, Elementwise e, Divisor by, Residence residence, Reduction reduction) {
+    forward_in_cluster(Forward f, Elementwise e, typename Share::Divisors by, Residence residence,
+                       Reduction reduction) {
 #ifdef SE_FUSED_HAS_CLUSTERS
-  using Operation = SqueezeOperation<T, Resident<T>>;
-  using Part = typename Operation::Part;
   const Share share(f, e, by);
+  using Operation = SqueezeOperation<T, decltype(share.slab(nullptr))>;
+  using Part = typename Operation::Part;
   const Cluster cluster(residence.size);
   const int64_t own0 = cluster.rank * residence.channels, n = share.n;
   const auto own = static_cast<int>(f.c - own0 < residence.channels ? f.c - own0 : residence.channels);
@@ -93,7 +94,7 @@ void forward_cluster(const Forward& f, const Plan& plan, void* stream) {
   with_map_type(f.dtype, [&](auto type) {
     using T = decltype(type);
     if constexpr (sizeof(T) < 8) {
-      with_share<T>(plan.call, plan.elementwise, [&](auto* share, const Divisor& by) {
+      with_cluster_share<T>(plan, [&](auto* share, const auto& by) {
         using Share = std::remove_pointer_t<decltype(share)>;
         launch(plan, "forward", stream, forward_in_cluster<T, Share>, f, plan.elementwise, by, plan.residence,
                plan.reduction);

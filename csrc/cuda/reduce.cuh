@@ -42,17 +42,17 @@ __device__ Part reduce_row(const Operation& op, bool exists, int64_t row, int64_
   return part;
 }
 
-// Over the positions [begin, end) of sample n, for the lanes * V channels from `channel0` on, as far as they exist:
-// store(channel, Part). Shared memory: all [kThreads * V].
+// Over the positions [begin, end) of sample n, for the lanes * V channels from `channel0` on, as far as they lie below
+// `channels`: store(channel, Part). Shared memory: all [kThreads * V].
 template <int V, class Operation, class Store, class Part = typename Operation::Part>
-__device__ void reduce_positions_of(const Operation& op, int64_t n, int64_t channel0, int64_t c, int64_t l,
-                                    int64_t begin, int64_t end, int lanes, Part* all, Store&& store) {
+__device__ void reduce_positions_of(const Operation& op, int64_t n, int64_t channel0, int64_t channels, int64_t c,
+                                    int64_t l, int64_t begin, int64_t end, int lanes, Part* all, Store&& store) {
   const int lane = threadIdx.x % lanes, group = threadIdx.x / lanes, groups = kThreads / lanes;
   const int64_t channel = channel0 + lane * V;
   Part parts[V];
 #pragma unroll
   for (int i = 0; i < V; ++i) parts[i] = op.empty();
-  if (channel < c) {  // then all V channels exist, since V divides C
+  if (channel < channels) {  // then all V channels do, since V divides both
     const auto context = op.template context<V>(n, channel, 1);
     for (int64_t at = begin + group; at < end; at += groups) op.add((n * l + at) * c + channel, context, parts);
   }
@@ -65,7 +65,7 @@ __device__ void reduce_positions_of(const Operation& op, int64_t n, int64_t chan
     Part part = all[column];
     for (int i = 1; i < groups; ++i) part = op.merge(part, all[i * columns + column]);
     const int64_t to = channel0 + column % lanes * V + column / lanes;
-    if (to < c) store(to, part);
+    if (to < channels) store(to, part);
   }
 }
 
@@ -85,8 +85,8 @@ __global__ void __launch_bounds__(kThreads, Operation::kBlocks)
   const unsigned split = blockIdx.x % splits, chunk = blockIdx.x / splits % chunks;
   const int64_t n = blockIdx.x / splits / chunks;
   using Part = typename Operation::Part;
-  reduce_positions_of<V>(op, n, int64_t{chunk} * lanes * V, c, l, l * split / splits, l * (split + 1) / splits, lanes,
-                         shared_memory<Part>(),
+  reduce_positions_of<V>(op, n, int64_t{chunk} * lanes * V, c, c, l, l * split / splits, l * (split + 1) / splits,
+                         lanes, shared_memory<Part>(),
                          [&](int64_t channel, const Part& part) { op.store(n, split, channel, part); });
 }
 

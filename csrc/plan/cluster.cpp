@@ -10,34 +10,39 @@ namespace {
 // multiprocessor moves nothing unless it has a second block.
 constexpr double kAloneBytesPerUs = 100e3, kTogetherBytesPerUs = 33e3, kExchangeUs = 2.5;
 constexpr int64_t kReserved = 1 << 10;  // bytes of shared memory that the system takes for a block
+// Of a position's channels, for one block: an H100 stores pieces of 256 bytes at 99 % of the speed of 512, of 32 bytes
+// at 32 % (QuACK's notes on coalescing).
+constexpr int64_t kPieceBytes = 256;
 
-// The share of each of `size` blocks: false where one would have none.
+// The share of each of `size` blocks: false where one would have none, or none such as was asked for.
 bool divide(Plan& plan, int size, const Forced& forced) {
   const Call& call = plan.call;
-  const int64_t element = element_bytes(call.dtype);
+  const int64_t element = element_bytes(call.dtype), vector = 16 / element;
   Elementwise& e = plan.elementwise;
   Residence& residence = plan.residence;
   e = {}, residence = {};
   e.chunks = 1, e.ranges = size;
   residence.size = size;
   residence.wide = call.alignment == 16;
-  // NCHW: in whole 16 bytes for any L, where that leaves channels to every block.
-  for (const int64_t unit : {call.channels_last ? 1 : 16 / element, int64_t{1}}) {
-    residence.channels = ceil_div(ceil_div(call.c, unit), size) * unit;
-    if ((size - 1) * residence.channels < call.c) break;
-  }
-  if ((size - 1) * residence.channels >= call.c) return false;
+  auto channels_in = [&](int64_t unit) { return ceil_div(ceil_div(call.c, unit), size) * unit; };
+  auto all_have = [&](int64_t channels) { return (size - 1) * channels < call.c; };
+  e.width =
+      call.channels_last ? width_for(call, call.c * element, false, forced.width) : width_for(call, 16, false, {});
+  // In whole 16 bytes, for any L, where that leaves channels to every block.
+  residence.channels = channels_in(vector);
   if (call.channels_last) {
-    e.width = width_for(call, call.c * element, false, forced.width);
-    e.channels = call.c;
-    e.per_block = ceil_div(call.l, size);
-    if (call.l < size) return false;
-  } else {
-    e.width = width_for(call, 16, false, {});
-    e.channels = residence.channels;
-    e.per_block = residence.channels * call.l;
+    residence.by_channels = e.width == 16 && all_have(residence.channels) &&
+                            forced.by_channels.value_or(residence.channels * element >= kPieceBytes);
+    if (forced.by_channels.value_or(residence.by_channels) != residence.by_channels) return false;
   }
-  const int64_t share = call.channels_last ? e.per_block * call.c : e.per_block;
+  const bool by_positions = call.channels_last && !residence.by_channels;
+  if (by_positions || !all_have(residence.channels)) residence.channels = channels_in(1);
+  if (!all_have(residence.channels) || (by_positions && call.l < size)) return false;
+  e.channels = by_positions ? call.c : residence.channels;
+  e.per_block = by_positions ? ceil_div(call.l, size) : call.channels_last ? call.l : residence.channels * call.l;
+  plan.reduction = whole_reduction(call, e.channels, forced);
+  plan.reduction.splits = 1;
+  const int64_t share = call.channels_last ? e.per_block * e.channels : e.per_block;
   residence.slab_bytes = ceil_div(share * element, 16) * 16 + 16;  // and the remainder of 16 of the first element
   return true;
 }
@@ -57,7 +62,8 @@ int64_t shared_bytes(Plan& plan) {
     numbers += own;
   } else {
     const int64_t kinds = call.squeeze == Squeeze::kMean ? 2 : 4;
-    numbers += (call.r ? call.r : call.c) + kinds * (own + (call.channels_last ? call.c : 0));
+    const bool collects = call.channels_last && !residence.by_channels;
+    numbers += (call.r ? call.r : call.c) + kinds * (own + (collects ? call.c : 0));
     residence.keeps_x = reads_x_again(call);
     residence.keeps_residual = reads_residual(call);
     slabs += residence.keeps_x + residence.keeps_residual;
@@ -86,7 +92,10 @@ std::string why_not(Plan& plan, const Device& device, const Forced& forced) {
     if (forced.size ? *forced.size != size : device.clusters[log] == 0 || !divide(plan, size, forced)) continue;
     const std::string blocks = std::to_string(size) + (size == 1 ? " block" : " blocks");
     if (device.clusters[log] == 0) return device.name + " has no clusters of " + blocks;
-    if (!divide(plan, size, forced)) return "a sample does not divide among " + blocks;
+    if (!divide(plan, size, forced)) {
+      const char* how = !forced.by_channels ? "" : *forced.by_channels ? " by channels" : " by positions";
+      return "a sample does not divide among " + blocks + how;
+    }
     return "each of " + blocks + " would need " + std::to_string(shared_bytes(plan)) + " bytes of shared memory; " +
            device.name + " has " + std::to_string(device.shared_per_block);
   }
@@ -102,8 +111,6 @@ std::string plan_cluster(Plan& plan, const Device& device, const Forced& forced)
   if (call.direction == Direction::kBackward && !writes_maps(call)) return "no gradient of a map is wanted";
   const int64_t map = call.n * call.c * call.l * element_bytes(call.dtype);
   plan.algorithm = Algorithm::kCluster;
-  plan.reduction = whole_reduction(call, forced);
-  plan.reduction.splits = 1;
   if (call.direction == Direction::kForward) {
     plan.map_bytes_read = (1 + call.residual) * map;
     plan.map_bytes_written = map;

@@ -16,7 +16,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // What a user asks of the plan.
 struct Forced {
   std::optional<Algorithm> algorithm;
-  std::optional<int64_t> width, lanes, splits, per_block, fused_hidden, size;
+  std::optional<int64_t> width, lanes, splits, per_block, fused_hidden, size, by_channels;
 
   explicit Forced(const std::string& text);
 };
@@ -25,8 +25,9 @@ struct Forced {
 // float64 an element's: it is there to check the others against, and each width is a kernel to compile.
 int width_for(const Call& call, int64_t span, bool half_wide, const std::optional<int64_t>& forced);
 
-// A reduction of which one block does the whole of its channels: splits and chunks are left to the caller.
-Reduction whole_reduction(const Call& call, const Forced& forced);
+// A reduction of which one block does the whole of its channels, at most `channels` of channels_last: splits and chunks
+// are left to the caller.
+Reduction whole_reduction(const Call& call, int64_t channels, const Forced& forced);
 
 // The backward launch for the weights and biases.
 void add_weight_gradients(Plan& plan);

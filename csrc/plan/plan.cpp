@@ -59,7 +59,7 @@ Forced::Forced(const std::string& text) {
     std::optional<Algorithm> of;
     if (name == "two_pass" || name == "splits" || name == "per_block" || name == "fused_hidden") {
       of = Algorithm::kTwoPass;
-    } else if (name == "cluster" || name == "size") {
+    } else if (name == "cluster" || name == "size" || name == "by_channels") {
       of = Algorithm::kCluster;
     }
     if (of && algorithm.value_or(*of) != *of) refuse("'" + text + "' asks for both two_pass and cluster");
@@ -71,10 +71,12 @@ Forced::Forced(const std::string& text) {
                                    : name == "per_block"    ? &per_block
                                    : name == "fused_hidden" ? &fused_hidden
                                    : name == "size"         ? &size
+                                   : name == "by_channels"  ? &by_channels
                                                             : nullptr;
     if (!slot || equals == std::string::npos) {
       refuse("'" + word +
-             "' is none of two_pass, cluster, width=, lanes=, splits=, per_block=, fused_hidden= and size=");
+             "' is none of two_pass, cluster, width=, lanes=, splits=, per_block=, fused_hidden=, size= and "
+             "by_channels=");
     }
     try {
       *slot = std::stoll(word.substr(equals + 1));
@@ -98,15 +100,16 @@ int width_for(const Call& call, int64_t span, bool half_wide, const std::optiona
   return static_cast<int>(*forced);
 }
 
-Reduction whole_reduction(const Call& call, const Forced& forced) {
+Reduction whole_reduction(const Call& call, int64_t channels, const Forced& forced) {
   Reduction reduction{};
   const int64_t row = (call.channels_last ? call.c : call.l) * element_bytes(call.dtype);
   reduction.width = width_for(call, row, !call.channels_last, forced.width);
-  const int64_t vectors = row / reduction.width;
   if (call.channels_last) {
+    const int64_t vectors = channels * element_bytes(call.dtype) / reduction.width;
     reduction.lanes = lanes_among("the channels", {1, 2, 4, 8, 16, 32},
                                   forced.lanes.value_or(std::min<int64_t>(kColumns, next_power_of_two(vectors))));
   } else {
+    const int64_t vectors = row / reduction.width;
     // A group of 8 takes up to 8 accesses a thread, a warp up to 16.
     reduction.lanes = lanes_among("a row", {8, 32, kThreads},
                                   forced.lanes.value_or(vectors <= 64    ? 8

@@ -14,7 +14,7 @@ constexpr int64_t kRangeChannels = 512;                                   // who
 constexpr int64_t kFusedWeights = 4096, kFusedHidden = 256;  // W1 that each block reads again instead of a launch
 
 Reduction split_reduction(const Call& call, int64_t wanted_blocks, const Forced& forced) {
-  Reduction reduction = whole_reduction(call, forced);
+  Reduction reduction = whole_reduction(call, call.c, forced);
   int64_t blocks, most;
   if (call.channels_last) {
     reduction.chunks = ceil_div(call.c * element_bytes(call.dtype) / reduction.width, reduction.lanes);
