@@ -41,13 +41,17 @@ MAPS_MOVED = {"forward": 2, "backward": 3, "forward_backward": 5}
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured in one go; `contenders` come without "copy", which is in every case."""
+    """What is measured in one go: the contenders, and beside them what no contender can be faster than."""
 
     shape: Shape
     dtype: str
     layout: str
     direction: str
     contenders: tuple[str, ...]
+
+    @property
+    def floors(self) -> tuple[str, ...]:
+        return ("copy", "multiply") if "fused_inplace" in self.contenders else ("copy",)
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,8 @@ def run_case(case: Case, threads: int, until: float) -> timing.Times:
             peers.check(contender, want)
             contenders.append(contender)
         del want
-        return timing.measure([*contenders, peers.copy(inputs)], until - time.monotonic())
+        contenders += [peers.FLOORS[name](inputs) for name in case.floors]
+        return timing.measure(contenders, until - time.monotonic())
 
 
 def rows(case: Case, times: timing.Times, conditions: dict[str, Any]) -> Iterator[Row]:
@@ -124,7 +129,7 @@ def rows(case: Case, times: timing.Times, conditions: dict[str, Any]) -> Iterato
     maps = MAPS_MOVED[case.direction]
     floor = timing.spread(times["copy"]).p50 * maps / 2
     for name in times:
-        moved = 2 if name == "copy" else maps
+        moved = 2 if name in case.floors else maps
         p20, p50, p80 = (f"{t:.2f}" for t in timing.spread(times[name]))
         ratios = [f"{timing.ratio(times, name, base):.3f}" if base in times else "" for base in peers.FUSED]
         yield Row(

@@ -80,24 +80,47 @@ def _share_of_floor(line: Line) -> str:
     return f"{float(line['floor_us']) / float(line['p50_us']):.0%}"
 
 
-def _forward(lines: list[Line]) -> str:
+def _forward_cells(lines: list[Line]) -> dict[str, tuple[Cell, str]]:
+    """The float32, contiguous cells in which a peer was measured, each with its fastest peer."""
     cells = select(lines, "float32", "contiguous", "forward")
-    rows, ratios = [], {}
+    found = {}
     for shape in map(str, shapes.LAYER):
         cell = cells.get(shape, {})
-        measured = [n for n in peers.PEERS if n in cell]
-        if not measured:
-            continue
-        best = min(measured, key=lambda n: float(cell[n]["ratio_to_fused"]))
-        ratios[shape] = [ratio(cell, measured), ratio(cell, measured, "fused_inplace"), ratio(cell, ["eager"])]
+        measured = [name for name in peers.PEERS if name in cell]
+        if measured:
+            found[shape] = cell, min(measured, key=lambda name: float(cell[name]["ratio_to_fused"]))
+    return found
+
+
+def _forward(lines: list[Line]) -> str:
+    rows, ratios = [], {}
+    for shape, (cell, best) in _forward_cells(lines).items():
+        ratios[shape] = [ratio(cell, [best]), ratio(cell, ["eager"])]
         fused = cell["fused"]
         rows.append([
-            shape, _us(fused), _us(cell["fused_inplace"]), f"{_us(cell[best])} ({LABELS[best]})",
-            *map(_times, ratios[shape]), f"{float(fused['floor_us']):,.1f}", _share_of_floor(fused),
+            shape, _us(fused), f"{_us(cell[best])} ({LABELS[best]})", *map(_times, ratios[shape]),
+            f"{float(fused['floor_us']):,.1f}", _share_of_floor(fused),
         ])  # fmt: skip
-    rows += [[f"geometric mean, {label}", "", "", "", *map(_times, m), "", ""] for label, m in means(ratios).items()]
-    header = ["x", "fused µs", "in place µs", "best peer µs", "best peer / fused", "best peer / in place",
-              "eager / fused", "floor µs", "floor / fused"]  # fmt: skip
+    rows += [[f"geometric mean, {label}", "", "", *map(_times, m), "", ""] for label, m in means(ratios).items()]
+    header = ["x", "fused µs", "best peer µs", "best peer / fused", "eager / fused", "floor µs", "floor / fused"]
+    return _markdown(header, rows) if rows else ""
+
+
+def _in_place(lines: list[Line]) -> str:
+    rows, ratios = [], {}
+    for shape, (cell, best) in _forward_cells(lines).items():
+        peer, floor = (ratio(cell, [name], "fused_inplace") for name in (best, "multiply"))
+        assert peer is not None
+        assert floor is not None
+        ratios[shape] = [peer, peer / floor]
+        rows.append([
+            shape, _us(cell["fused_inplace"]), _times(peer), _us(cell["multiply"]), f"{floor:.0%}", _times(peer / floor)
+        ])  # fmt: skip
+    rows += [
+        [f"geometric mean, {label}", "", _times(found[0]), "", "", _times(found[1])]
+        for label, found in means(ratios).items()
+    ]
+    header = ["x", "in place µs", "best peer / in place", "floor µs", "floor / in place", "best peer / floor"]
     return _markdown(header, rows) if rows else ""
 
 
@@ -130,6 +153,9 @@ def table(lines: list[Line]) -> str:
     """The Markdown of a run, with what was not measured left out."""
     sections = {
         "Forward, float32, contiguous:": _forward(lines),
+        "Forward in place, float32, contiguous; the floor is a multiplication of the map by 1, in place:": _in_place(
+            lines
+        ),
         "Forward, other formats:": _other_formats(lines),
         "Backward alone, float32, contiguous:": _gradients(lines, "backward"),
         "Forward and backward, float32, contiguous:": _gradients(lines, "forward_backward"),
@@ -146,8 +172,8 @@ def table(lines: list[Line]) -> str:
         f"{run['cpu']}, {run['threads']} threads for all, PyTorch {run['torch']}, ONNX Runtime {run['onnxruntime']}, "
         f"OpenVINO {run['openvino']}, backend {run['backend']}, commit {run['commit']}, {run['date']}. Medians over "
         "interleaved rounds, forward in inference mode. Ratios are medians of the ratios within a round; one below 1, "
-        "a loss, is bold. Best peer: the fastest of eager, torch.compile, ONNX Runtime and OpenVINO. Floor: the bytes "
-        "that must move, at the speed of a copy measured between the same calls.\n"
+        "a loss, is bold. Best peer: the fastest of eager, torch.compile, ONNX Runtime and OpenVINO. Floor, where "
+        "nothing else is said: the bytes that must move, at the speed of a copy measured between the same calls.\n"
     )
     return "\n".join(parts)
 

@@ -180,6 +180,14 @@ def copy(i: Inputs) -> Contender:
     return Contender("copy", functools.partial(y.copy_, i.x))
 
 
+def multiply(i: Inputs) -> Contender:
+    """The least that any layer in place must do: read the map and write it back, once."""
+    return Contender("multiply", functools.partial(i.x.clone().mul_, 1.0))
+
+
+FLOORS: dict[str, Callable[[Inputs], Contender]] = {"copy": copy, "multiply": multiply}
+
+
 def truth(i: Inputs, *, gradients: bool) -> tuple[Tensor, ...]:
     """(y,), or the gradients of x, w1, b1, w2, b2, by the reference in float64."""
     inputs = [t.double().requires_grad_(gradients) for t in (i.x, *i.weights)]

@@ -4,8 +4,8 @@
 //           dh = dp2 W2                     dp1 = dh act'(p1)             dw1 = dp1^T z   db1 = sum_n dp1
 //           dz = dp1 W1                     du = dv s + dz / L (mean), or dz / ties where u is the maximum
 //           dx = du pre_act'(x)
-// How:    a group of samples at a time: reduce to ds, back through the excitation, then dx; the weights' gradients
-// last. Bytes:  g and x from memory once if a group fits the cache, twice if not; dx once.
+// How:    a group of samples at a time: reduce to ds, back through the excitation, then dx; at last dw1, db1, dw2, db2.
+// Bytes:  g and x from memory once if a group fits the cache, twice if not; dx once.
 #include "backward_maps.h"
 #include "excite.h"
 

@@ -7,8 +7,7 @@
 //           5. y from shared memory
 // Bytes:  reads x and the residual once, writes y once: the least there is. Every weight is read once a sample.
 // Needs:  sm_90, and a sample that fits: a block has up to 227 KB.
-// Why:    no workspace, no counters, and nobody to wait for but the cluster's own blocks, which run together by
-// contract.
+// Why:    no workspace, no counters, and nobody to wait for but the cluster's own blocks, which run together.
 #include "cluster.cuh"
 #include "excite.cuh"
 #include "forward.cuh"
