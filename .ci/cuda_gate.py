@@ -25,6 +25,7 @@ from se_fused import build
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "csrc" / "cuda" / "registers.csv"
 SYMBOLS = ROOT / "tests" / "torch_2_10_symbols.txt"
+PROBES = ROOT / "benchmarks" / "gpu_probes" / "probes.cu"
 SASS_OF = "90"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -103,6 +104,18 @@ def check_wide_accesses(objects: list[Path]) -> None:
     print(f"16-byte accesses in all {hot} hot kernels")
 
 
+def check_probes(folder: Path) -> None:
+    for sm in ("90", "100", "120"):
+        compile_one(PROBES, sm, folder)
+    sass = run(
+        TOOLS / "cuobjdump", "-sass", folder / f"{PROBES.stem}.{SASS_OF}.o", PATH=f"{TOOLS}:{os.environ['PATH']}"
+    )
+    for wanted in ("UBLKCP", "STAS", "SYNCS.PHASECHK"):  # bulk copies, pushes, waits at an mbarrier
+        if wanted not in sass:
+            sys.exit(f"no {wanted} in the SASS of {PROBES.name}")
+    print("the probes copy in bulk, push and wait at mbarriers")
+
+
 def check_library(objects: list[Path], folder: Path) -> None:
     flags = [build._compiler(), *build._FLAGS]
     run(*flags, *build.binding_flags(), "-c", build.SOURCES / "cuda" / "binding.cpp", "-o", folder / "binding.o")
@@ -140,6 +153,7 @@ def main() -> None:
         compare(registers, "--update" in sys.argv)
         objects = [folder / f"{source.stem}.{SASS_OF}.o" for source in sources]
         check_wide_accesses(objects)
+        check_probes(folder)
         check_library(objects, folder)
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import csv
 import statistics
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import typer
 
 import se_fused
-from se_fused import backends
+from se_fused import backends, build
 
+from . import gpu_probes
 from .gpu_calls import Row, calls, cold_sets, copy_bandwidth, graph_times, rows
 from .shapes import Shape
 
@@ -34,7 +37,7 @@ def median_of(row: Row, plan: str, sets: int) -> float | None:
 
 
 def probes(out: Path) -> None:
-    """Clusters that are resident at once, bandwidths by size, the time of a call with nothing to compute by size."""
+    """Clusters that are resident at once, bandwidths and a call with nothing to compute by size; then gpu_probes."""
     with (out / "probes.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("probe", "of", "value", "unit"))
@@ -44,15 +47,27 @@ def probes(out: Path) -> None:
         for size in COPIES:
             source = torch.randint(256, (size,), dtype=torch.uint8, device="cuda").view(torch.float32)
             for name, function in (("read", source.sum), ("write", source.zero_)):
-                us = statistics.median(graph_times([function]))
-                writer.writerow((name, size, f"{size / us / 1e3:.1f}", "GB/s"))
+                writer.writerow((name, size, f"{size / _us_of(function) / 1e3:.1f}", "GB/s"))
             writer.writerow(("copy, both ways", size, f"{copy_bandwidth(size) / 1e9:.1f}", "GB/s"))
         for plan in PLANS[1:]:
             us_or_none = median_of(TINY, plan, 1)
             if us_or_none is not None:
                 writer.writerow(("a call with nothing to compute", plan, f"{us_or_none:.2f}", "us"))
             file.flush()
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                library = gpu_probes.Probes(gpu_probes.compile_probes(Path(folder)))
+            clusters = dict(zip(SIZES, limits[4:], strict=True))
+            for name, what, value, unit in gpu_probes.measure(library, _us_of, clusters, limits[2]):
+                writer.writerow((name, what, f"{value:.2f}", unit))
+                file.flush()
+        except (gpu_probes.ProbeError, build.BuildError) as error:
+            typer.echo(f"not run: exchanges and slabs: {error}")
     typer.echo(f"probes: {out / 'probes.csv'}")
+
+
+def _us_of(call: Callable[[], None]) -> float:
+    return statistics.median(graph_times([call]))
 
 
 def plans_of(row: Row) -> list[str]:

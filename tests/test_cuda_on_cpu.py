@@ -234,6 +234,15 @@ def test_special_values_stay_in_their_sample(cuda, value, squeeze, gpu):
     assert y[::2].isfinite().all()
 
 
+def test_integer_atomics_count_in_the_order_of_the_schedule(cuda):
+    orders = set()
+    for seed in range(3):
+        cuda.setup(seed=seed)
+        orders.add(tuple(cuda.tickets(12).tolist()))
+    assert all(sorted(order) == list(range(12)) for order in orders)
+    assert len(orders) == 3
+
+
 def test_an_empty_batch():
     case = Case(n=0)
     assert call(se_fused.squeeze_excite, case.tensors(), {}).shape == (0, case.c, *case.spatial)

@@ -2,8 +2,8 @@
 
 `library(...)` builds them; its operators `forward_out` and `backward_out` stand in for those of a backend. What this
 proves: indexing, tails, barriers, shuffles, what the blocks of a cluster exchange, determinism, the bytes that move.
-What it cannot: speed, and the memory model between blocks. Some 700 lines: 350 are the device, 50 its memory, 120 the
-stand-in headers, 110 the operators.
+What it cannot: speed, and the memory model between blocks. Some 900 lines: 500 are the device with its fibers, barriers
+and shuffles, 90 mbarriers and what they count, 50 memory, 130 the stand-in headers, 120 the operators.
 """
 
 from __future__ import annotations
@@ -26,13 +26,20 @@ from se_fused import build, launch, ops
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+DEVICE, PROBES = "tests/cuda_on_cpu", "benchmarks/gpu_probes"
 _FLAGS = "-std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-parentheses"
+
+
+def sources(root: Path) -> list[Path]:
+    """Of the kernels, the planner, the device and the probes."""
+    patterns = ("csrc/cuda/*_*.cu", "csrc/plan/*.cpp", f"{DEVICE}/*.c*", f"{PROBES}/*.cu")
+    return [path for pattern in patterns for path in sorted(root.glob(pattern))]
 
 
 def compile_library(
     root: Path, output: Path, finished: dict[str, Path] | None = None, optimization: str = "-O1 -g"
 ) -> Path:
-    """The library of the sources under `root`, a copy of this checkout's csrc and tests/cuda_on_cpu.
+    """The library of the sources under `root`, which is this checkout or a `patched` copy of it.
 
     finished: objects that are there already, by the name of their source.
 
@@ -40,19 +47,16 @@ def compile_library(
         subprocess.CalledProcessError: with the compiler's words in its output.
     """
     output.mkdir(parents=True, exist_ok=True)
-    shim = root / "tests" / "cuda_on_cpu"
-    sources = [*sorted((root / "csrc" / "cuda").glob("*_*.cu")), *sorted((root / "csrc" / "plan").glob("*.cpp"))]
-    sources += [shim / f"{name}.cpp" for name in ("machine", "memory", "binding")]
     with (output / "build.ninja").open("w") as file:
         ninja = ninja_syntax.Writer(file, width=10_000)
         flags, finished = os.environ.get("SE_FUSED_CXXFLAGS", ""), finished or {}
-        common = f"{_FLAGS} {optimization} {flags} -I {shim} {' '.join(build.binding_flags())}"
+        common = f"{_FLAGS} {optimization} {flags} -I {root / DEVICE} {' '.join(build.binding_flags())}"
         ninja.rule("cpp", f"c++ -x c++ {common} -MD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
         ninja.rule("link", f"c++ -shared {flags} $in -o $out {' '.join(build.link_flags())}")
-        for source in sources:
+        for source in sources(root):
             if source.name not in finished:
                 ninja.build(f"{source.stem}.o", "cpp", str(source))
-        objects = [str(finished.get(source.name, f"{source.stem}.o")) for source in sources]
+        objects = [str(finished.get(source.name, f"{source.stem}.o")) for source in sources(root)]
         ninja.build("libcuda_on_cpu.so", "link", objects)
     command = [str(Path(BIN_DIR) / "ninja"), "-C", str(output)]
     subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -66,6 +70,7 @@ class Library:
         torch.ops.load_library(path)
         self._native = ctypes.CDLL(str(path))
         self._native.cuda_on_cpu_setup.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_uint64]
+        self._native.cuda_on_cpu_watch.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_size_t]
         self._native.cuda_on_cpu_plan.restype = ctypes.c_char_p
         self._native.cuda_on_cpu_wide_share.restype = ctypes.c_double
 
@@ -82,6 +87,22 @@ class Library:
         """The share of 16-byte accesses among the last call's accesses to maps."""
         share: float = self._native.cuda_on_cpu_wide_share()
         return share
+
+    def tickets(self, blocks: int) -> torch.Tensor:
+        """The order in which blocks took a ticket, by integer atomics (tickets.cu)."""
+        tickets, counter = torch.full((blocks,), -1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+        self.watch(tickets=tickets, counter=counter)
+        self._native.cuda_on_cpu_tickets(
+            ctypes.c_void_p(tickets.data_ptr()), ctypes.c_void_p(counter.data_ptr()), blocks
+        )
+        assert counter == blocks
+        return tickets
+
+    def watch(self, **buffers: torch.Tensor) -> None:
+        """Kernels that no operator launches may touch these and nothing else."""
+        self._native.cuda_on_cpu_forget()
+        for name, buffer in buffers.items():
+            self._native.cuda_on_cpu_watch(name.encode(), buffer.data_ptr(), buffer.nbytes)
 
     @contextmanager
     def serves(self) -> Iterator[None]:
@@ -103,9 +124,15 @@ def library() -> Path:
         return compile_library(ROOT, cache / "build")
 
 
+def objects(but: str) -> dict[str, Path]:
+    """Those of this checkout's library by the name of their source, except for the sources that match `but`."""
+    built = library().parent
+    return {path.name: built / f"{path.stem}.o" for path in sources(ROOT) if not path.relative_to(ROOT).match(but)}
+
+
 def patched(root: Path, file: str, old: str, new: str) -> None:
     """A copy of the sources at `root` in which `old`, which must be there once, is `new`."""
-    for folder in ("csrc", "tests/cuda_on_cpu"):
+    for folder in ("csrc", DEVICE, PROBES):
         shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
     path = root / file
     text = path.read_text()

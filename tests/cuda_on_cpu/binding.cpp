@@ -4,8 +4,8 @@
 #include <memory>
 #include <string>
 
-#include "../../csrc/stable.h"
 #include "../../csrc/cuda/kernels.h"
+#include "../../csrc/stable.h"
 #include "machine.h"
 
 namespace {
@@ -97,18 +97,23 @@ STABLE_TORCH_LIBRARY_IMPL(cuda_on_cpu, CPU, m) {
 }
 
 // For ctypes.
-extern "C" __attribute__((visibility("default"))) void cuda_on_cpu_setup(const char* device_name, const char* plan,
-                                                                         uint64_t seed) {
+#define CUDA_ON_CPU_API extern "C" __attribute__((visibility("default")))
+
+CUDA_ON_CPU_API void cuda_on_cpu_setup(const char* device_name, const char* plan, uint64_t seed) {
   device = device_name;
   forced = plan;
   cuda_on_cpu::set_seed(seed);
 }
-extern "C" __attribute__((visibility("default"))) const char* cuda_on_cpu_plan() {
+CUDA_ON_CPU_API const char* cuda_on_cpu_plan() {
   static std::string text;
   text = last_plan.text();
   return text.c_str();
 }
-extern "C" __attribute__((visibility("default"))) double cuda_on_cpu_wide_share() {
+CUDA_ON_CPU_API double cuda_on_cpu_wide_share() {
   const auto& counted = cuda_on_cpu::counters();
   return static_cast<double>(counted.wide_accesses) / (counted.wide_accesses + counted.narrow_accesses);
+}
+CUDA_ON_CPU_API void cuda_on_cpu_forget() { cuda_on_cpu::forget_all(); }
+CUDA_ON_CPU_API void cuda_on_cpu_watch(const char* name, const void* begin, size_t bytes) {
+  cuda_on_cpu::watch(name, begin, bytes, false);
 }

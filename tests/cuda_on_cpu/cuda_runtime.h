@@ -18,6 +18,10 @@
 #define __ldcs ::cuda_on_cpu::read
 #define __stwb ::cuda_on_cpu::write
 
+// Of integers only: sums of floats have an order.
+inline int atomicAdd(int* p, int v) { return cuda_on_cpu::atomic_add(p, v); }
+inline unsigned atomicAdd(unsigned* p, unsigned v) { return cuda_on_cpu::atomic_add(p, v); }
+
 struct alignas(8) uint2 {
   unsigned x, y;
 };

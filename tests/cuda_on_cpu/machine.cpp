@@ -1,38 +1,26 @@
-#include "machine.h"
-
-#include <setjmp.h>
 #include <sys/mman.h>
-#include <ucontext.h>
 
 #include <algorithm>
-#include <memory>
 #include <new>
-#include <random>
 #include <sstream>
 #include <stdexcept>
-#include <vector>
+
+#include "state.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
 #endif
 
 namespace cuda_on_cpu {
+
+Machine machine;
+
 namespace {
 
 constexpr int kWarp = 32;
 constexpr size_t kStack = 256 << 10;  // of address space; pages come as they are touched
 constexpr int kStay = 200;            // steps, on average, before another block of the cluster goes on: for the caches
 constexpr unsigned char kPoison = 0xff;  // NaN in every floating-point type
-
-enum class State { kReady, kBarrier, kCluster, kShuffle, kDone };
-
-// Where a stack was left. swapcontext changes the signal mask by a system call each time, which took a third of all
-// time; so it only starts a fiber, and _setjmp and _longjmp go on.
-struct Place {
-  ucontext_t start;
-  jmp_buf jump;
-  bool started = false;
-};
 
 void hop(Place& from, Place& to) {
   from.started = true;
@@ -44,52 +32,6 @@ void hop(Place& from, Place& to) {
   setcontext(&to.start);
 #endif
 }
-
-struct Copy {
-  void* to;
-  const void* from;
-  size_t bytes;
-};
-
-struct Block {
-  Index index;
-  std::vector<unsigned char> shared;
-  int waiting, done;       // threads
-  std::vector<int> ready;  // and those that can run
-};
-
-struct Fiber {
-  Place place;
-  void* stack = nullptr;
-  State state;
-  Block* block;
-  Index thread;
-  int number;                // in the cluster
-  int arrived, waited;       // at so many of the cluster's barriers
-  std::vector<Copy> copies;  // under way
-  const char* file;          // where it waits
-  int line;
-  unsigned mask;  // of a shuffle, with its value and partner
-  uint64_t value;
-  int partner;
-};
-
-struct Machine {
-  std::vector<std::unique_ptr<Fiber>> fibers;
-  Place scheduler;
-  void* scheduler_fake_stack;
-  const void* scheduler_stack;
-  size_t scheduler_stack_size;
-  Fiber* now = nullptr;
-  Position position;
-  std::vector<Block> blocks;  // of the cluster
-  int threads;                // of a block
-  int arrived, phase;         // threads at the cluster's present barrier; barriers that are over
-  const std::function<void()>* kernel;
-  std::string error;
-  std::mt19937_64 random;
-};
-Machine machine;
 
 // AddressSanitizer has to be told which stack runs.
 void to_scheduler([[maybe_unused]] bool for_good) {
@@ -147,11 +89,6 @@ void start(Fiber& fiber, int number, Index block) {
   makecontext(&fiber.place.start, fiber_main, 0);
 }
 
-void wake(Fiber& fiber) {
-  fiber.state = State::kReady;
-  fiber.block->ready.push_back(fiber.number);
-}
-
 // Wakes the threads of a block, all of which wait at a barrier.
 void end_barrier(Block& block) {
   const auto first = machine.fibers.begin() + (&block - machine.blocks.data()) * machine.threads;
@@ -200,19 +137,22 @@ std::string stuck(int count) {
     const Fiber& fiber = *machine.fibers[i];
     if (i > 0 && i % kWarp != 0 && fiber.state == machine.fibers[i - 1]->state) continue;
     out << " thread " << i << (fiber.state == State::kDone ? " has ended" : " waits");
-    if (fiber.state == State::kCluster)
+    if (fiber.state == State::kCluster) {
       out << " for the cluster";
-    else if (fiber.state != State::kDone)
+    } else if (fiber.state == State::kMbarrier) {
+      out << " at an mbarrier";
+    } else if (fiber.state != State::kDone) {
       out << " at line " << fiber.line;
+    }
     out << ";";
   }
   return out.str();
 }
 
-void end_block(Block& block) { std::fill(block.shared.begin(), block.shared.end(), kPoison); }
-
 void run_cluster(Index block, int count) {
   machine.arrived = machine.phase = 0;
+  machine.mbarriers.clear();
+  machine.transfers.clear();
   for (int i = 0; i < count; ++i) {
     start(*machine.fibers[i], i, block);
     wake(*machine.fibers[i]);
@@ -220,10 +160,16 @@ void run_cluster(Index block, int count) {
   int done = 0;
   std::vector<int>* ready = &machine.blocks[0].ready;
   while (done < count && machine.error.empty()) {
+    if (!machine.transfers.empty() && machine.random() % kStay == 0) deliver();
+    if (!machine.error.empty()) break;
     if (ready->empty() || machine.random() % kStay == 0) {
       std::vector<std::vector<int>*> candidates;
       for (Block& other : machine.blocks) {
         if (!other.ready.empty()) candidates.push_back(&other.ready);
+      }
+      if (candidates.empty() && !machine.transfers.empty()) {
+        deliver();
+        continue;
       }
       if (candidates.empty()) {
         machine.error = stuck(count);
@@ -240,10 +186,14 @@ void run_cluster(Index block, int count) {
     if (fiber.state == State::kBarrier && ++fiber.block->waiting == machine.threads) end_barrier(*fiber.block);
     if (fiber.state == State::kDone) {
       ++done;
-      if (++fiber.block->done == machine.threads) end_block(*fiber.block);
+      if (++fiber.block->done < machine.threads) continue;
+      check_end(*fiber.block, done == count);
+      std::fill(fiber.block->shared.begin(), fiber.block->shared.end(), kPoison);
     }
   }
 }
+
+}  // namespace
 
 void wait(State state, const char* file, int line) {
   machine.now->state = state;
@@ -252,7 +202,10 @@ void wait(State state, const char* file, int line) {
   to_scheduler(false);
 }
 
-}  // namespace
+void wake(Fiber& fiber) {
+  fiber.state = State::kReady;
+  fiber.block->ready.push_back(fiber.number);
+}
 
 void fail(const std::string& what) {
   std::ostringstream out;
@@ -266,6 +219,13 @@ void fail(const std::string& what) {
 const Position& position() { return machine.position; }
 unsigned char* shared_memory() { return machine.now->block->shared.data(); }
 void set_seed(uint64_t seed) { machine.random.seed(seed); }
+
+bool lies_in(const Block& block, const void* p, size_t bytes) {
+  const auto offset = static_cast<const unsigned char*>(p) - block.shared.data();
+  return offset >= 0 && offset + static_cast<std::ptrdiff_t>(bytes) <= static_cast<std::ptrdiff_t>(block.shared.size());
+}
+
+bool in_shared_memory(const void* p, size_t bytes) { return lies_in(*machine.now->block, p, bytes); }
 
 void sync_threads(const char* file, int line) { wait(State::kBarrier, file, line); }
 
@@ -291,19 +251,16 @@ void cluster_wait() {
 
 const void* map_shared_rank(const void* p, unsigned rank) {
   const Block& own = *machine.now->block;
-  const auto offset = static_cast<const unsigned char*>(p) - own.shared.data();
-  if (offset < 0 || offset > static_cast<std::ptrdiff_t>(own.shared.size())) fail("an address outside shared memory");
+  if (!lies_in(own, p, 0)) fail("an address outside shared memory");
   if (rank >= machine.blocks.size()) fail("no block " + std::to_string(rank) + " in the cluster");
   if (machine.phase == 0) fail("another block's shared memory before it is known to have started");
   if (machine.blocks[rank].done == machine.threads) fail("the shared memory of a block that has ended");
-  return machine.blocks[rank].shared.data() + offset;
+  return machine.blocks[rank].shared.data() + (static_cast<const unsigned char*>(p) - own.shared.data());
 }
 
 void copy_async(void* to, const void* from, size_t bytes) {
   check_access(from, bytes, false);
-  const auto offset = static_cast<unsigned char*>(to) - shared_memory();
-  const auto size = static_cast<std::ptrdiff_t>(machine.now->block->shared.size());
-  if (offset < 0 || offset + static_cast<std::ptrdiff_t>(bytes) > size) fail("a copy to outside shared memory");
+  if (!lies_in(*machine.now->block, to, bytes)) fail("a copy to outside shared memory");
   if (reinterpret_cast<uintptr_t>(to) % bytes != 0) fail("a copy to an address that is not aligned to its size");
   machine.now->copies.push_back({to, from, bytes});
 }

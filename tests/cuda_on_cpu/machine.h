@@ -3,8 +3,8 @@
 // One fiber per CUDA thread, the blocks of one cluster at a time, clusters and threads in an order drawn from a seed. A
 // fiber runs until a barrier or a shuffle. Shared memory starts poisoned, and is poisoned again when its block ends.
 // Every access to global memory is checked: it must lie inside one watched buffer and be aligned to its size. An
-// asynchronous copy arrives when its thread waits for it, no sooner. An error is kept, the launch abandoned, and
-// std::runtime_error raised.
+// asynchronous copy arrives when its thread waits for it, no sooner; what an mbarrier counts, at some moment before its
+// phase ends. An error is kept, the launch abandoned, and std::runtime_error raised.
 #pragma once
 
 #include <cstddef>
@@ -36,6 +36,13 @@ void cluster_wait();
 const void* map_shared_rank(const void* p, unsigned rank);
 void copy_async(void* to, const void* from, size_t bytes);
 void await_copies();
+// An mbarrier is 8 bytes of shared memory; its state is kept elsewhere. Pushed bytes go to where `mine` lies in the
+// shared memory of the cluster's block `rank`, and count at its mbarrier in the same place as this block's.
+void mbarrier_init(const void* mbarrier, unsigned count);
+void mbarrier_arrive(const void* mbarrier, unsigned expected_bytes);
+void mbarrier_wait(const void* mbarrier, unsigned parity);
+void copy_bulk(void* to, const void* from, size_t bytes, const void* mbarrier);
+void push(const void* mine, const void* value, size_t bytes, const void* mbarrier, unsigned rank);
 // The value that the thread in lane (own lane ^ offset) passed to the same shuffle.
 uint64_t shuffle_xor(unsigned mask, uint64_t value, int offset, const char* file, int line);
 
@@ -48,6 +55,7 @@ struct Counters {
 };
 const Counters& counters();
 void check_access(const void* p, size_t bytes, bool write);
+bool in_shared_memory(const void* p, size_t bytes);  // of this block
 
 void set_seed(uint64_t seed);
 void run(Index grid, Index block, unsigned cluster, size_t shared_bytes, const std::function<void()>& kernel);
@@ -61,6 +69,13 @@ template <class T>
 void write(T* p, const T& v) {
   check_access(p, sizeof(T), true);
   *p = v;
+}
+template <class T>
+T atomic_add(T* p, T v) {
+  if (!in_shared_memory(p, sizeof(T))) check_access(p, sizeof(T), true);
+  const T before = *p;
+  *p += v;
+  return before;
 }
 template <class T>
 T shuffle_xor(unsigned mask, T v, int offset, const char* file, int line) {

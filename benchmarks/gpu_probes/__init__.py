@@ -1,0 +1,111 @@
+"""The probes of probes.cu: what bulk copies and pushes would gain in the cluster kernels, each result checked."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import itertools
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from se_fused import build
+
+SOURCE = Path(__file__).with_name("probes.cu")
+LARGEST_COUNT, LARGEST_CHUNKS = 256, 8  # kThreads and kWarps of csrc
+Row = tuple[str, str, float, str]  # of probes.csv: probe, of what, value, unit
+Timer = Callable[[Callable[[], None]], float]  # the microseconds of one call on the GPU
+
+
+class ProbeError(RuntimeError):
+    """A probe cannot be compiled, does not run, or gives a wrong result."""
+
+
+def compile_probes(folder: Path) -> Path:
+    """The library for the GPU that is here. Raises ProbeError, BuildError."""
+    library = folder / "libgpu_probes.so"
+    command = [build.nvcc(), *build.NVCC_FLAGS, *build.architecture_flags(), "-shared", str(SOURCE), "-o", str(library)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise ProbeError(done.stderr[-2000:])
+    return library
+
+
+class Probes:
+    """The loaded library; a call raises ProbeError with the device's words."""
+
+    def __init__(self, library: Path) -> None:
+        native = ctypes.CDLL(str(library))
+        pointer, number = ctypes.c_void_p, ctypes.c_int
+        self._exchange, self._slab = native.probe_exchange, native.probe_slab
+        self._exchange.argtypes = [number, pointer, *[number] * 4, pointer]
+        self._slab.argtypes = [number, pointer, pointer, *[number] * 3, pointer]
+        self._exchange.restype = self._slab.restype = ctypes.c_char_p
+
+    def exchange(self, out: Tensor, size: int, rounds: int, *, by_push: bool) -> None:
+        """out [blocks, count] float32: the sums of `rounds` exchanges in clusters of `size` blocks."""
+        _raise(self._exchange(by_push, out.data_ptr(), *out.shape[:1], size, out.shape[1], rounds, _stream(out)))
+
+    def slab(self, source: Tensor, out: Tensor, *, chunks: int) -> None:
+        """out [blocks]: the sums of the rows of source [blocks, n], float32; by threads, or in `chunks` bulk copies."""
+        blocks, n = source.shape
+        _raise(self._slab(chunks > 0, source.data_ptr(), out.data_ptr(), blocks, 4 * n, chunks, _stream(out)))
+
+
+def _raise(error: bytes | None) -> None:
+    if error is not None:
+        raise ProbeError(error.decode())
+
+
+def _stream(t: Tensor) -> int:
+    return torch.cuda.current_stream().cuda_stream if t.is_cuda else 0
+
+
+def sums_of_exchange(blocks: int, count: int, size: int, rounds: int) -> Tensor:
+    """What `exchange` must leave in out."""
+    rank, i, round_ = torch.meshgrid(torch.arange(size), torch.arange(count), torch.arange(rounds), indexing="ij")
+    return ((rank + 1) * (i % 7) + round_ % 5).sum((0, 2)).float().expand(blocks, count)
+
+
+def measure(probes: Probes, us_of: Timer, clusters: Mapping[int, int], shared_bytes: int) -> Iterator[Row]:
+    """Every probe, checked and timed, on a GPU that holds so many clusters of a size at once and gives a block so many
+    bytes of shared memory; nothing where there are no clusters. Raises ProbeError."""
+    if any(clusters.values()):
+        yield from _exchanges(probes, us_of, clusters)
+        yield from _slabs(probes, us_of, shared_bytes)
+
+
+def _exchanges(probes: Probes, us_of: Timer, clusters: Mapping[int, int]) -> Iterator[Row]:
+    """One exchange of clusters that all run at once: what each of 64 more in the same launch adds."""
+    for (size, resident), count in itertools.product(clusters.items(), (16, 64, LARGEST_COUNT)):
+        if size == 1 or resident == 0:
+            continue
+        out = torch.empty(resident * size, count, device="cuda")
+        for name, by_push in (("exchange by barrier", False), ("exchange by push", True)):
+            what, times = f"{size} blocks, {count} numbers", []
+            for rounds in (1, 65):
+                call = functools.partial(probes.exchange, out, size, rounds, by_push=by_push)
+                call()
+                if not torch.equal(out.cpu(), sums_of_exchange(*out.shape, size, rounds)):
+                    raise ProbeError(f"{name}, {what}: wrong sums")
+                times.append(us_of(call))
+            yield name, what, (times[1] - times[0]) / 64, "us"
+
+
+def _slabs(probes: Probes, us_of: Timer, shared_bytes: int) -> Iterator[Row]:
+    """256 MB, which no cache holds, through shared memory."""
+    for kilobytes in (16, 64, 96, 200):
+        if (kilobytes + 1) << 10 > shared_bytes:
+            continue
+        source = torch.randn((256 << 10) // kilobytes, kilobytes << 8, device="cuda")
+        out, expected = torch.empty(len(source), device="cuda"), source.double().sum(1)
+        for chunks in (0, 1, 2, 4, LARGEST_CHUNKS):
+            name = f"slab by {chunks} bulk copies" if chunks else "slab by threads"
+            call = functools.partial(probes.slab, source, out, chunks=chunks)
+            call()
+            if not torch.allclose(out.double(), expected, rtol=0, atol=1e-2):
+                raise ProbeError(f"{name}, {kilobytes} KB: wrong sums")
+            yield name, f"{kilobytes} KB a block", source.nbytes / us_of(call) / 1e3, "GB/s"

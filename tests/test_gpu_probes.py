@@ -1,0 +1,174 @@
+"""The GPU probes run thread by thread on the CPU: right under any schedule, and each planted fault is caught."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import cuda_on_cpu
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks import gpu_probes
+
+
+@pytest.fixture(scope="module")
+def device():
+    library = cuda_on_cpu.library()
+    return cuda_on_cpu.Library(library), gpu_probes.Probes(library)
+
+
+def exchange(device, seed, size, count, rounds, by_push):
+    machine, probes = device
+    out = torch.full((2 * size, count), torch.nan)
+    machine.setup(seed=seed)
+    machine.watch(out=out)
+    probes.exchange(out, size, rounds, by_push=by_push)
+    assert torch.equal(out, gpu_probes.sums_of_exchange(*out.shape, size, rounds))
+
+
+def slab(device, seed, blocks, sixteens, chunks):
+    machine, probes = device
+    source, out = torch.randint(-9, 9, (blocks, 4 * sixteens)).float(), torch.full((blocks,), torch.nan)
+    machine.setup(seed=seed)
+    machine.watch(source=source, out=out)
+    probes.slab(source, out, chunks=chunks)
+    assert torch.equal(out, source.sum(1))
+
+
+SEEDS = st.integers(0, 2**32)
+
+
+@given(SEEDS, st.sampled_from([1, 2, 4, 8]), st.integers(1, gpu_probes.LARGEST_COUNT), st.integers(1, 4), st.booleans())
+@settings(max_examples=20)
+def test_exchanges(device, seed, size, count, rounds, by_push):
+    exchange(device, seed, size, count, rounds, by_push)
+
+
+@given(SEEDS, st.integers(1, 3), st.integers(1, 700), st.integers(0, gpu_probes.LARGEST_CHUNKS))
+@settings(max_examples=20)
+def test_slabs(device, seed, blocks, sixteens, chunks):
+    slab(device, seed, blocks, max(sixteens, chunks), chunks)
+
+
+def test_measure_gives_every_row(monkeypatch):
+    """With a device that computes by PyTorch: each probe is called, checked and timed."""
+
+    class Device:
+        def exchange(self, out, size, rounds, *, by_push):
+            out.copy_(gpu_probes.sums_of_exchange(*out.shape, size, rounds))
+
+        def slab(self, source, out, *, chunks):
+            out.copy_(source.double().sum(1))
+
+    for name in ("empty", "randn"):
+        real = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *size, real=real, device: real(*[min(n, 64) for n in size]))
+    clusters = {1: 132, 2: 66, 4: 32, 8: 15, 16: 0}
+    rows = list(gpu_probes.measure(Device(), lambda call: 2.0 if call.args[2:] == (65,) else 1.0, clusters, 100 << 10))
+    assert len(rows) == 3 * 3 * 2 + 3 * 5  # no clusters of 16 blocks, no slab of 200 KB
+    assert ("exchange by push", "8 blocks, 64 numbers", 1 / 64, "us") in rows
+    assert list(gpu_probes.measure(Device(), lambda call: 1.0, dict.fromkeys(clusters, 0), 64 << 10)) == []
+    monkeypatch.setattr(Device, "exchange", lambda self, out, *_, **__: out.zero_())
+    with pytest.raises(gpu_probes.ProbeError, match="exchange by barrier, 2 blocks, 16 numbers: wrong sums"):
+        next(gpu_probes.measure(Device(), lambda call: 1.0, clusters, 0))
+
+
+# Name: what stands once in probes.cu, what replaces it, what must be said.
+FAULTS = {
+    "a push before the peer's mbarrier is ready": (
+        "    arrived[0].init(1);\n    arrived[1].init(1);\n  }\n  cluster.sync();\n",
+        "    arrived[1].init(1);\n  }\n  cluster.sync();\n  if (i == 0) arrived[0].init(1);\n  __syncthreads();\n",
+        "a push before the peer's mbarrier is initialised",
+    ),
+    "a push before the peer has started": (
+        "    arrived[1].init(1);\n  }\n  cluster.sync();\n",
+        "    arrived[1].init(1);\n  }\n  __syncthreads();\n",
+        "another block's shared memory before it is known to have started",
+    ),
+    "too few bytes expected": (
+        "static_cast<unsigned>(size * count * sizeof(float))",
+        "static_cast<unsigned>((size * count - 1) * sizeof(float))",
+        "more bytes at an mbarrier than it expects|a block has ended before what is under way to it",
+    ),
+    "too many bytes expected": (
+        "static_cast<unsigned>(size * count * sizeof(float))",
+        "static_cast<unsigned>((size * count + 1) * sizeof(float))",
+        "deadlock: .*waits at an mbarrier",
+    ),
+    "one buffer for all rounds": (
+        "const int buffer = round % 2;",
+        "const int buffer = 0;",
+        "more (bytes|arrivals) at an mbarrier than",
+    ),
+    "a read before the phase has ended": (
+        "    arrived[chunk].wait(0);\n    sum += sum_of(slab, begin(chunk), begin(chunk + 1));\n",
+        "    sum += sum_of(slab, begin(chunk), begin(chunk + 1));\n    arrived[chunk].wait(0);\n",
+        "AssertionError",
+    ),
+    "a block that ends while others push": (
+        "total += from[peer * count + i];\n    }\n  }\n",
+        "total += from[peer * count + i];\n    }\n    if (cluster.rank == 1) return;\n  }\n",
+        "a block that has ended|a block has ended before|deadlock",
+    ),
+    "an mbarrier that is not initialised": (
+        "chunk < chunks; ++chunk) arrived[chunk].init(1);",
+        "chunk + 1 < chunks; ++chunk) arrived[chunk].init(1);",
+        "an mbarrier that is not initialised",
+    ),
+    "chunks that leave a gap": (
+        "copy_bulk(slab + begin(chunk), from + begin(chunk), size,",
+        "copy_bulk(slab + begin(chunk), from + begin(chunk), size - 16,",
+        "deadlock: .*waits at an mbarrier",
+    ),
+    "chunks that overlap": (
+        "copy_bulk(slab + begin(chunk), from",
+        "copy_bulk(slab + begin(chunk) - 4 * (chunk > 0), from",
+        "AssertionError",
+    ),
+    "a bulk copy of 8 bytes too much": (
+        "copy_bulk(slab + begin(chunk), from + begin(chunk), size,",
+        "copy_bulk(slab + begin(chunk), from + begin(chunk), size + 8,",
+        "not multiples of 16",
+    ),
+    "a bulk copy from beyond the buffer": (
+        "copy_bulk(slab + begin(chunk), from + begin(chunk), size,",
+        "copy_bulk(slab + begin(chunk), from + begin(chunk) + 4, size,",
+        "a read of 16 bytes out of bounds, near source",
+    ),
+    "a second arrival": (
+        "      arrived[chunk].arrive(size);\n",
+        "      arrived[chunk].arrive(size);\n      arrived[chunk].arrive(0);\n",
+        "more arrivals at an mbarrier than its phase has",
+    ),
+}
+
+
+def calls(library: Path) -> None:
+    """What a faulty library has to survive."""
+    machine = cuda_on_cpu.Library(library), gpu_probes.Probes(library)
+    for seed in range(4):
+        exchange(machine, seed, 4, 40, 5, by_push=True)
+        slab(machine, seed, 2, 101, 3)
+
+
+def test_without_a_fault_nothing_is_said(device):
+    for seed in range(4):
+        exchange(device, seed, 4, 40, 5, by_push=True)
+        slab(device, seed, 2, 101, 3)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_caught(name, tmp_path):
+    old, new, message = FAULTS[name]
+    cuda_on_cpu.patched(tmp_path, f"{cuda_on_cpu.PROBES}/probes.cu", old, new)
+    kept = cuda_on_cpu.objects(but="gpu_probes/*.cu")
+    library = cuda_on_cpu.compile_library(tmp_path, tmp_path / "build", kept, "-O0")
+    tests = Path(__file__).parent
+    code = f"import sys; sys.path[:0] = {[str(tests), str(tests.parent)]!r}; from pathlib import Path; "
+    code += f"import test_gpu_probes; test_gpu_probes.calls(Path({str(library)!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode != 0, "the fault went unnoticed"
+    assert re.search(message, done.stderr), done.stderr[-3000:]
