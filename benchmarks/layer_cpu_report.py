@@ -110,8 +110,8 @@ def _in_place(lines: list[Line]) -> str:
     rows, ratios = [], {}
     for shape, (cell, best) in _forward_cells(lines).items():
         peer, floor = (ratio(cell, [name], "fused_inplace") for name in (best, "multiply"))
-        assert peer is not None
-        assert floor is not None
+        if peer is None or floor is None:
+            continue
         ratios[shape] = [peer, peer / floor]
         rows.append([
             shape, _us(cell["fused_inplace"]), _times(peer), _us(cell["multiply"]), f"{floor:.0%}", _times(peer / floor)

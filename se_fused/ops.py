@@ -164,8 +164,8 @@ def _direct(
 ) -> Tensor | None:  # fmt: skip
     """y straight from the kernels: inference on dense CPU tensors, while nobody traces, transforms, watches or forces.
 
-    The rest of the way, 14 us of checks and dispatch, is longer than many a small map takes. None: take it. What the
-    kernels refuse is either wrong, and found there, or needs one of its conversions.
+    With nothing to compute a call takes 6 us here and 31 by checks and dispatcher, longer than many a small map does.
+    None: it must go that way. What the kernels refuse is either wrong, and found there, or needs a conversion.
     """
     if (
         type(x) is not Tensor
