@@ -111,7 +111,7 @@ FAULTS = {
     "a block that ends while others push": (
         "total += from[peer * count + i];\n    }\n  }\n",
         "total += from[peer * count + i];\n    }\n    if (cluster.rank == 1) return;\n  }\n",
-        "a block that has ended|a block has ended before|deadlock",
+        "a block has ended before what is under way to it|the shared memory of a block that has ended",
     ),
     "an mbarrier that is not initialised": (
         "chunk < chunks; ++chunk) arrived[chunk].init(1);",

@@ -85,6 +85,8 @@ def test_the_bytes_of_the_maps():
         ({"c": 9}, "size=8", "a sample does not divide among 8 blocks"),
         ({"c": 128, "l": 4, "channels_last": True}, "size=8", "a sample does not divide among 8 blocks"),
         ({"c": 28, "l": 49, "channels_last": True}, "size=2 by_channels=1", "among 2 blocks by channels"),
+        ({"c": 32, "l": 49}, "size=2 by_channels=0", "among 2 blocks by positions"),
+        ({"c": 32, "l": 49, "channels_last": True}, "size=2 by_channels=2", "by_channels=2; wanted 0 or 1"),
         ({"dtype": "float64"}, "cluster", "cluster: its kernels are not compiled for float64"),
         ({}, "splits=many", "'splits=many' has no number"),
         ({"l": 2**30 + 1}, "", "1073741825 positions a channel; wanted at most 2\\^30"),

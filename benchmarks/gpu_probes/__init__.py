@@ -47,7 +47,7 @@ class Probes:
 
     def exchange(self, out: Tensor, size: int, rounds: int, *, by_push: bool) -> None:
         """out [blocks, count] float32: the sums of `rounds` exchanges in clusters of `size` blocks."""
-        _raise(self._exchange(by_push, out.data_ptr(), *out.shape[:1], size, out.shape[1], rounds, _stream(out)))
+        _raise(self._exchange(by_push, out.data_ptr(), len(out), size, out.shape[1], rounds, _stream(out)))
 
     def slab(self, source: Tensor, out: Tensor, *, chunks: int) -> None:
         """out [blocks]: the sums of the rows of source [blocks, n], float32; by threads, or in `chunks` bulk copies."""

@@ -33,13 +33,14 @@ bool divide(Plan& plan, int size, const Forced& forced) {
   if (call.channels_last) {
     residence.by_channels = e.width == 16 && all_have(residence.channels) &&
                             forced.by_channels.value_or(residence.channels * element >= kPieceBytes);
-    if (forced.by_channels.value_or(residence.by_channels) != residence.by_channels) return false;
   }
-  const bool by_positions = call.channels_last && !residence.by_channels;
-  if (by_positions || !all_have(residence.channels)) residence.channels = channels_in(1);
-  if (!all_have(residence.channels) || (by_positions && call.l < size)) return false;
-  e.channels = by_positions ? call.c : residence.channels;
-  e.per_block = by_positions ? ceil_div(call.l, size) : call.channels_last ? call.l : residence.channels * call.l;
+  // NCHW is split by channels anyway.
+  const bool by_channels = !call.channels_last || residence.by_channels;
+  if (forced.by_channels.value_or(by_channels) != by_channels) return false;
+  if (!by_channels || !all_have(residence.channels)) residence.channels = channels_in(1);
+  if (!all_have(residence.channels) || (!by_channels && call.l < size)) return false;
+  e.channels = by_channels ? residence.channels : call.c;
+  e.per_block = !by_channels ? ceil_div(call.l, size) : call.channels_last ? call.l : residence.channels * call.l;
   plan.reduction = whole_reduction(call, e.channels, forced);
   plan.reduction.splits = 1;
   const int64_t share = call.channels_last ? e.per_block * e.channels : e.per_block;
@@ -106,6 +107,9 @@ std::string why_not(Plan& plan, const Device& device, const Forced& forced) {
 
 std::string plan_cluster(Plan& plan, const Device& device, const Forced& forced) {
   const Call& call = plan.call;
+  if (const int64_t by = forced.by_channels.value_or(0); by != 0 && by != 1) {
+    return "by_channels=" + std::to_string(by) + "; wanted 0 or 1";
+  }
   if (call.dtype == DType::kFloat64) return "its kernels are not compiled for float64";
   if (device.clusters[0] == 0) return device.name + " has no clusters: they need sm_90 and kernels compiled for it";
   if (call.direction == Direction::kBackward && !writes_maps(call)) return "no gradient of a map is wanted";

@@ -20,8 +20,11 @@ const char* try_to_end_phase(const void* mbarrier) {
   if (m.bytes < 0) return "more bytes at an mbarrier than it expects";
   ++m.phase;
   m.arrivals = m.count;
-  for (const auto& fiber : machine.fibers) {
-    if (fiber->state == State::kMbarrier && fiber->mbarrier == mbarrier) wake(*fiber);
+  // Only the cluster's own: those of a larger one may be left from a launch that was abandoned.
+  const size_t count = machine.blocks.size() * machine.threads;
+  for (size_t i = 0; i < count; ++i) {
+    Fiber& fiber = *machine.fibers[i];
+    if (fiber.state == State::kMbarrier && fiber.mbarrier == mbarrier) wake(fiber);
   }
   return nullptr;
 }
