@@ -163,8 +163,9 @@ def test_without_a_fault_nothing_is_said(device):
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_caught(name, tmp_path):
     old, new, message = FAULTS[name]
-    cuda_on_cpu.patched(tmp_path, f"{cuda_on_cpu.PROBES}/probes.cu", old, new)
-    kept = cuda_on_cpu.objects(but="gpu_probes/*.cu")
+    probes = f"{cuda_on_cpu.PROBES}/probes.cu"
+    cuda_on_cpu.patched(tmp_path, probes, old, new)
+    kept = cuda_on_cpu.objects(but=probes)
     library = cuda_on_cpu.compile_library(tmp_path, tmp_path / "build", kept, "-O0")
     tests = Path(__file__).parent
     code = f"import sys; sys.path[:0] = {[str(tests), str(tests.parent)]!r}; from pathlib import Path; "

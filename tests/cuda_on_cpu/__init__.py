@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -126,9 +127,14 @@ def library() -> Path:
 
 
 def objects(but: str) -> dict[str, Path]:
-    """Those of this checkout's library by the name of their source, except for the sources that match `but`."""
+    """Those of this checkout's library that do not depend on the file `but`, by the name of their source."""
     built = library().parent
-    return {path.name: built / f"{path.stem}.o" for path in sources(ROOT) if not path.relative_to(ROOT).match(but)}
+    command = [str(Path(BIN_DIR) / "ninja"), "-C", str(built), "-t", "deps"]
+    listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    needs = {
+        stem: set(paths.split()) for stem, paths in re.findall(r"^(\w+)\.o: .*\n((?:    .*\n)+)", listing, re.MULTILINE)
+    }
+    return {path.name: built / f"{path.stem}.o" for path in sources(ROOT) if str(ROOT / but) not in needs[path.stem]}
 
 
 def patched(root: Path, file: str, old: str, new: str) -> None:
