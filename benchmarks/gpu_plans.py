@@ -72,9 +72,11 @@ def _us_of(call: Callable[[], None]) -> float:
 
 def plans_of(row: Row) -> list[str]:
     """All that may serve a row; the first is the planner's choice."""
-    if row.layout == "contiguous":
-        return list(PLANS)
-    return [*PLANS[:2], *(f"{plan} by_channels={by}" for plan in PLANS[2:] for by in (0, 1))]
+    sizes = PLANS[2:]
+    if row.layout != "contiguous":
+        sizes = tuple(f"{plan} by_channels={by}" for plan in sizes for by in (0, 1))
+    together = ["cluster samples=4"] if row.direction == "forward" and row.shape.n > 1 else []
+    return [*PLANS[:2], *sizes, *together]
 
 
 def sweep(out: Path, budget_s: float) -> None:

@@ -13,7 +13,7 @@ namespace se {
 
 constexpr int kThreads = 256;  // in every block
 constexpr int kTile = 1024;    // of a vector in shared memory while a matrix is multiplied by it
-constexpr int kSamples = 4;    // that share one reading of the weights in the layers' own kernels
+constexpr int kSamples = 4;    // that share one reading of the weights, where any do
 constexpr int kColumns = 32;   // of a matrix that a warp takes; of a tile of weight gradients
 // Blocks of a cluster kernel that a multiprocessor holds, as far as their registers go: 80 and 128 a thread.
 constexpr int kForwardResidents = 3, kBackwardResidents = 2;
@@ -74,6 +74,7 @@ struct Elementwise {
 // How the blocks of a cluster hold a sample in shared memory.
 struct Residence {
   int size;                      // blocks
+  int samples;                   // of a cluster: 1, or forward and by channels kSamples
   int64_t channels;              // that each excites
   int64_t slab_bytes;            // of its share of one map
   int64_t work;                  // numbers that its steps need in turn
@@ -109,8 +110,8 @@ struct Plan {
 };
 
 // Raises std::invalid_argument, naming the limit, where no plan serves the call. `forced`, for tests and experiments:
-// any of two_pass, width=, lanes=, splits=, per_block= and fused_hidden=, or any of cluster, width=, lanes=, size= and
-// by_channels=, separated by spaces.
+// any of two_pass, width=, lanes=, splits=, per_block= and fused_hidden=, or any of cluster, width=, lanes=, size=,
+// by_channels= and samples=, separated by spaces. fused_hidden= and samples= are of forward alone.
 Plan make_plan(const Call& call, const Device& device, const std::string& forced = "");
 
 }  // namespace se

@@ -120,6 +120,7 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("lanes", [](const se::Plan& p) { return p.reduction.lanes; })
       .def_property_readonly("splits", [](const se::Plan& p) { return p.reduction.splits; })
       .def_property_readonly("by_channels", [](const se::Plan& p) { return p.residence.by_channels; })
+      .def_property_readonly("samples", [](const se::Plan& p) { return p.residence.samples; })
       .def_property_readonly("per_block", [](const se::Plan& p) { return p.elementwise.per_block; });
   m.def("plan", &plan, py::arg("device"), py::kw_only(), py::arg("backward") = false, py::arg("n"), py::arg("c"),
         py::arg("r"), py::arg("l"), py::arg("dtype") = "float32", py::arg("channels_last") = false,

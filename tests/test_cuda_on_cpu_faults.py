@@ -59,8 +59,8 @@ FAULTS = {
     ),
     "a missing barrier of the cluster": (
         "forward_cluster.cu",
-        "  cluster.sync();\n  product<1>(w2",
-        "  product<1>(w2",
+        "  cluster.sync();\n  each(depth,",
+        "  each(depth,",
         "another block's shared memory before it is known to have started",
     ),
     "a missing barrier of the cluster, later": (
@@ -87,6 +87,18 @@ FAULTS = {
         "free += residence.slab_bytes - 64;",
         "elements differ by more than",
     ),
+    "samples whose slabs overlap": (
+        "forward_cluster.cu",
+        "memory + b * residence.slab_bytes",
+        "memory + b * (residence.slab_bytes - 64)",
+        "elements differ by more than",
+    ),
+    "a sample after the last": (
+        "forward_cluster.cu",
+        "kS == 1 || f.n - n0 > kS ? kS : static_cast<int>(f.n - n0)",
+        "kS",
+        "a read of .* out of bounds, near x",
+    ),
     "a share of a position that is packed too far apart": (
         "cluster.cuh",
         "return e - by_c.divide(e) * others;",
@@ -102,7 +114,7 @@ FAULTS = {
     "a map read twice": (
         "forward_cluster.cu",
         "scale<T>(f, squeeze.x, place.at, along);",
-        "scale<T>(f, Streamed<T>{static_cast<const T*>(f.x)}, place.at, along);",
+        "(void)squeeze; scale<T>(f, Streamed<T>{static_cast<const T*>(f.x)}, place.at, along);",
         "bytes of maps read and .* written, where the plan says",
     ),
 }

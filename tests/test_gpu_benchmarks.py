@@ -46,6 +46,13 @@ def test_the_sweep_tries_both_ways_to_split_channels_last() -> None:
     assert {"cluster size=8 by_channels=0", "cluster size=8 by_channels=1"} < set(both)
 
 
+def test_the_sweep_tries_several_samples_where_there_are() -> None:
+    row = next(row for row in gpu_calls.rows() if row.shape.n > 1 and row.direction == "forward")
+    assert "cluster samples=4" in gpu_plans.plans_of(row)
+    assert "cluster samples=4" not in gpu_plans.plans_of(dataclasses.replace(row, direction="both"))
+    assert "cluster samples=4" not in gpu_plans.plans_of(next(gpu_calls.rows()))
+
+
 def test_the_sweep_says_where_the_planner_is_beaten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

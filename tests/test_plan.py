@@ -87,6 +87,10 @@ def test_the_bytes_of_the_maps():
         ({"c": 28, "l": 49, "channels_last": True}, "size=2 by_channels=1", "among 2 blocks by channels"),
         ({"c": 32, "l": 49}, "size=2 by_channels=0", "among 2 blocks by positions"),
         ({"c": 32, "l": 49, "channels_last": True}, "size=2 by_channels=2", "by_channels=2; wanted 0 or 1"),
+        ({"l": 49}, "size=2 samples=3", "samples=3; wanted 1 or 4"),
+        ({"c": 27, "l": 49, "channels_last": True}, "by_channels=1", "among 1 block by channels"),
+        ({"c": 27, "l": 49, "channels_last": True}, "samples=4", "by channels, which several samples need"),
+        ({}, "size=16 samples=4", "each of 16 blocks would need 4[0-9]{5} bytes"),
         ({"dtype": "float64"}, "cluster", "cluster: its kernels are not compiled for float64"),
         ({}, "splits=many", "'splits=many' has no number"),
         ({"l": 2**30 + 1}, "", "1073741825 positions a channel; wanted at most 2\\^30"),
@@ -148,6 +152,16 @@ def test_the_size_of_the_cluster(call, size):
     ((_, blocks, _, chosen),) = cluster(**call).launches
     assert chosen == size
     assert blocks == size * call["n"]
+
+
+def test_samples_share_a_cluster_only_where_asked():
+    late = {"n": 30, "c": 960, "r": 240, "l": 7 * 7}
+    assert cluster(**late).samples == 1
+    ((_, blocks, shared, size),) = cluster(**late, forced="size=8 samples=4").launches
+    assert (blocks, size) == (8 * 8, 8)  # 4, and 2 in the last
+    assert 4 * 960 // 8 * 49 * 2 < shared < H200.shared_per_block
+    assert "64 blocks in clusters of 8 for 4 samples" in str(cluster(**late, forced="size=8 samples=4"))
+    assert cluster(**late, backward=True, forced="samples=4").samples == 1
 
 
 def test_channels_last_is_split_by_channels_where_their_piece_of_a_position_is_long():

@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardResidents)
   const Slab g = copy(f.g);
   const MaybeResident<T, Slab> x = copy_if(residence.keeps_x, f.x);
   const Operation op{f, {g, x, copy_if(residence.keeps_residual, f.residual)}};
-  const int64_t depth = f.r ? f.r : f.c;
+  const int depth = static_cast<int>(f.r ? f.r : f.c);
   A* work = reinterpret_cast<A*>(free);
   Part* parts = reinterpret_cast<Part*>(work + residence.work);  // [channels of the share]
   A* dp2 = reinterpret_cast<A*>(parts + e.channels);             // [own]
@@ -70,12 +70,9 @@ __global__ void __launch_bounds__(kThreads, kBackwardResidents)
     dp2[i] = gate_gradient(f, n, own0 + i, sum);
   }
 
-  A* warps = work + kTile;
+  __syncthreads();
   const Matrix w1{f.w1, f.weight_dtype, f.c}, w2{f.w2, f.weight_dtype, depth};
-  if (f.r) {
-    transposed_product<1>(w2.from(own0, 0), own, static_cast<int>(f.r), 1, work, warps, hidden_part,
-                          [&](int, int64_t k) { return dp2[k]; });
-  }
+  if (f.r) transposed_multiply(w2.from(own0, 0), own, depth, dp2, work, hidden_part);
   cluster.sync();
   for (int k = threadIdx.x; k < depth; k += kThreads) {
     if (f.r == 0) {
@@ -85,8 +82,8 @@ __global__ void __launch_bounds__(kThreads, kBackwardResidents)
     whole[k] = hidden_gradient_of(f, n, k, sum_over_blocks(cluster, hidden_part, k));
     if (dp1 && cluster.rank == 0) store_one(dp1 + n * f.r + k, whole[k]);
   }
-  transposed_product<1>((f.r ? w1 : w2).from(0, own0), depth, own, 1, work, warps, mine.mean_share,
-                        [&](int, int64_t k) { return whole[k]; });
+  __syncthreads();
+  transposed_multiply((f.r ? w1 : w2).from(0, own0), depth, own, whole, work, mine.mean_share);
   for (int i = threadIdx.x; i < own; i += kThreads) {
     const Part part = merge_shares<Share>(cluster, op, parts, own0 + i - share.c0);
     mine.set(f, i, n, own0 + i, mine.mean_share[i], part.max, part.ties);

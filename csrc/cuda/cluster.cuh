@@ -18,7 +18,7 @@ namespace se::cuda {
 // that are not among them.
 template <class T>
 struct Packed {
-  const T* slab;
+  T* slab;
   int64_t first;
   unsigned others;
   Divisor by_c;
@@ -54,9 +54,7 @@ struct ChannelShare {
     vectors = static_cast<unsigned>(e.channels / V);
     first = n * l * c + c0;
   }
-  __device__ Packed<T> slab(const T* memory) const {
-    return {memory, first, static_cast<unsigned>(c - channels), by.c};
-  }
+  __device__ Packed<T> slab(T* memory) const { return {memory, first, static_cast<unsigned>(c - channels), by.c}; }
 
   template <class Body>
   __device__ void walk(Body&& body) const {
@@ -104,33 +102,47 @@ struct Cluster {
   }
 };
 
-// Begins to copy a share of a map into the slab; it is there after await_copies(). An element's address has the same
-// remainder of 16 as in the map, so that accesses are as wide as there.
+// The same share of another sample.
+template <class Share>
+__device__ Share of_sample(Share share, const Problem& p, int64_t n) {
+  share.first += (n - share.n) * p.c * p.l;
+  share.n = n;
+  return share;
+}
+
+// The slab of a share in `memory`. An element's address has the same remainder of 16 as in the map, so that accesses
+// are as wide as there.
 template <class T, class Share>
-__device__ auto copy_to_slab(const Share& share, const void* map, bool wide, T* slab) {
+__device__ auto slab_in(const Share& share, bool wide, T* memory) {
+  return share.slab(memory + (wide ? share.first % (16 / sizeof(T)) : 0));
+}
+
+// Begins to copy a share of a map into its slab; it is there after await_copies().
+template <class T, class Share>
+__device__ auto copy_to_slab(const Share& share, const void* map, bool wide, T* memory) {
   constexpr int V = 16 / sizeof(T);
+  const auto slab = slab_in(share, wide, memory);
   const T* from = static_cast<const T*>(map) + share.first;
-  const auto size = static_cast<unsigned>(share.count), offset = wide ? static_cast<unsigned>(share.first % V) : 0;
-  const unsigned to_border = (V - offset) % V, head = !wide || to_border > size ? size : to_border;
-  const unsigned vectors = (size - head) / V;
-  T* to = slab + offset;
+  T* to = slab.slab;
+  const auto size = static_cast<unsigned>(share.count), to_border = static_cast<unsigned>((V - share.first % V) % V);
+  const unsigned head = !wide || to_border > size ? size : to_border, vectors = (size - head) / V;
   for (unsigned v = threadIdx.x; v < vectors; v += kThreads) {
     __pipeline_memcpy_async(to + head + v * V, from + head + v * V, 16);
   }
-  auto one = [&](unsigned e) {
+  // Before the vectors and after them.
+  for (unsigned i = threadIdx.x; i < size - vectors * V; i += kThreads) {
+    const unsigned e = i < head ? i : i + vectors * V;
     Accumulator<T> value[1];
     load_streaming<1>(from + e, value);
     to[e] = narrow<T>(value[0]);
-  };
-  for (unsigned e = threadIdx.x; e < head; e += kThreads) one(e);
-  for (unsigned e = head + vectors * V + threadIdx.x; e < size; e += kThreads) one(e);
-  return share.slab(to);
+  }
+  return slab;
 }
 template <class T>
-__device__ auto copy_to_slab(const ChannelShare<T>& share, const void* map, bool, T* slab) {
-  const auto packed = share.slab(slab);
+__device__ auto copy_to_slab(const ChannelShare<T>& share, const void* map, bool wide, T* memory) {
+  const auto packed = slab_in(share, wide, memory);
   share.walk([&](auto, const Place& place) {
-    __pipeline_memcpy_async(slab + packed.index(place.at), static_cast<const T*>(map) + place.at, 16);
+    __pipeline_memcpy_async(packed.slab + packed.index(place.at), static_cast<const T*>(map) + place.at, 16);
   });
   return packed;
 }

@@ -132,7 +132,7 @@ struct Streamed {
 };
 template <class T>
 struct Resident {
-  const T* slab;
+  T* slab;
   int64_t first;
   template <int V>
   __device__ void load(int64_t at, Accumulator<T> (&v)[V]) const {

@@ -55,7 +55,7 @@ struct RowShare {
   }
   __device__ bool sample_first() const { return range == 0; }
   __device__ bool owns(int i) const { return i > 0 || before == 0; }
-  __device__ Resident<T> slab(const T* memory) const { return {memory, first}; }
+  __device__ Resident<T> slab(T* memory) const { return {memory, first}; }
 
   template <class Body>
   __device__ void walk(Body&& body) const {
@@ -66,10 +66,11 @@ struct RowShare {
       const unsigned i = by_l.divide(e + before);
       body(width, Place{first + e, static_cast<int>(i), e + before - i * static_cast<unsigned>(l)});
     };
-    const std::integral_constant<int, 1> one;
-    for (unsigned e = threadIdx.x; e < head; e += kThreads) at(one, e);
     for (unsigned v = threadIdx.x; v < vectors; v += kThreads) at(std::integral_constant<int, V>(), head + v * V);
-    for (unsigned e = head + vectors * V + threadIdx.x; e < size; e += kThreads) at(one, e);
+    // Before the vectors and after them.
+    for (unsigned e = threadIdx.x; e < size - vectors * V; e += kThreads) {
+      at(std::integral_constant<int, 1>(), e < head ? e : e + vectors * V);
+    }
   }
   template <int V, class A>
   __device__ void along(const A* values, const Place& place, A (&v)[V]) const {
@@ -107,7 +108,7 @@ struct PositionShare {
   }
   __device__ bool sample_first() const { return range == 0 && c0 == 0; }
   __device__ bool owns(int) const { return range == 0; }
-  __device__ Resident<T> slab(const T* memory) const { return {memory, first}; }
+  __device__ Resident<T> slab(T* memory) const { return {memory, first}; }
 
   template <class Body>
   __device__ void walk(Body&& body) const {

@@ -16,7 +16,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // What a user asks of the plan.
 struct Forced {
   std::optional<Algorithm> algorithm;
-  std::optional<int64_t> width, lanes, splits, per_block, fused_hidden, size, by_channels;
+  std::optional<int64_t> width, lanes, splits, per_block, fused_hidden, size, by_channels, samples;
 
   explicit Forced(const std::string& text);
 };

@@ -59,7 +59,7 @@ Forced::Forced(const std::string& text) {
     std::optional<Algorithm> of;
     if (name == "two_pass" || name == "splits" || name == "per_block" || name == "fused_hidden") {
       of = Algorithm::kTwoPass;
-    } else if (name == "cluster" || name == "size" || name == "by_channels") {
+    } else if (name == "cluster" || name == "size" || name == "by_channels" || name == "samples") {
       of = Algorithm::kCluster;
     }
     if (of && algorithm.value_or(*of) != *of) refuse("'" + text + "' asks for both two_pass and cluster");
@@ -72,11 +72,12 @@ Forced::Forced(const std::string& text) {
                                    : name == "fused_hidden" ? &fused_hidden
                                    : name == "size"         ? &size
                                    : name == "by_channels"  ? &by_channels
+                                   : name == "samples"      ? &samples
                                                             : nullptr;
     if (!slot || equals == std::string::npos) {
       refuse("'" + word +
-             "' is none of two_pass, cluster, width=, lanes=, splits=, per_block=, fused_hidden=, size= and "
-             "by_channels=");
+             "' is none of two_pass, cluster, width=, lanes=, splits=, per_block=, fused_hidden=, size=, "
+             "by_channels= and samples=");
     }
     try {
       *slot = std::stoll(word.substr(equals + 1));
@@ -211,6 +212,7 @@ std::string Plan::text() const {
   for (int i = 0; i < launch_count; ++i) {
     out << "  " << launches[i].name << ": " << launches[i].blocks << " blocks";
     if (launches[i].cluster > 0) out << " in clusters of " << launches[i].cluster;
+    if (launches[i].cluster > 0 && residence.samples > 1) out << " for " << residence.samples << " samples";
     out << ", " << launches[i].shared_bytes << " bytes of shared memory\n";
   }
   out << "  reduction: accesses of " << reduction.width << " bytes, " << reduction.lanes << " threads along "

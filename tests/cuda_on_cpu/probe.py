@@ -14,7 +14,7 @@ from test_gradients import compare
 import cuda_on_cpu
 import se_fused
 
-PLANS = ("splits=2", "cluster size=2", "cluster size=2 by_channels=1")
+PLANS = ("splits=2", "cluster size=2", "cluster size=2 samples=4", "cluster size=2 by_channels=1")
 CASES = (
     Case(n=2, c=27, r=6, spatial=(7, 7), dtype=torch.float16),
     Case(n=1, c=2, r=1, spatial=(64, 80)),
