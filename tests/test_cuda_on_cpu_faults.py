@@ -31,8 +31,8 @@ FAULTS = {
     ),
     "a wrong tail": (
         "elementwise.cuh",
-        "threadIdx.x; e < size; e += kThreads) at(one, e);",
-        "threadIdx.x; e + 1 < size; e += kThreads) at(one, e);",
+        "threadIdx.x; e < size - vectors * V; e += kThreads) {",
+        "threadIdx.x; e + 1 < size - vectors * V; e += kThreads) {",
         "bytes of maps read and .* written, where the plan says",
     ),
     "a wrong shuffle mask": ("device.cuh", "0xffffffffu", "0x0000ffffu", "mask leaves out its own lane"),
