@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardResidents)
   }
 
   __syncthreads();
-  const Matrix w1{f.w1, f.weight_dtype, f.c}, w2{f.w2, f.weight_dtype, depth};
+  const Matrix<T> w1{f.w1, f.weight_dtype, f.c}, w2{f.w2, f.weight_dtype, depth};
   if (f.r) transposed_multiply(w2.from(own0, 0), own, depth, dp2, work, hidden_part);
   cluster.sync();
   for (int k = threadIdx.x; k < depth; k += kThreads) {

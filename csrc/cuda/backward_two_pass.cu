@@ -33,7 +33,7 @@ struct StoredGateGradient : GateGradientOperation<A, GlobalMaps<T>> {
   }
 };
 
-template <class A>
+template <class T, class A = Accumulator<T>>
 __global__ void __launch_bounds__(kThreads, kBackwardBlocks) hidden_gradient(Backward f, Partial<A> partial, A* dp1) {
   const auto column_blocks = static_cast<unsigned>((f.r + kColumns - 1) / kColumns);
   const int64_t r0 = int64_t{blockIdx.x % column_blocks} * kColumns;
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks) hidden_gradient(Bac
   const int columns = static_cast<int>(f.r - r0 < kColumns ? f.r - r0 : kColumns);
   const int samples = static_cast<int>(f.n - n0 < kSamples ? f.n - n0 : kSamples);
   A *tile = shared_memory<A>(), *warps = tile + kSamples * kTile, *dh = warps + kSamples * kThreads;
-  const Matrix w2{f.w2, f.weight_dtype, f.r};
+  const Matrix<T> w2{f.w2, f.weight_dtype, f.r};
   transposed_product<kSamples>(w2.from(0, r0), f.c, columns, samples, tile, warps, dh, [&](int s, int64_t k) {
     return gate_gradient(f, n0 + s, k, partial.gate(f, n0 + s, k));
   });
@@ -51,12 +51,12 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks) hidden_gradient(Bac
   }
 }
 
-template <class A, class Share>
+template <class T, class Share, class A = Accumulator<T>>
 __device__ Channels<A> excite_backward(const Backward& f, const Partial<A>& partial, const A* dp1, const Share& share) {
   A *tile = shared_memory<A>(), *warps = tile + kTile, *values = warps + kThreads;
   const Channels<A> out(values, share.channels);
   const int64_t n = share.n;
-  const Matrix w1{f.w1, f.weight_dtype, f.c}, w2{f.w2, f.weight_dtype, f.c};
+  const Matrix<T> w1{f.w1, f.weight_dtype, f.c}, w2{f.w2, f.weight_dtype, f.c};
   if (f.dx && f.r) {
     transposed_product<1>(w1.from(0, share.c0), f.r, share.channels, 1, tile, warps, out.mean_share,
                           [&](int, int64_t k) { return load_one(dp1 + n * f.r + k); });
@@ -77,7 +77,7 @@ template <class T, class Share, class A = Accumulator<T>>
 __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
     distribute_share(Backward f, GlobalMaps<T> maps, Partial<A> partial, const A* dp1, Elementwise e, Divisor by) {
   const Share share(f, e, by);
-  const Channels<A> channels = excite_backward(f, partial, dp1, share);
+  const Channels<A> channels = excite_backward<T>(f, partial, dp1, share);
   share.walk([&](auto width, const Place& place) {
     constexpr int V = decltype(width)::value;
     distribute<T, V>(f, maps, channels, place.at,
@@ -103,7 +103,7 @@ void backward_two_pass(const Backward& f, const Plan& plan, void* scratch, void*
     const GlobalMaps<T> maps{
         {static_cast<const T*>(f.g)}, {static_cast<const T*>(f.x)}, {static_cast<const T*>(f.residual)}};
     launch_reduction<T>(plan, "reduce", stream, StoredGateGradient<T>{{f, maps}, partial});
-    if (f.r) launch(plan, "hidden_gradient", stream, hidden_gradient<A>, f, partial, dp1);
+    if (f.r) launch(plan, "hidden_gradient", stream, hidden_gradient<T>, f, partial, dp1);
     if (f.dx || f.dresidual) {
       with_share<T>(plan.call, plan.elementwise, [&](auto* share, const Divisor& by) {
         using Share = std::remove_pointer_t<decltype(share)>;

@@ -180,16 +180,13 @@ void with_map_type(DType dtype, Body&& body) {
   }
 }
 
-// body(W()) for the element type of weights, in a kernel whose accumulators are A.
-template <class A, class Body>
+// body(W()) for the element type of weights beside maps of T: T, or float beside half precision.
+template <class T, class Body>
 __device__ void with_weight_type(DType dtype, Body&& body) {
-  if constexpr (std::is_same_v<A, double>) {
-    body(double());
-  } else {
+  if constexpr (sizeof(T) < sizeof(float)) {
     if (dtype == DType::kFloat32) return body(float());
-    if (dtype == DType::kFloat16) return body(__half());
-    body(__nv_bfloat16());
   }
+  body(T());
 }
 
 // body(std::integral_constant<int, V>()) for accesses of `bytes`; kHalfWide: whether 8 bytes of a smaller type are

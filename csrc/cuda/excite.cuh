@@ -7,23 +7,24 @@
 
 namespace se::cuda {
 
-// Rows of `stride` weights; `from` gives the part of it that begins at a row and column.
+// Rows of `stride` weights beside maps of T; `from` gives the part of it that begins at a row and column.
+template <class T>
 struct Matrix {
   const void* data;
   DType dtype;
   int64_t stride;
 
   __device__ Matrix from(int64_t row, int64_t column) const {
-    const int bytes = dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+    const int bytes = dtype == DType::kFloat32 ? sizeof(float) : sizeof(T);
     return {static_cast<const char*>(data) + (row * stride + column) * bytes, dtype, stride};
   }
 };
 
 // b[i], or 0 where there is none.
-template <class A>
+template <class T, class A = Accumulator<T>>
 __device__ A bias(const void* b, DType dtype, int64_t i) {
   A value = 0;
-  if (b) with_weight_type<A>(dtype, [&](auto type) { value = load_one(static_cast<const decltype(type)*>(b) + i); });
+  if (b) with_weight_type<T>(dtype, [&](auto type) { value = load_one(static_cast<const decltype(type)*>(b) + i); });
   return value;
 }
 
@@ -39,10 +40,11 @@ __device__ void stage(A* tile, int samples, int64_t k0, int width, Source&& v) {
 }
 
 // sums[s][i] = sum_k m[i, k] v[s * stride + k] for i < rows, k < width, or that more. A warp takes every kWarps-th row.
-template <int kS, class A>
-__device__ void multiply(const Matrix& m, int rows, int width, const A* v, int64_t stride, A* sums, bool more = false) {
+template <int kS, class T, class A>
+__device__ void multiply(const Matrix<T>& m, int rows, int width, const A* v, int64_t stride, A* sums,
+                         bool more = false) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  with_weight_type<A>(m.dtype, [&](auto type) {
+  with_weight_type<T>(m.dtype, [&](auto type) {
     using W = decltype(type);
     for (int i = warp; i < rows; i += kWarps) {
       const W* row = static_cast<const W*>(m.data) + i * m.stride;
@@ -63,8 +65,8 @@ __device__ void multiply(const Matrix& m, int rows, int width, const A* v, int64
 
 // sums[s][i] = sum_k m[i, k] v(s, k) for i < rows, k < depth.
 // Shared memory: tile [kS][kTile], sums [kS][rows]; complete for all threads at the end.
-template <int kS, class A, class Source>
-__device__ void product(const Matrix& m, int rows, int64_t depth, int samples, A* tile, A* sums, Source&& v) {
+template <int kS, class T, class A, class Source>
+__device__ void product(const Matrix<T>& m, int rows, int64_t depth, int samples, A* tile, A* sums, Source&& v) {
   for (int64_t k0 = 0; k0 < depth; k0 += kTile) {
     const int width = depth - k0 < kTile ? static_cast<int>(depth - k0) : kTile;
     stage<kS>(tile, samples, k0, width, v);
@@ -74,9 +76,9 @@ __device__ void product(const Matrix& m, int rows, int64_t depth, int samples, A
 }
 
 // partial[s] += sum_k v[s * stride + k] m[k, column] for the k < width of this warp: every kWarps-th.
-template <int kS, class A>
-__device__ void add_column(const Matrix& m, int width, int column, const A* v, int64_t stride, A (&partial)[kS]) {
-  with_weight_type<A>(m.dtype, [&](auto type) {
+template <int kS, class T, class A>
+__device__ void add_column(const Matrix<T>& m, int width, int column, const A* v, int64_t stride, A (&partial)[kS]) {
+  with_weight_type<T>(m.dtype, [&](auto type) {
     using W = decltype(type);
     for (int k = threadIdx.x / kWarp; k < width; k += kWarps) {
       const A weight = load_one(static_cast<const W*>(m.data) + k * m.stride + column);
@@ -103,8 +105,8 @@ __device__ void sum_over_warps(const A (&partial)[kS], int j0, int columns, A* w
 }
 
 // sums[j] = sum_k v[k] m[k, j] for j < columns, k < depth. A lane takes a column. Shared memory: warps [kThreads].
-template <class A>
-__device__ void transposed_multiply(const Matrix& m, int depth, int columns, const A* v, A* warps, A* sums) {
+template <class T, class A>
+__device__ void transposed_multiply(const Matrix<T>& m, int depth, int columns, const A* v, A* warps, A* sums) {
   for (int j0 = 0; j0 < columns; j0 += kColumns) {
     const int column = j0 + static_cast<int>(threadIdx.x) % kWarp;
     A partial[1]{};
@@ -115,9 +117,9 @@ __device__ void transposed_multiply(const Matrix& m, int depth, int columns, con
 
 // sums[s][j] = sum_k a(s, k) m[k, j] for j < columns, k < depth. Shared memory: tile [kS][kTile], warps [kS][kThreads],
 // sums [kS][columns].
-template <int kS, class A, class Source>
-__device__ void transposed_product(const Matrix& m, int64_t depth, int columns, int samples, A* tile, A* warps, A* sums,
-                                   Source&& a) {
+template <int kS, class T, class A, class Source>
+__device__ void transposed_product(const Matrix<T>& m, int64_t depth, int columns, int samples, A* tile, A* warps,
+                                   A* sums, Source&& a) {
   for (int j0 = 0; j0 < columns; j0 += kColumns) {
     const int column = j0 + static_cast<int>(threadIdx.x) % kWarp;
     A partial[kS]{};

@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kThreads, kForwardResidents)
   });
 
   __syncthreads();
-  const Matrix w1{f.w1, f.weight_dtype, f.c}, w2{f.w2, f.weight_dtype, depth};
+  const Matrix<T> w1{f.w1, f.weight_dtype, f.c}, w2{f.w2, f.weight_dtype, depth};
   if (f.r) multiply<kS>(w1.from(0, own0), depth, own, z, residence.channels, hidden_part);
   cluster.sync();
   each(depth, [&](int b, int k) {
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kThreads, kForwardResidents)
       h[b * depth + k] = cluster.of(peer, z)[b * residence.channels + k % residence.channels];
       return;
     }
-    const A p1 = sum_over_blocks(cluster, hidden_part, b * f.r + k) + bias<A>(f.b1, f.weight_dtype, k);
+    const A p1 = sum_over_blocks(cluster, hidden_part, b * f.r + k) + bias<T>(f.b1, f.weight_dtype, k);
     if (f.p1 && cluster.rank == 0) store_one(static_cast<A*>(f.p1) + (n0 + b) * f.r + k, p1);
     h[b * depth + k] = activate_one(f.options.act, f.options, p1);
   });
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kThreads, kForwardResidents)
   multiply<kS>(w2.from(own0, 0), own, depth, h, depth, s);
   __syncthreads();
   each(own, [&](int b, int i) {
-    const A p2 = s[b * own + i] + bias<A>(f.b2, f.weight_dtype, own0 + i);
+    const A p2 = s[b * own + i] + bias<T>(f.b2, f.weight_dtype, own0 + i);
     if (f.p2) store_one(static_cast<A*>(f.p2) + (n0 + b) * f.c + own0 + i, p2);
     s[b * own + i] = activate_one(f.options.gate, f.options, p2);
   });

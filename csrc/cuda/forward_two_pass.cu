@@ -47,14 +47,14 @@ struct Squeezed {
 };
 
 // p1, and z where it is wanted.
-template <class A>
+template <class T, class A = Accumulator<T>>
 __global__ void __launch_bounds__(kThreads, kForwardBlocks<A>) hidden(Forward f, Squeezed<A> z) {
   const auto row_blocks = static_cast<unsigned>((f.r + kWarps - 1) / kWarps);
   const int64_t r0 = int64_t{blockIdx.x % row_blocks} * kWarps, n0 = int64_t{blockIdx.x / row_blocks} * kSamples;
   const int rows = static_cast<int>(f.r - r0 < kWarps ? f.r - r0 : kWarps);
   const int samples = static_cast<int>(f.n - n0 < kSamples ? f.n - n0 : kSamples);
   A *tile = shared_memory<A>(), *sums = tile + kSamples * kTile;
-  const Matrix w1{f.w1, f.weight_dtype, f.c};
+  const Matrix<T> w1{f.w1, f.weight_dtype, f.c};
   product<kSamples>(w1.from(r0, 0), rows, f.c, samples, tile, sums, [&](int s, int64_t k) {
     const A value = z(n0 + s, k);
     if (f.z && r0 == 0) store_one(static_cast<A*>(f.z) + (n0 + s) * f.c + k, value);
@@ -62,12 +62,12 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<A>) hidden(Forward f,
   });
   for (int i = threadIdx.x; i < samples * rows; i += kThreads) {
     const int64_t n = n0 + i / rows, row = r0 + i % rows;
-    store_one(static_cast<A*>(f.p1) + n * f.r + row, sums[i] + bias<A>(f.b1, f.weight_dtype, row));
+    store_one(static_cast<A*>(f.p1) + n * f.r + row, sums[i] + bias<T>(f.b1, f.weight_dtype, row));
   }
 }
 
 // s for the channels of a share, in shared memory.
-template <class A, class Share>
+template <class T, class Share, class A = Accumulator<T>>
 __device__ const A* gates(const Forward& f, const Squeezed<A>& z, bool fused_hidden, const Share& share) {
   A *tile = shared_memory<A>(), *h = tile + kTile, *s = h + (fused_hidden ? f.r : 0);
   const int64_t n = share.n;
@@ -76,14 +76,14 @@ __device__ const A* gates(const Forward& f, const Squeezed<A>& z, bool fused_hid
     if (f.z && share.sample_first()) store_one(static_cast<A*>(f.z) + n * f.c + k, value);
     return value;
   };
-  const Matrix w1{f.w1, f.weight_dtype, f.c}, w2{f.w2, f.weight_dtype, f.r ? f.r : f.c};
-  const Matrix rows = w2.from(share.c0, 0);
+  const Matrix<T> w1{f.w1, f.weight_dtype, f.c}, w2{f.w2, f.weight_dtype, f.r ? f.r : f.c};
+  const Matrix<T> rows = w2.from(share.c0, 0);
   if (f.r == 0) {
     product<1>(rows, share.channels, f.c, 1, tile, s, squeezed);
   } else if (fused_hidden) {
     product<1>(w1, static_cast<int>(f.r), f.c, 1, tile, h, squeezed);
     for (int i = threadIdx.x; i < f.r; i += kThreads) {
-      const A p1 = h[i] + bias<A>(f.b1, f.weight_dtype, i);
+      const A p1 = h[i] + bias<T>(f.b1, f.weight_dtype, i);
       if (f.p1 && share.sample_first()) store_one(static_cast<A*>(f.p1) + n * f.r + i, p1);
       h[i] = activate_one(f.options.act, f.options, p1);
     }
@@ -95,7 +95,7 @@ __device__ const A* gates(const Forward& f, const Squeezed<A>& z, bool fused_hid
     });
   }
   for (int i = threadIdx.x; i < share.channels; i += kThreads) {
-    const A p2 = s[i] + bias<A>(f.b2, f.weight_dtype, share.c0 + i);
+    const A p2 = s[i] + bias<T>(f.b2, f.weight_dtype, share.c0 + i);
     if (f.p2 && share.owns(i)) store_one(static_cast<A*>(f.p2) + n * f.c + share.c0 + i, p2);
     s[i] = activate_one(f.options.gate, f.options, p2);
   }
@@ -107,7 +107,7 @@ template <class T, class Share, class A = Accumulator<T>>
 __global__ void __launch_bounds__(kThreads, kForwardBlocks<A>)
     scale_share(Forward f, Squeezed<A> z, bool fused_hidden, Elementwise e, Divisor by) {
   const Share share(f, e, by);
-  const A* s = gates(f, z, fused_hidden, share);
+  const A* s = gates<T>(f, z, fused_hidden, share);
   const Streamed<T> x{static_cast<const T*>(f.x)};
   share.walk([&](auto width, const Place& place) {
     A along[decltype(width)::value];
@@ -136,7 +136,7 @@ void forward_two_pass(const Forward& given, const Plan& plan, void* scratch, voi
     launch_reduction<T>(plan, "squeeze", stream,
                         StoredSqueeze<T>{{{static_cast<const T*>(f.x)}, f.options}, f.c, splits, sums, maxima});
     const Squeezed<A> z{sums, maxima, f.options.squeeze, f.c, f.l, splits};
-    if (has_hidden) launch(plan, "hidden", stream, hidden<A>, f, z);
+    if (has_hidden) launch(plan, "hidden", stream, hidden<T>, f, z);
     with_share<T>(plan.call, plan.elementwise, [&](auto* share, const Divisor& by) {
       using Share = std::remove_pointer_t<decltype(share)>;
       launch(plan, "scale", stream, scale_share<T, Share>, f, z, plan.fused_hidden, plan.elementwise, by);

@@ -42,7 +42,7 @@ __device__ void outer_product(W* out, W* sums, int64_t samples, int64_t rows, in
   }
 }
 
-template <class A>
+template <class T, class A = Accumulator<T>>
 __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
     weight_gradients(Backward f, Partial<A> partial, const A* dp1) {
   auto z = [&](int64_t n, int64_t i) { return load_one(static_cast<const A*>(f.z) + n * f.c + i); };
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
   auto tiles = [](int64_t size) { return static_cast<unsigned>((size + kColumns - 1) / kColumns); };
   const int64_t depth = f.r ? f.r : f.c;
   const unsigned depth_tiles = tiles(depth), channel_tiles = tiles(f.c), second = channel_tiles * depth_tiles;
-  with_weight_type<A>(f.weight_dtype, [&](auto type) {
+  with_weight_type<T>(f.weight_dtype, [&](auto type) {
     using W = decltype(type);
     if (blockIdx.x < second) {
       if (!f.dw2 && !f.db2) return;
@@ -77,7 +77,12 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
 template <class A>
 void launch_weight_gradients(const Backward& f, const Plan& plan, const Partial<A>& partial, const A* dp1,
                              void* stream) {
-  launch(plan, "weight_gradients", stream, weight_gradients<A>, f, partial, dp1);
+  with_map_type(f.dtype, [&](auto type) {
+    using T = decltype(type);
+    if constexpr (std::is_same_v<Accumulator<T>, A>) {
+      launch(plan, "weight_gradients", stream, weight_gradients<T>, f, partial, dp1);
+    }
+  });
 }
 template void launch_weight_gradients(const Backward&, const Plan&, const Partial<float>&, const float*, void*);
 template void launch_weight_gradients(const Backward&, const Plan&, const Partial<double>&, const double*, void*);
