@@ -1,10 +1,12 @@
-// From tensors to se.h's structs, without a torch header: what every way into the kernels shares. se_fused/ops.py
-// checks the arguments and brings them into form; what is checked here again keeps a direct call from reading outside a
-// tensor.
+// From tensors to se.h's structs, without a torch header: what every way into the kernels shares. On the way through
+// the dispatcher se_fused/ops.py has checked the arguments and brought them into form, and these checks keep a call of
+// the bare operator from reading outside a tensor. On the direct way (direct.h) they are the only ones: what they let
+// through must be what se_fused/arguments.py takes.
 #pragma once
 
 #include <sstream>
 #include <stdexcept>
+#include <string>
 
 #include "se.h"
 
@@ -48,8 +50,8 @@ struct Codes {
 // The memory of `t`, which must have `numel` elements of `dtype`; null for none.
 void* data(const char* name, const View& t, int64_t numel, DType dtype) {
   if (!t) return nullptr;
-  require(t.numel() == numel && t.dtype == dtype, name, " has ", t.numel(), " elements; wanted ", numel,
-          " of the expected dtype");
+  require(t.numel() == numel, name, " has ", t.numel(), " elements; wanted ", numel);
+  require(t.dtype == dtype, name, " is of another dtype than was wanted");
   require(t.data || numel == 0, name, " has no memory");
   return t.data;
 }
@@ -83,10 +85,12 @@ void* map(const char* name, const View& t, const View& x, bool channels_last) {
 // The memory of a dense weight [rows, columns, 1...] or, with no columns, bias [rows]; null for none.
 const void* weight(const char* name, const View& t, int64_t rows, int64_t columns, DType dtype) {
   if (!t) return nullptr;
-  const bool shape =
-      columns ? t.dim >= 2 && t.sizes[0] == rows && t.sizes[1] == columns : t.dim == 1 && t.sizes[0] == rows;
-  require(shape && is_dense(t), name, " is not a dense [", rows, ", ", columns, "]");
-  return data(name, t, columns ? rows * columns : rows, dtype);
+  const bool is_matrix = columns > 0;
+  const bool shape = is_matrix ? t.dim >= 2 && t.dim <= 5 && t.sizes[0] == rows && t.sizes[1] == columns
+                               : t.dim == 1 && t.sizes[0] == rows;
+  require(shape && is_dense(t), name, " is not a dense [", rows, is_matrix ? ", " : "",
+          is_matrix ? std::to_string(columns) : "", "]");
+  return data(name, t, is_matrix ? rows * columns : rows, dtype);
 }
 
 DType accumulator(const Problem& p) { return p.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32; }

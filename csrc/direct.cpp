@@ -1,11 +1,13 @@
 #include "direct.h"
 
-#include <ATen/dlpack.h>  // DLPack's own header, as torch carries it: it includes nothing of torch
-
 #include <stdexcept>
 #include <vector>
 
 #include "arguments.h"
+
+#if __has_include(<ATen/dlpack.h>)
+#include <ATen/dlpack.h>  // DLPack's own header, as torch carries it: it includes nothing of torch
+#endif
 
 namespace py = pybind11;
 
@@ -59,7 +61,8 @@ bool describe_tensor(PyObject*, View&) { return false; }
 #endif
 
 void (*run)(const Forward*) = nullptr;
-std::vector<PyTypeObject*> plain;  // alive for as long as torch is
+std::vector<PyTypeObject*> plain;  // these and `empty_like` live as long as torch does
+PyObject* empty_like = nullptr;
 
 // What a subclass of Tensor computes is its own affair; and DLPack does not tell of lazy negation.
 bool view(py::handle object, View& out) {
@@ -69,40 +72,50 @@ bool view(py::handle object, View& out) {
   if (!is_plain) return false;
   static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
   PyObject* negative = PyObject_CallMethodNoArgs(object.ptr(), is_neg);
+  const bool as_stored = negative == Py_False;
   Py_XDECREF(negative);
-  return negative == Py_False && describe_tensor(object.ptr(), out);
+  return as_stored && describe_tensor(object.ptr(), out);
 }
 
 }  // namespace
 
-bool serve(uintptr_t forward, const py::tuple& types) {
+bool connect(uintptr_t forward, const py::tuple& types, py::object empty) {
   plain.clear();
   for (const py::handle type : types) plain.push_back(reinterpret_cast<PyTypeObject*>(type.ptr()));
+  Py_XDECREF(empty_like);
+  empty_like = empty.release().ptr();
   run = find_exchange(types[0]) ? reinterpret_cast<void (*)(const Forward*)>(forward) : nullptr;
   return run != nullptr;
 }
 
-bool forward(py::handle x, py::handle w1, py::handle b1, py::handle w2, py::handle b2, py::handle residual,
-             py::handle y, int64_t act, int64_t gate, double slope, double offset, int64_t squeeze, int64_t pre_act,
-             int64_t post_act) {
+py::object forward(py::handle x, py::handle w1, py::handle b1, py::handle w2, py::handle b2, py::handle residual,
+                   bool inplace, int64_t act, int64_t gate, double slope, double offset, int64_t squeeze,
+                   int64_t pre_act, int64_t post_act) {
   Inputs in;
-  View out;
   if (!run || !view(x, in.x) || !view(w1, in.w1) || !view(b1, in.b1) || !view(w2, in.w2) || !view(b2, in.b2) ||
-      !view(residual, in.residual) || !view(y, out) || !out) {
+      !view(residual, in.residual)) {
     PyErr_Clear();
-    return false;
+    return py::none();
   }
-  const py::gil_scoped_release others;
+  if (in.x.dim < 3) return py::none();
+  const bool channels_last = !is_dense(in.x);
+  if (channels_last && !is_dense(in.x, true)) return py::none();
   Forward f{};
   try {
-    const bool channels_last = !is_dense(in.x);
     fill(f, in, {act, gate, slope, offset, squeeze, pre_act, post_act}, channels_last);
-    f.y = map("y", out, in.x, channels_last);
   } catch (const std::runtime_error&) {
-    return false;  // wrong, or in need of a conversion: found on the other way
+    return py::none();  // wrong, or in need of a conversion: found on the other way
   }
+  py::object y = inplace ? py::reinterpret_borrow<py::object>(x) : py::handle(empty_like)(x);
+  View out;
+  if (!view(y, out)) {
+    PyErr_Clear();
+    return py::none();
+  }
+  f.y = map("y", out, in.x, channels_last);
+  const py::gil_scoped_release others;
   run(&f);
-  return true;
+  return y;
 }
 
 }  // namespace se::direct

@@ -8,9 +8,9 @@
 
 namespace se::direct {
 
-bool serve(uintptr_t forward, const pybind11::tuple& types);
-bool forward(pybind11::handle x, pybind11::handle w1, pybind11::handle b1, pybind11::handle w2, pybind11::handle b2,
-             pybind11::handle residual, pybind11::handle y, int64_t act, int64_t gate, double slope, double offset,
-             int64_t squeeze, int64_t pre_act, int64_t post_act);
+bool connect(uintptr_t forward, const pybind11::tuple& types, pybind11::object empty_like);
+pybind11::object forward(pybind11::handle x, pybind11::handle w1, pybind11::handle b1, pybind11::handle w2,
+                         pybind11::handle b2, pybind11::handle residual, bool inplace, int64_t act, int64_t gate,
+                         double slope, double offset, int64_t squeeze, int64_t pre_act, int64_t post_act);
 
 }  // namespace se::direct

@@ -1,5 +1,5 @@
-// se_fused._C: facts about this build and this CPU, and the plans of calls on a GPU. No torch header, so importing it
-// needs no torch; and the direct way into the CPU kernels.
+// se_fused._C: facts about this build and this CPU, the plans of calls on a GPU, and the direct way into the CPU
+// kernels. It links to no torch, so importing it needs none.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -83,17 +83,17 @@ se::Plan plan(const se::Device& device, bool backward, int64_t n, int64_t c, int
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Facts about the compiled part of se_fused and about this CPU, and the plans of calls on a GPU.";
+  m.doc() = "Facts about this build and this CPU, the plans of calls on a GPU, the direct way into the CPU kernels.";
   m.def("build_info", &build_info, "Compiler, target torch version and instruction sets of this build.");
   m.def("cpu_features", &cpu_features, "The instruction sets that this CPU runs, of those that are compiled.");
 
   m.def(
-      "serve", &se::direct::serve, py::arg("forward"), py::arg("types"),
+      "connect", &se::direct::connect, py::arg("forward"), py::arg("types"), py::arg("empty_like"),
       "From now on forward() runs the function at this address, for tensors of these types; false where this torch has "
       "no DLPack exchange.");
   m.def("forward", &se::direct::forward,
-        "y = squeeze_excite(x, w1, b1, w2, b2, residual) into y, with the options as numbers (se.h); false, with y "
-        "untouched, where it takes the dispatcher.");
+        "squeeze_excite(x, w1, b1, w2, b2, residual, inplace), then the options as numbers (se.h); None, and nothing "
+        "done, where it takes the dispatcher.");
 
   py::class_<se::Device>(m, "Device", "The limits of a GPU that plans depend on.")
       .def(py::init<std::string, int, int, int64_t, int64_t, std::array<int, 5>>(), py::arg("name"),

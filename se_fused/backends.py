@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,17 +65,17 @@ _forced_plan = ""
 _cuda: ctypes.CDLL | None = None  # the compiled CUDA part, for what is no operator
 
 
-def _refuse(*_: Any) -> bool:
-    return False
+def _refuse(*_: Any) -> None:
+    return None
 
 
-# csrc/direct.cpp's forward, once the CPU kernels are there.
-forward_direct: Callable[..., bool] = _refuse
+# csrc/direct.cpp's forward, once the CPU kernels are there: y, or None where the call takes the dispatcher.
+forward_direct: Callable[..., torch.Tensor | None] = _refuse
 
 
 def load() -> None:
     """Load the compiled parts, building them if need be. A failure leaves the reason for `explain` and the log."""
-    global _cuda, forward_direct
+    global _cuda
     names = ["cpu"]
     if torch.version.cuda is not None and torch.cuda.is_available():
         names.append("cuda")
@@ -87,10 +88,7 @@ def load() -> None:
             torch.ops.load_library(path)
             _unusable[name] = None
             if name == "cpu":
-                address = ctypes.cast(ctypes.CDLL(str(path)).se_fused_cpu_forward, ctypes.c_void_p).value
-                native = build.load_facts()
-                if native.serve(address, PLAIN):
-                    forward_direct = native.forward
+                _connect(path)
             else:
                 _cuda = ctypes.CDLL(str(path))
                 _cuda.se_fused_device_limits.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_int64)]
@@ -99,6 +97,18 @@ def load() -> None:
                 _cuda.se_fused_force_plan.restype = None
         except (build.BuildError, OSError) as error:
             _unusable[name] = str(error)
+
+
+def _connect(path: Path) -> None:
+    """Open the direct way to the CPU kernels in `path`. Where that fails every call takes the dispatcher."""
+    global forward_direct
+    try:
+        address = ctypes.cast(ctypes.CDLL(str(path)).se_fused_cpu_forward, ctypes.c_void_p).value
+        native = build.load_facts()
+        if native.connect(address, PLAIN, torch.empty_like):
+            forward_direct = native.forward
+    except (build.BuildError, ImportError, OSError) as error:
+        _log.warning("se_fused: each call on the CPU takes some microseconds more: %s", error)
 
 
 def cuda_limits(index: int) -> list[int]:

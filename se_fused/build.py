@@ -69,7 +69,7 @@ def key(group: str = "cpu") -> str:
     """The name of the build of a group that belongs to these sources on this machine.
 
     Raises:
-        BuildError: for "cuda" where there is no nvcc.
+        BuildError: without torch; for "cuda" without nvcc.
     """
     digest = hashlib.sha256()
     others = {name for name in GROUPS if name != group}
@@ -80,6 +80,9 @@ def key(group: str = "cpu") -> str:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     for text in (*_more_flags(), str(sysconfig.get_config_var("EXT_SUFFIX")), platform.machine(), sys.platform):
         digest.update(text.encode() + b"\0")
+    if group == "cpu":
+        header = _torch() / "include" / "ATen" / "dlpack.h"  # all that the group has of the torch that is here
+        digest.update(header.read_bytes() if header.is_file() else b"")
     if group == "cuda":
         version = subprocess.run([nvcc(), "--version"], capture_output=True, text=True, check=False).stdout
         for text in (version, *architecture_flags()):

@@ -165,7 +165,7 @@ def _direct(
     """y straight from the kernels: inference on dense CPU tensors, while nobody traces, transforms, watches or forces.
 
     With nothing to compute a call takes 6 us here and 31 by checks and dispatcher, longer than many a small map does.
-    None: it must go that way. What the kernels refuse is either wrong, and found there, or needs a conversion.
+    None: it must go that way, where what is wrong is found and what needs a conversion gets it.
     """
     if (
         type(x) is not Tensor
@@ -179,12 +179,10 @@ def _direct(
     try:
         if needs_grad(x, w1, b1, w2, b2, residual):
             return None
-        y = x if inplace else torch.empty_like(x)
-        if not backends.forward_direct(x, w1, b1, w2, b2, residual, y, *options):
-            return None
-    except (RuntimeError, TypeError, AttributeError):
-        return None
-    if inplace:
+    except AttributeError:
+        return None  # no tensor
+    y = backends.forward_direct(x, w1, b1, w2, b2, residual, inplace, *options)
+    if inplace and y is not None:
         torch.autograd.graph.increment_version(x)
     return y
 

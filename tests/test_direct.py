@@ -1,14 +1,20 @@
 """The way around the dispatcher (csrc/direct.cpp): who takes it, who must not, and that both give the same bits."""
 
+import logging
+import os
+
 import pytest
 import torch
 from cases import LAYOUTS, Case, assert_close, call, cases, truth
 from hypothesis import given, settings
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import se_fused
-from se_fused import backends
+from se_fused import backends, build
 
 pytestmark = [
     pytest.mark.usefixtures("native"),
@@ -25,8 +31,9 @@ def answers(monkeypatch):
     found = []
 
     def forward(*args, native=backends.forward_direct):
-        found.append(native(*args))
-        return found[-1]
+        y = native(*args)
+        found.append(y is not None)
+        return y
 
     monkeypatch.setattr(backends, "forward_direct", forward)
     return found
@@ -73,13 +80,18 @@ def test_every_kind_of_tensor_takes_it(answers, case):
 @given(cases(layouts=DENSE))
 @settings(max_examples=60)
 def test_both_ways_give_the_same_bits(case):
-    tensors = case.tensors()
-    y = run(tensors, options=case.options)
-    direct, backends.forward_direct = backends.forward_direct, backends._refuse
-    try:
-        assert torch.equal(y.nan_to_num(), run(tensors, options=case.options).nan_to_num())
-    finally:
-        backends.forward_direct = direct
+    tensors, found = case.tensors(), []
+    if case.residual == "map":
+        tensors["residual"] = LAYOUTS[case.layout](tensors["residual"])
+    native = backends.forward_direct
+    for way in (lambda *args: found.append(native(*args)) or found[-1], backends._refuse):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(backends, "forward_direct", way)
+            found.append(run(tensors, options=case.options))
+    direct, same, dispatched = found
+    assert direct is same
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[direct.element_size()]
+    assert torch.equal(direct.view(bits), dispatched.view(bits))
 
 
 def test_in_place_counts_as_a_change(answers):
@@ -88,6 +100,17 @@ def test_in_place_counts_as_a_change(answers):
     run(x, inplace=True)
     assert answers == [True]
     assert x["x"]._version == version + 1
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_inference_mode_takes_it(answers, inplace):
+    with torch.inference_mode():
+        tensors = Case().tensors()
+        expected = truth(tensors, {})
+        y = run(tensors, inplace=inplace)
+        assert y.is_inference()
+        assert_close(y, expected, torch.float32)
+    assert answers == [True]
 
 
 class Subclass(torch.Tensor):
@@ -109,6 +132,49 @@ def test_what_the_kernels_cannot_read_goes_to_the_dispatcher(answers, name):
     tensors = REFUSED[name](Case().tensors())
     assert_close(run(tensors), truth(tensors, {}), torch.float32)
     assert answers == [False]
+
+
+WRONG = {
+    "weights of too many dimensions": lambda t: {**t, "w1": t["w1"][..., None, None, None, None]},
+    "weights of another R": lambda t: {**t, "w2": t["w2"][:, :1].contiguous()},
+    "a bias of another size": lambda t: {**t, "b2": t["b2"][:1]},
+    "weights of another dtype": lambda t: {**t, "w1": t["w1"].double()},
+    "a residual of another shape": lambda t: {**t, "residual": t["x"][:1]},
+    "a sparse map": lambda t: {**t, "x": t["x"].to_sparse()},
+    "a map of integers": lambda t: {**t, "x": t["x"].int()},
+    "a map of too few dimensions": lambda t: {**t, "x": t["x"][0, 0]},
+    "a vector": lambda t: {**t, "x": t["x"][0, 0, 0]},
+    "weights that are no tensor": lambda t: {**t, "w1": t["w1"].tolist()},
+    "no weights": lambda t: {**t, "w2": None},
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_said_as_ever(answers, name):
+    with pytest.raises((TypeError, ValueError), match=r"squeeze_excite: (x|w1|w2|b2|residual) is "):
+        run(WRONG[name](Case().tensors()))
+    assert True not in answers
+
+
+def test_it_fails_without_a_trace(monkeypatch, caplog):
+    def broken():
+        raise ImportError("no such symbol")
+
+    monkeypatch.setattr(backends, "forward_direct", backends._refuse)
+    monkeypatch.setattr(build, "load_facts", broken)
+    with caplog.at_level(logging.WARNING, "se_fused"):
+        backends.load()
+    assert "no such symbol" in caplog.text
+    assert se_fused.explain(**Case().tensors()).backend == "cpu"
+
+
+@pytest.mark.parametrize("name", ["reference", "triton"])
+def test_another_backend_does_not_take_it(answers, name):
+    if name == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("Triton serves CPU tensors in its interpreter only")
+    with se_fused.use_backend(name):
+        assert_close(run(Case().tensors()), truth(Case().tensors(), {}), torch.float32)
+    assert answers == []
 
 
 @pytest.mark.parametrize(
@@ -149,8 +215,21 @@ def test_a_transform_and_autograd_do_not_take_it(answers):
     maps = torch.stack([tensors["x"], 2 * tensors["x"]])
     y = torch.vmap(lambda x: run({**tensors, "x": x}))(maps)
     assert_close(y[1], truth({**tensors, "x": maps[1]}, {}), torch.float32)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(tensors["x"], torch.ones_like(tensors["x"]))
+        assert forward_ad.unpack_dual(run({**tensors, "x": dual})).tangent.count_nonzero() > 0
     tensors["w1"].requires_grad_()
     assert call(se_fused.squeeze_excite, tensors, {}).requires_grad
+    assert answers == []
+
+
+def test_compilers_see_the_operator(answers):
+    tensors = Case().tensors()
+    graph = make_fx(lambda x: run({**tensors, "x": x}))(tensors["x"])
+    assert torch.ops.se_fused.squeeze_excite.default in [node.target for node in graph.graph.nodes]
+    with FakeTensorMode() as mode:
+        fake = {name: None if t is None else mode.from_tensor(t) for name, t in tensors.items()}
+        assert run(fake).shape == tensors["x"].shape
     assert answers == []
 
 
