@@ -105,14 +105,12 @@ def nvidia(compiled):
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = subprocess.run([tools / "cuobjdump", "--dump-resource-usage", file.name], **TEXT).stdout
-        sass = subprocess.run([tools / "nvdisasm", file.name], **TEXT).stdout
     registers, stack, local = (int(re.search(rf"\b{what}:(\d+)", usage)[1]) for what in ("REG", "STACK", "LOCAL"))
-    return {
-        "registers": registers,
-        "spills": stack + local + len(re.findall(r"\b(?:LDL|STL)\b", sass)),
-        "loads": len(re.findall(r"\bLDG\.E\S*\.128", sass)),
-        "stores": len(re.findall(r"\bSTG\.E\S*\.128", sass)),
-    }
+
+    def wide(what):  # in PTX: to disassemble a cubin takes as long as to compile it
+        return len(re.findall(rf"\b{what}\.global\S*\.(?:v4\.b32|v2\.b64)\b", compiled.asm["ptx"]))
+
+    return {"registers": registers, "spills": stack + local, "loads": wide("ld"), "stores": wide("st")}
 
 
 def amd(compiled):
