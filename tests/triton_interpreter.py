@@ -1,6 +1,7 @@
-"""Triton's interpreter, which runs kernels on CPU tensors, made to convert as a GPU does.
+"""Triton's interpreter, which runs kernels on CPU tensors, made to convert as a GPU does, and faster.
 
-It rounds float32 towards zero when converting to bfloat16; a GPU, like PyTorch, rounds to nearest.
+It rounds float32 towards zero when converting to bfloat16; a GPU, like PyTorch, rounds to nearest. And it exchanges all
+of Triton's language for its own once more on every call of one function by another, which took half of the time.
 """
 
 import os
@@ -12,8 +13,14 @@ import torch
 def enable() -> None:
     """To be called before anything imports triton."""
     os.environ["TRITON_INTERPRET"] = "1"
-    import triton.language as tl
     from triton.runtime import interpreter
+
+    _round_to_nearest(interpreter)
+    _patch_once_a_launch(interpreter)
+
+
+def _round_to_nearest(interpreter) -> None:
+    import triton.language as tl
 
     convert = interpreter._convert_float
 
@@ -24,3 +31,21 @@ def enable() -> None:
         return rounded.view(torch.int16).numpy().view(np.uint16)
 
     interpreter._convert_float = to_nearest
+
+
+def _patch_once_a_launch(interpreter) -> None:
+    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    patched = set()  # what the functions of the present launch see of the language, by their modules' globals
+
+    def patch_once(function):
+        if id(function.__globals__) in patched:
+            return None
+        patched.add(id(function.__globals__))
+        return patch(function)
+
+    def launch_anew(self, *args, **kwargs):
+        patched.clear()
+        return launch(self, *args, **kwargs)
+
+    interpreter._patch_lang = patch_once
+    interpreter.GridExecutor.__call__ = launch_anew
