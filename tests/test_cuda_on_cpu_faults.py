@@ -2,11 +2,10 @@
 
 import re
 import subprocess
-import sys
-from pathlib import Path
 
 import cuda_on_cpu
 import pytest
+from cuda_on_cpu import probe
 
 # Name: file under csrc/cuda, what stands there once, what replaces it, what must be said.
 FAULTS = {
@@ -120,16 +119,9 @@ FAULTS = {
 }
 
 
-def probe(library: Path) -> subprocess.CompletedProcess[str]:
-    tests = Path(__file__).parent
-    code = f"import sys; sys.path[:0] = {[str(tests), str(tests.parent)]!r}; from pathlib import Path; "
-    code += f"from cuda_on_cpu import probe; probe.main(Path({str(library)!r}))"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=600)
-
-
 def test_without_a_fault_nothing_is_said():
-    done = probe(cuda_on_cpu.library())
-    assert done.returncode == 0, done.stderr
+    well, said = cuda_on_cpu.run_apart(probe.main, cuda_on_cpu.library())
+    assert well, said
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -142,7 +134,6 @@ def test_a_planted_fault_is_caught(name, tmp_path):
     except subprocess.CalledProcessError as error:
         said = error.output
     else:
-        done = probe(library)
-        assert done.returncode != 0, "the fault went unnoticed"
-        said = done.stderr
+        well, said = cuda_on_cpu.run_apart(probe.main, library)
+        assert not well, "the fault went unnoticed"
     assert re.search(message, said), said[-3000:]

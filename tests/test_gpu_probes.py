@@ -1,8 +1,6 @@
 """The GPU probes run thread by thread on the CPU: right under any schedule, and each planted fault is caught."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import cuda_on_cpu
@@ -167,9 +165,6 @@ def test_a_planted_fault_is_caught(name, tmp_path):
     cuda_on_cpu.patched(tmp_path, probes, old, new)
     kept = cuda_on_cpu.objects(but=probes)
     library = cuda_on_cpu.compile_library(tmp_path, tmp_path / "build", kept, "-O0")
-    tests = Path(__file__).parent
-    code = f"import sys; sys.path[:0] = {[str(tests), str(tests.parent)]!r}; from pathlib import Path; "
-    code += f"import test_gpu_probes; test_gpu_probes.calls(Path({str(library)!r}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=600)
-    assert done.returncode != 0, "the fault went unnoticed"
-    assert re.search(message, done.stderr), done.stderr[-3000:]
+    well, said = cuda_on_cpu.run_apart(calls, library)
+    assert not well, "the fault went unnoticed"
+    assert re.search(message, said), said[-3000:]

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import multiprocessing
 import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -145,3 +146,25 @@ def patched(root: Path, file: str, old: str, new: str) -> None:
     text = path.read_text()
     assert text.count(old) == 1, f"{file} has {text.count(old)} times: {old}"
     path.write_text(text.replace(old, new))
+
+
+# A process that has loaded torch and is forked for each run: 3 s for each otherwise.
+_runs = multiprocessing.get_context("forkserver")
+_runs.set_forkserver_preload(["se_fused", "hypothesis", "pytest"])
+
+
+def run_apart(calls: Callable[[Path], None], library: Path) -> tuple[bool, str]:
+    """Whether `calls(library)` ended well in a process of its own, and what it wrote to stderr."""
+    log = library.with_suffix(".log")
+    process = _runs.Process(target=_logged, args=(calls, library, log))
+    process.start()
+    process.join(600)
+    ended = process.exitcode is not None
+    process.kill()
+    return ended and process.exitcode == 0, log.read_text()
+
+
+def _logged(calls: Callable[[Path], None], library: Path, log: Path) -> None:
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 2)
+    calls(library)

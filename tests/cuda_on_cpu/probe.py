@@ -1,10 +1,6 @@
-"""Run a library of kernels over a few calls that between them take every kernel; what is wrong ends the process.
-
-Usage: python -m cuda_on_cpu.probe LIBRARY, with tests/ on the path.
-"""
+"""A few calls of a library of kernels that between them take every kernel; what is wrong ends them."""
 
 import itertools
-import sys
 from pathlib import Path
 
 import torch
@@ -36,7 +32,3 @@ def main(path: Path) -> None:
                 y = call(se_fused.squeeze_excite, tensors, case.options)
             assert_close(y, truth(tensors, case.options), case.dtype)
             compare(case)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
