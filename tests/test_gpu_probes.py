@@ -106,6 +106,11 @@ FAULTS = {
         "    sum += sum_of(slab, begin(chunk), begin(chunk + 1));\n    arrived[chunk].wait(0);\n",
         "AssertionError",
     ),
+    "a wait by threads that nobody waits for": (
+        "      arrived[buffer].wait(round / 2 % 2);\n",
+        "    }\n    arrived[buffer].wait(round / 2 % 2);\n    if (i < count) {\n",
+        "deadlock: .*waits at an mbarrier",
+    ),
     "a block that ends while others push": (
         "total += from[peer * count + i];\n    }\n  }\n",
         "total += from[peer * count + i];\n    }\n    if (cluster.rank == 1) return;\n  }\n",
@@ -144,18 +149,20 @@ FAULTS = {
 }
 
 
-def calls(library: Path) -> None:
+def use(device):
     """What a faulty library has to survive."""
-    machine = cuda_on_cpu.Library(library), gpu_probes.Probes(library)
     for seed in range(4):
-        exchange(machine, seed, 4, 40, 5, by_push=True)
-        slab(machine, seed, 2, 101, 3)
+        exchange(device, seed, 4, 40, 5, by_push=True)
+        exchange(device, seed, 2, 3, 9, by_push=True)
+        slab(device, seed, 2, 101, 3)
+
+
+def load_and_use(library: Path) -> None:
+    use((cuda_on_cpu.Library(library), gpu_probes.Probes(library)))
 
 
 def test_without_a_fault_nothing_is_said(device):
-    for seed in range(4):
-        exchange(device, seed, 4, 40, 5, by_push=True)
-        slab(device, seed, 2, 101, 3)
+    use(device)
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -165,6 +172,6 @@ def test_a_planted_fault_is_caught(name, tmp_path):
     cuda_on_cpu.patched(tmp_path, probes, old, new)
     kept = cuda_on_cpu.objects(but=probes)
     library = cuda_on_cpu.compile_library(tmp_path, tmp_path / "build", kept, "-O0")
-    well, said = cuda_on_cpu.run_apart(calls, library)
+    well, said = cuda_on_cpu.run_apart(load_and_use, library)
     assert not well, "the fault went unnoticed"
     assert re.search(message, said), said[-3000:]

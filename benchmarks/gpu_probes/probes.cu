@@ -61,8 +61,8 @@ __global__ void __launch_bounds__(kThreads) exchange_by_push(float* out, int cou
       const float value = number(cluster.rank, i, round);
       for (int peer = 0; peer < size; ++peer) push(from + cluster.rank * count + i, value, arrived + buffer, peer);
     }
-    arrived[buffer].wait(round / 2 % 2);
-    if (i < count) {
+    if (i < count) {  // a thread that pushes nothing would hold up nobody, and could miss a whole phase
+      arrived[buffer].wait(round / 2 % 2);
       for (int peer = 0; peer < size; ++peer) total += from[peer * count + i];
     }
   }

@@ -158,9 +158,15 @@ void run_cluster(Index block, int count) {
     wake(*machine.fibers[i]);
   }
   int done = 0;
+  // Steps, on average, before one of what is under way arrives, or all of it.
+  const unsigned pace = 1u << machine.random() % 8;
+  const bool all = machine.random() % 2 == 0;
   std::vector<int>* ready = &machine.blocks[0].ready;
   while (done < count && machine.error.empty()) {
-    if (!machine.transfers.empty() && machine.random() % kStay == 0) deliver();
+    if (!machine.transfers.empty() && machine.random() % pace == 0) {
+      deliver();
+      while (all && !machine.transfers.empty() && machine.error.empty()) deliver();
+    }
     if (!machine.error.empty()) break;
     if (ready->empty() || machine.random() % kStay == 0) {
       std::vector<std::vector<int>*> candidates;
