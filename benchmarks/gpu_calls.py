@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import math
 import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional as F
 
 import se_fused
 from se_fused import backends
@@ -22,23 +24,13 @@ LEAST_CALLS = 32  # in one graph, so that the gaps between replays do not count
 COLD_L2, MOST_SETS = 3, 1024  # buffers rotate over so many times the L2, but are no more than this
 
 
-class Eager(nn.Module):
+def eager(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
     """SE as users have it: pooling, two 1x1 convolutions, a product."""
-
-    def __init__(self, c: int, r: int) -> None:
-        super().__init__()
-        self.fc1, self.fc2 = nn.Conv2d(c, r, 1), nn.Conv2d(r, c, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(self.fc2(torch.relu(self.fc1(x.mean((2, 3), keepdim=True)))))
+    h = torch.relu(F.conv2d(x.mean((2, 3), keepdim=True), w1, b1))
+    return x * torch.sigmoid(F.conv2d(h, w2, b2))
 
 
-class Fused(Eager):
-    def forward(self, x: Tensor) -> Tensor:
-        return se_fused.squeeze_excite(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
-
-
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Row:
     """One line of the table: the call, without who makes it and how it is timed."""
 
@@ -48,9 +40,10 @@ class Row:
     direction: str  # forward | both
 
     def bytes(self) -> int:
-        """That no implementation can do without: forward x and y; with backward also g, x again and dx."""
-        map_bytes = self.shape.n * self.shape.c * self.shape.h * self.shape.w * self.dtype.itemsize
-        return (2 if self.direction == "forward" else 5) * map_bytes
+        """That no implementation can do without: forward x, y, weights; with backward also g, x again, dx, dw."""
+        n, c, h, w, r = dataclasses.astuple(self.shape)
+        maps, weights = (2, 1) if self.direction == "forward" else (5, 2)
+        return (maps * n * c * h * w + weights * (2 * c * r + c + r)) * self.dtype.itemsize
 
 
 def rows() -> Iterator[Row]:
@@ -61,25 +54,34 @@ def rows() -> Iterator[Row]:
             yield Row(shape, dtype, layout, direction)
 
 
-def calls(row: Row, variant: str, sets: int) -> list[Callable[[], object]]:
-    """The same call on `sets` sets of buffers. Random, because zeros can run faster than real data."""
-    shape = row.shape
+def calls(row: Row, variant: str, sets: int, device: str = "cuda") -> list[Callable[[], object]]:
+    """The same call on `sets` sets of maps and weights, of random numbers: zeros can run faster than real data.
+
+    A call returns all that it has computed, so that none of it is written twice to the same place.
+    """
+    n, c, height, width, r = dataclasses.astuple(row.shape)
     torch.manual_seed(0)
-    kind = Fused if variant in backends.BACKENDS else Eager
-    module: nn.Module = kind(shape.c, shape.r).cuda().to(row.dtype)
+    layer: Callable[..., Tensor] = se_fused.squeeze_excite if variant in backends.BACKENDS else eager
     memory_format = torch.channels_last if row.layout == "channels_last" else torch.contiguous_format
     if variant == "compile":
         torch._dynamo.reset()
-        module = torch.compile(module, dynamic=False)  # type: ignore[assignment]
+        layer = torch.compile(eager, dynamic=False)
+
+    def draw(*size: int, fan_in: int = 1) -> Tensor:
+        return (torch.randn(size, device=device) / math.sqrt(fan_in)).to(row.dtype)
 
     def one() -> Callable[[], object]:
-        x = torch.randn(shape.n, shape.c, shape.h, shape.w, device="cuda", dtype=row.dtype)
-        x = x.contiguous(memory_format=memory_format)
+        x = draw(n, c, height, width).contiguous(memory_format=memory_format)
+        weights = draw(r, c, 1, 1, fan_in=c), draw(r), draw(c, r, 1, 1, fan_in=r), draw(c)
         if row.direction == "forward":
-            return lambda: module(x)
-        g = torch.randn_like(x)
-        leaves = [x.requires_grad_(), *module.parameters()]
-        return lambda: torch.autograd.grad(module(x), leaves, g)
+            return lambda: layer(x, *weights)
+        inputs, g = [t.requires_grad_() for t in (x, *weights)], torch.randn_like(x)
+
+        def both() -> object:
+            y = layer(*inputs)
+            return y, torch.autograd.grad(y, inputs, g)
+
+        return both
 
     return [one() for _ in range(sets)]
 

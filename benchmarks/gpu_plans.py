@@ -36,8 +36,11 @@ def median_of(row: Row, plan: str, sets: int) -> float | None:
         return None
 
 
-def probes(out: Path) -> None:
-    """Clusters that are resident at once, bandwidths and a call with nothing to compute by size; then gpu_probes."""
+def probes(out: Path) -> bool:
+    """Clusters that are resident at once, bandwidths and a call with nothing to compute by size; then gpu_probes.
+
+    Returns whether all of them ran and were right.
+    """
     with (out / "probes.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("probe", "of", "value", "unit"))
@@ -62,8 +65,10 @@ def probes(out: Path) -> None:
                 writer.writerow((name, what, f"{value:.2f}", unit))
                 file.flush()
         except (gpu_probes.ProbeError, build.BuildError) as error:
-            typer.echo(f"not run: exchanges and slabs: {error}")
+            typer.echo(f"failed: exchanges and slabs: {error}")
+            return False
     typer.echo(f"probes: {out / 'probes.csv'}")
+    return True
 
 
 def _us_of(call: Callable[[], None]) -> float:
