@@ -124,13 +124,13 @@ def check_probes(folder: Path, pool: Executor) -> None:
 
 
 def check_library(objects: list[Path], folder: Path, pool: Executor) -> None:
-    def compile_host(source: Path) -> Path:
-        out = folder / f"{source.stem}.o"
-        run(build._compiler(), *build._FLAGS, *build.binding_flags(), "-c", source, "-o", out)
-        return out
+    def compile_host(name: str) -> Path:
+        source, flags = recipe[name]
+        run(build._compiler(), *build._FLAGS, *flags, "-c", build.SOURCES / source, "-o", folder / f"{name}.o")
+        return folder / f"{name}.o"
 
-    host = [build.SOURCES / "cuda" / "binding.cpp", *(build.SOURCES / "plan").glob("*.cpp")]
-    objects = [*objects, *pool.map(compile_host, host)]
+    recipe, _ = build._cuda_recipe()
+    objects = [*objects, *pool.map(compile_host, [name for name, (source, _) in recipe.items() if ".cpp" in source])]
     library = folder / "libse_fused_cuda.so"
     run(build.nvcc(), "-shared", *objects, "-o", library, *build.link_flags())
     known = set(SYMBOLS.read_text().split())

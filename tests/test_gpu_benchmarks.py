@@ -39,7 +39,7 @@ def test_the_gpu_benchmark_times_latency_and_batches_in_both_layouts():
 
 @pytest.mark.parametrize("direction", ["forward", "both"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_the_variants_of_a_row_compute_the_same_each_set_apart(direction: str, layout: str) -> None:
+def test_the_variants_of_a_row_compute_the_same(direction: str, layout: str) -> None:
     row = gpu_calls.Row(Shape(2, 12, 5, 7, r=3), torch.float32, layout, direction)
     with se_fused.use_backend("cpu"):
         fused, eager = (gpu_calls.calls(row, variant, 3, "cpu") for variant in ("cpu", "eager"))
@@ -48,6 +48,14 @@ def test_the_variants_of_a_row_compute_the_same_each_set_apart(direction: str, l
         assert len(mine) == (1 if direction == "forward" else 6)
         torch.testing.assert_close(mine, theirs)
     assert len({float(mine[0].detach().sum()) for mine, _ in results}) == 3
+
+
+def test_calls_rotate_over_maps_and_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[int] = []
+    monkeypatch.setattr(gpu_calls, "eager", lambda *inputs: used.extend(t.data_ptr() for t in inputs))
+    for call in gpu_calls.calls(next(gpu_calls.rows()), "eager", 3, "cpu"):
+        call()
+    assert len(set(used)) == 3 * 5
 
 
 def test_the_sanitizers_watch_every_case_by_some_plan_and_most_by_each() -> None:
@@ -70,15 +78,23 @@ def test_what_the_sanitizers_watch_must_be_right_and_only_clusters_may_be_refuse
         return nullcontext()
 
     def error(case: verify.Case, device: str, seed: int) -> tuple[float, str]:
-        if plans[-1] == refused:
+        if plans[-1] == refused and seed >= served:
             raise ValueError("no plan")
         return wrong, "y"
 
+    monkeypatch.setattr(backends, "cuda_limits", lambda _: (0, 0, 0, 0, *clusters))
     monkeypatch.setattr(se_fused, "use_backend", use_backend)
     monkeypatch.setattr(verify, "error", error)
-    wrong, refused = 0.0, "cluster samples=4"
+    clusters, wrong, refused, served = (132, 66), 0.0, "cluster samples=4", 1
     gpu_check.small_calls()
     assert set(plans) == set(gpu_check.WATCHED)
+    served = 0
+    with pytest.raises(AssertionError, match="'cluster samples=4' serves none"):
+        gpu_check.small_calls()
+    plans.clear()
+    clusters = (0, 0)
+    gpu_check.small_calls()
+    assert set(plans) == {"", "two_pass"}
     refused = "two_pass"
     with pytest.raises(ValueError, match="no plan"):
         gpu_check.small_calls()

@@ -159,9 +159,9 @@ def run_apart(calls: Callable[[Path], None], library: Path) -> tuple[bool, str]:
     process = _runs.Process(target=_logged, args=(calls, library, log))
     process.start()
     process.join(600)
-    ended = process.exitcode is not None
+    well = process.exitcode == 0  # None, if it has not ended
     process.kill()
-    return ended and process.exitcode == 0, log.read_text()
+    return well, log.read_text()
 
 
 def _logged(calls: Callable[[Path], None], library: Path, log: Path) -> None:

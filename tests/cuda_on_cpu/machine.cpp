@@ -159,7 +159,7 @@ void run_cluster(Index block, int count) {
   }
   int done = 0;
   // Steps, on average, before one of what is under way arrives, or all of it.
-  const unsigned pace = 1u << machine.random() % 8;
+  const unsigned pace = 1u << machine.random() % 9;
   const bool all = machine.random() % 2 == 0;
   std::vector<int>* ready = &machine.blocks[0].ready;
   while (done < count && machine.error.empty()) {
