@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 
 from se_fused.arguments import encode
 from se_fused.triton import backward, forward, launch, weights
@@ -139,6 +140,10 @@ def main(name: str) -> None:
     for call in HALVES.get(name, CALLS):
         for kernel, args, kwargs in record(*call):
             what, options = source(kernel, args, kwargs)
+            # The head of Triton's launcher, which only a GPU runs: a Python function with the kernel's parameters and
+            # some of its own, so that a parameter called `options` was a SyntaxError at every launch.
+            bind = create_function_from_signature(kernel.signature, kernel.params, make_backend(target))
+            assert set(bind(*args, **kwargs)[2]) == set(options)
             compiled = triton.compile(what, target=target, options=options)
             found = amd(compiled) if on_amd else nvidia(compiled)
             step = f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__}"

@@ -44,28 +44,28 @@ from .tiles import (
 
 
 @triton.jit
-def _gate(p2, n0, c0, n, c, options: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr):
+def _gate(p2, n0, c0, n, c, codes: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr):
     at, valid = rows(n0, c0, n, c, BN, BC)
-    return activation(tl.load(p2 + at, valid, 0.0), options[GATE], options[SLOPE], options[OFFSET])
+    return activation(tl.load(p2 + at, valid, 0.0), codes[GATE], codes[SLOPE], codes[OFFSET])
 
 
 @triton.jit
 def _reduce(
-    g, x, residual, p2, ds, maxima, ties, split, n0, c0, begin, end, n, c, l, options: tl.constexpr,
+    g, x, residual, p2, ds, maxima, ties, split, n0, c0, begin, end, n, c, l, codes: tl.constexpr,
     RESIDUAL: tl.constexpr, LAST: tl.constexpr, ALIGN: tl.constexpr,
     BN: tl.constexpr, BC: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
     A: tl.constexpr = ds.dtype.element_ty
-    s = _gate(p2, n0, c0, n, c, options, BN, BC)
+    s = _gate(p2, n0, c0, n, c, codes, BN, BC)
     total = tl.zeros([BN, BC, BL], A)
     largest = tl.full([BN, BC, BL], LOWEST, A)
     count = tl.zeros([BN, BC, BL], A)
     for l0 in range(begin, end, BL):
         offset, inside = tile(n0, c0, l0, n, c, l, LAST, ALIGN, BN, BC, BL)
-        _, u, v = blend(x, residual, s, offset, inside, options, RESIDUAL)
-        dv = chain(tl.load(g + offset, inside, 0.0).to(A), v, options[POST_ACT], options[SLOPE], options[OFFSET])
+        _, u, v = blend(x, residual, s, offset, inside, codes, RESIDUAL)
+        dv = chain(tl.load(g + offset, inside, 0.0).to(A), v, codes[POST_ACT], codes[SLOPE], codes[OFFSET])
         total += tl.where(inside, dv * u, 0.0)
-        if options[SQUEEZE] != MEAN:
+        if codes[SQUEEZE] != MEAN:
             u = tl.where(inside, u, LOWEST)
             again = tl.where(u == largest, count + inside.to(A), count)
             count = tl.where((u > largest) | (u != u), 1.0, again)
@@ -73,7 +73,7 @@ def _reduce(
     at, valid = rows(n0, c0, n, c, BN, BC)
     at += split * n * c
     tl.store(ds + at, tl.sum(total, 2), valid)
-    if options[SQUEEZE] != MEAN:
+    if codes[SQUEEZE] != MEAN:
         top = max_of_positions(largest)
         tl.store(maxima + at, top, valid)
         tl.store(ties + at, tl.sum(tl.where(largest == top[:, :, None], count, 0.0), 2), valid)
@@ -81,7 +81,7 @@ def _reduce(
 
 @triton.jit
 def _hidden(
-    ds, p1, p2, w2, dp1, dp2, n0, r0, splits, n, c, r, options: tl.constexpr,
+    ds, p1, p2, w2, dp1, dp2, n0, r0, splits, n, c, r, codes: tl.constexpr,
     BN: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     A: tl.constexpr = ds.dtype.element_ty
@@ -92,7 +92,7 @@ def _hidden(
         for split in range(splits):
             total += tl.load(ds + split * n * c + at, valid, 0.0)
         t = tl.load(p2 + at, valid, 0.0)
-        d = chain(total, t, options[GATE], options[SLOPE], options[OFFSET])
+        d = chain(total, t, codes[GATE], codes[SLOPE], codes[OFFSET])
         if r0 == 0:
             tl.store(dp2 + at, d, valid)
         if p1 is not None:
@@ -100,26 +100,26 @@ def _hidden(
     if p1 is not None:
         at, valid = rows(n0, r0, n, r, BN, BR)
         t = tl.load(p1 + at, valid, 0.0)
-        d = chain(tl.sum(products, 2), t, options[ACT], options[SLOPE], options[OFFSET])
+        d = chain(tl.sum(products, 2), t, codes[ACT], codes[SLOPE], codes[OFFSET])
         tl.store(dp1 + at, d, valid)
 
 
 @triton.jit
 def _distribute(
     g, x, residual, p2, dp1, dp2, w1, w2, maxima, ties, dx, dresidual,
-    n0, c0, begin, end, splits, n, c, r, l, options: tl.constexpr,
+    n0, c0, begin, end, splits, n, c, r, l, codes: tl.constexpr,
     RESIDUAL: tl.constexpr, TO_X: tl.constexpr, LAST: tl.constexpr, ALIGN: tl.constexpr,
     BN: tl.constexpr, BC: tl.constexpr, BL: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     A: tl.constexpr = p2.dtype.element_ty
-    s = _gate(p2, n0, c0, n, c, options, BN, BC)
+    s = _gate(p2, n0, c0, n, c, codes, BN, BC)
     if w1 is not None:
-        dz = product(dp1, w1, None, n0, c0, n, c, r, IDENTITY, options, True, BN, BC, BK)
+        dz = product(dp1, w1, None, n0, c0, n, c, r, IDENTITY, codes, True, BN, BC, BK)
     else:
-        dz = product(dp2, w2, None, n0, c0, n, c, c, IDENTITY, options, True, BN, BC, BK)
-    if options[SQUEEZE] == MEAN_MAX:
+        dz = product(dp2, w2, None, n0, c0, n, c, c, IDENTITY, codes, True, BN, BC, BK)
+    if codes[SQUEEZE] == MEAN_MAX:
         dz = dz / 2
-    if options[SQUEEZE] != MEAN:
+    if codes[SQUEEZE] != MEAN:
         top = tl.full([BN, BC], LOWEST, A)
         count = tl.zeros([BN, BC], A)
         at, valid = rows(n0, c0, n, c, BN, BC)
@@ -131,19 +131,19 @@ def _distribute(
         share = dz / count
     for l0 in range(begin, end, BL):
         offset, inside = tile(n0, c0, l0, n, c, l, LAST, ALIGN, BN, BC, BL)
-        raw, u, v = blend(x, residual, s, offset, inside, options, RESIDUAL)
-        dv = chain(tl.load(g + offset, inside, 0.0).to(A), v, options[POST_ACT], options[SLOPE], options[OFFSET])
+        raw, u, v = blend(x, residual, s, offset, inside, codes, RESIDUAL)
+        dv = chain(tl.load(g + offset, inside, 0.0).to(A), v, codes[POST_ACT], codes[SLOPE], codes[OFFSET])
         if dresidual is not None:
             tl.store(dresidual + offset, dv.to(dresidual.dtype.element_ty), inside)
         if dx is not None:
             du = dv * s[:, :, None]
-            if options[SQUEEZE] != MAX:
+            if codes[SQUEEZE] != MAX:
                 du += (dz / l)[:, :, None]
-            if options[SQUEEZE] != MEAN:
+            if codes[SQUEEZE] != MEAN:
                 # A NaN maximum makes the whole row NaN, as PyTorch's mask * dz / ties does: nothing equals it: 0 / 0.
                 m = top[:, :, None]
                 du += tl.where(u == m, share[:, :, None], tl.where(m != m, m, 0.0))
-            d = chain(du, raw, options[PRE_ACT], options[SLOPE], options[OFFSET])
+            d = chain(du, raw, codes[PRE_ACT], codes[SLOPE], codes[OFFSET])
             if TO_X:
                 d += dv
             tl.store(dx + offset, d.to(dx.dtype.element_ty), inside)
@@ -151,7 +151,7 @@ def _distribute(
 
 @triton.jit
 def reduce_kernel(
-    g, x, residual, p2, ds, maxima, ties, n, c, l, steps, options: tl.constexpr,
+    g, x, residual, p2, ds, maxima, ties, n, c, l, steps, codes: tl.constexpr,
     RESIDUAL: tl.constexpr, LAST: tl.constexpr, ALIGN: tl.constexpr,
     BN: tl.constexpr, BC: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
@@ -162,25 +162,25 @@ def reduce_kernel(
     begin = block(split, BL) * steps
     end = tl.minimum(begin + steps * BL, l)
     _reduce(
-        g, x, residual, p2, ds, maxima, ties, split, n0, c0, begin, end, n, c, l, options,
+        g, x, residual, p2, ds, maxima, ties, split, n0, c0, begin, end, n, c, l, codes,
         RESIDUAL, LAST, ALIGN, BN, BC, BL,
     )  # fmt: skip
 
 
 @triton.jit
 def hidden_kernel(
-    ds, p1, p2, w2, dp1, dp2, splits, n, c, r, options: tl.constexpr,
+    ds, p1, p2, w2, dp1, dp2, splits, n, c, r, codes: tl.constexpr,
     BN: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     n0 = block(tl.program_id(0), BN)
     r0 = block(tl.program_id(1), BR)
-    _hidden(ds, p1, p2, w2, dp1, dp2, n0, r0, splits, n, c, r, options, BN, BR, BK)
+    _hidden(ds, p1, p2, w2, dp1, dp2, n0, r0, splits, n, c, r, codes, BN, BR, BK)
 
 
 @triton.jit
 def distribute_kernel(
     g, x, residual, p2, dp1, dp2, w1, w2, maxima, ties, dx, dresidual,
-    splits, n, c, r, l, steps, options: tl.constexpr,
+    splits, n, c, r, l, steps, codes: tl.constexpr,
     RESIDUAL: tl.constexpr, TO_X: tl.constexpr, LAST: tl.constexpr, ALIGN: tl.constexpr,
     BN: tl.constexpr, BC: tl.constexpr, BL: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -191,29 +191,29 @@ def distribute_kernel(
     end = tl.minimum(begin + steps * BL, l)
     _distribute(
         g, x, residual, p2, dp1, dp2, w1, w2, maxima, ties, dx, dresidual,
-        n0, c0, begin, end, splits, n, c, r, l, options, RESIDUAL, TO_X, LAST, ALIGN, BN, BC, BL, BK,
+        n0, c0, begin, end, splits, n, c, r, l, codes, RESIDUAL, TO_X, LAST, ALIGN, BN, BC, BL, BK,
     )  # fmt: skip
 
 
 @triton.jit
 def sample_kernel(
-    g, x, residual, p1, p2, w1, w2, ds, maxima, ties, dp1, dp2, dx, dresidual, n, c, r, l, options: tl.constexpr,
+    g, x, residual, p1, p2, w1, w2, ds, maxima, ties, dp1, dp2, dx, dresidual, n, c, r, l, codes: tl.constexpr,
     RESIDUAL: tl.constexpr, TO_X: tl.constexpr, LAST: tl.constexpr, ALIGN: tl.constexpr,
     BC: tl.constexpr, BL: tl.constexpr, BR: tl.constexpr, BKC: tl.constexpr, BKR: tl.constexpr,
 ):  # fmt: skip
     n0 = block(tl.program_id(0), 1)
     for c0 in range(0, c, BC):
         _reduce(
-            g, x, residual, p2, ds, maxima, ties, 0, n0, c0, 0, l, n, c, l, options,
+            g, x, residual, p2, ds, maxima, ties, 0, n0, c0, 0, l, n, c, l, codes,
             RESIDUAL, LAST, ALIGN, 1, BC, BL,
         )  # fmt: skip
     tl.debug_barrier()
     for r0 in range(0, r, BR):
-        _hidden(ds, p1, p2, w2, dp1, dp2, n0, r0, 1, n, c, r, options, 1, BR, BKC)
+        _hidden(ds, p1, p2, w2, dp1, dp2, n0, r0, 1, n, c, r, codes, 1, BR, BKC)
     if (dx is not None) or (dresidual is not None):
         tl.debug_barrier()
         for c0 in range(0, c, BC):
             _distribute(
                 g, x, residual, p2, dp1, dp2, w1, w2, maxima, ties, dx, dresidual,
-                n0, c0, 0, l, 1, n, c, r, l, options, RESIDUAL, TO_X, LAST, ALIGN, 1, BC, BL, BKR,
+                n0, c0, 0, l, 1, n, c, r, l, codes, RESIDUAL, TO_X, LAST, ALIGN, 1, BC, BL, BKR,
             )  # fmt: skip

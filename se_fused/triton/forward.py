@@ -39,7 +39,7 @@ from .tiles import (
 
 @triton.jit
 def _squeeze(
-    x, sums, maxima, split, n0, c0, begin, end, n, c, l, options: tl.constexpr,
+    x, sums, maxima, split, n0, c0, begin, end, n, c, l, codes: tl.constexpr,
     LAST: tl.constexpr, ALIGN: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
     A: tl.constexpr = sums.dtype.element_ty
@@ -48,48 +48,48 @@ def _squeeze(
     for l0 in range(begin, end, BL):
         offset, inside = tile(n0, c0, l0, n, c, l, LAST, ALIGN, BN, BC, BL)
         raw = tl.load(x + offset, inside, 0.0).to(A)
-        u = activation(raw, options[PRE_ACT], options[SLOPE], options[OFFSET])
-        if options[SQUEEZE] != MAX:
+        u = activation(raw, codes[PRE_ACT], codes[SLOPE], codes[OFFSET])
+        if codes[SQUEEZE] != MAX:
             total += tl.where(inside, u, 0.0)
-        if options[SQUEEZE] != MEAN:
+        if codes[SQUEEZE] != MEAN:
             largest = max_keep_nan(largest, tl.where(inside, u, LOWEST))
     at, valid = rows(n0, c0, n, c, BN, BC)
-    if options[SQUEEZE] != MAX:
+    if codes[SQUEEZE] != MAX:
         tl.store(sums + split * n * c + at, tl.sum(total, 2), valid)
-    if options[SQUEEZE] != MEAN:
+    if codes[SQUEEZE] != MEAN:
         tl.store(maxima + split * n * c + at, max_of_positions(largest), valid)
 
 
 @triton.jit
-def _squeezed(sums, maxima, at, valid, splits, n, c, l, options: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr):
+def _squeezed(sums, maxima, at, valid, splits, n, c, l, codes: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr):
     """z [BN, BC]."""
     A: tl.constexpr = sums.dtype.element_ty
     z = tl.zeros([BN, BC], A)
     largest = tl.full([BN, BC], LOWEST, A)
     for split in range(splits):
-        if options[SQUEEZE] != MAX:
+        if codes[SQUEEZE] != MAX:
             z += tl.load(sums + split * n * c + at, valid, 0.0)
-        if options[SQUEEZE] != MEAN:
+        if codes[SQUEEZE] != MEAN:
             largest = max_keep_nan(largest, tl.load(maxima + split * n * c + at, valid, 0.0))
-    if options[SQUEEZE] == MAX:
+    if codes[SQUEEZE] == MAX:
         z = largest
     else:
         z = z / l
-        if options[SQUEEZE] != MEAN:
+        if codes[SQUEEZE] != MEAN:
             z = (z + largest) / 2
     return z
 
 
 @triton.jit
 def _hidden(
-    sums, maxima, z, w1, b1, p1, n0, r0, splits, n, c, r, l, options: tl.constexpr,
+    sums, maxima, z, w1, b1, p1, n0, r0, splits, n, c, r, l, codes: tl.constexpr,
     BN: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     A: tl.constexpr = sums.dtype.element_ty
     products = tl.zeros([BN, BR, BK], A)
     for c0 in range(0, c, BK):
         at, valid = rows(n0, c0, n, c, BN, BK)
-        v = _squeezed(sums, maxima, at, valid, splits, n, c, l, options, BN, BK)
+        v = _squeezed(sums, maxima, at, valid, splits, n, c, l, codes, BN, BK)
         if r0 == 0:
             tl.store(z + at, v, valid)
         if w1 is not None:
@@ -101,28 +101,28 @@ def _hidden(
 
 @triton.jit
 def _scale(
-    x, residual, z, p1, w2, b2, p2, y, n0, c0, begin, end, n, c, r, l, options: tl.constexpr,
+    x, residual, z, p1, w2, b2, p2, y, n0, c0, begin, end, n, c, r, l, codes: tl.constexpr,
     RESIDUAL: tl.constexpr, LAST: tl.constexpr, ALIGN: tl.constexpr,
     BN: tl.constexpr, BC: tl.constexpr, BL: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     if p1 is not None:
-        t = product(p1, w2, b2, n0, c0, n, c, r, options[ACT], options, False, BN, BC, BK)
+        t = product(p1, w2, b2, n0, c0, n, c, r, codes[ACT], codes, False, BN, BC, BK)
     else:
-        t = product(z, w2, b2, n0, c0, n, c, c, IDENTITY, options, False, BN, BC, BK)
+        t = product(z, w2, b2, n0, c0, n, c, c, IDENTITY, codes, False, BN, BC, BK)
     if (p2 is not None) and (begin == 0):
         at, valid = rows(n0, c0, n, c, BN, BC)
         tl.store(p2 + at, t, valid)
-    s = activation(t, options[GATE], options[SLOPE], options[OFFSET])
+    s = activation(t, codes[GATE], codes[SLOPE], codes[OFFSET])
     for l0 in range(begin, end, BL):
         offset, inside = tile(n0, c0, l0, n, c, l, LAST, ALIGN, BN, BC, BL)
-        _, _, v = blend(x, residual, s, offset, inside, options, RESIDUAL)
-        out = activation(v, options[POST_ACT], options[SLOPE], options[OFFSET])
+        _, _, v = blend(x, residual, s, offset, inside, codes, RESIDUAL)
+        out = activation(v, codes[POST_ACT], codes[SLOPE], codes[OFFSET])
         tl.store(y + offset, out.to(y.dtype.element_ty), inside)
 
 
 @triton.jit
 def squeeze_kernel(
-    x, sums, maxima, n, c, l, steps, options: tl.constexpr,
+    x, sums, maxima, n, c, l, steps, codes: tl.constexpr,
     LAST: tl.constexpr, ALIGN: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(c, BC)
@@ -131,22 +131,22 @@ def squeeze_kernel(
     split = tl.program_id(1).to(tl.int64)
     begin = block(split, BL) * steps
     end = tl.minimum(begin + steps * BL, l)
-    _squeeze(x, sums, maxima, split, n0, c0, begin, end, n, c, l, options, LAST, ALIGN, BN, BC, BL)
+    _squeeze(x, sums, maxima, split, n0, c0, begin, end, n, c, l, codes, LAST, ALIGN, BN, BC, BL)
 
 
 @triton.jit
 def hidden_kernel(
-    sums, maxima, z, w1, b1, p1, splits, n, c, r, l, options: tl.constexpr,
+    sums, maxima, z, w1, b1, p1, splits, n, c, r, l, codes: tl.constexpr,
     BN: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     n0 = block(tl.program_id(0), BN)
     r0 = block(tl.program_id(1), BR)
-    _hidden(sums, maxima, z, w1, b1, p1, n0, r0, splits, n, c, r, l, options, BN, BR, BK)
+    _hidden(sums, maxima, z, w1, b1, p1, n0, r0, splits, n, c, r, l, codes, BN, BR, BK)
 
 
 @triton.jit
 def scale_kernel(
-    x, residual, z, p1, w2, b2, p2, y, n, c, r, l, steps, options: tl.constexpr,
+    x, residual, z, p1, w2, b2, p2, y, n, c, r, l, steps, codes: tl.constexpr,
     RESIDUAL: tl.constexpr, LAST: tl.constexpr, ALIGN: tl.constexpr,
     BN: tl.constexpr, BC: tl.constexpr, BL: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -156,27 +156,27 @@ def scale_kernel(
     begin = block(tl.program_id(1), BL) * steps
     end = tl.minimum(begin + steps * BL, l)
     _scale(
-        x, residual, z, p1, w2, b2, p2, y, n0, c0, begin, end, n, c, r, l, options,
+        x, residual, z, p1, w2, b2, p2, y, n0, c0, begin, end, n, c, r, l, codes,
         RESIDUAL, LAST, ALIGN, BN, BC, BL, BK,
     )  # fmt: skip
 
 
 @triton.jit
 def sample_kernel(
-    x, residual, w1, b1, w2, b2, sums, maxima, z, p1, p2, y, n, c, r, l, options: tl.constexpr,
+    x, residual, w1, b1, w2, b2, sums, maxima, z, p1, p2, y, n, c, r, l, codes: tl.constexpr,
     RESIDUAL: tl.constexpr, LAST: tl.constexpr, ALIGN: tl.constexpr,
     BC: tl.constexpr, BL: tl.constexpr, BR: tl.constexpr, BKC: tl.constexpr, BKR: tl.constexpr,
 ):  # fmt: skip
     n0 = block(tl.program_id(0), 1)
     for c0 in range(0, c, BC):
-        _squeeze(x, sums, maxima, 0, n0, c0, 0, l, n, c, l, options, LAST, ALIGN, 1, BC, BL)
+        _squeeze(x, sums, maxima, 0, n0, c0, 0, l, n, c, l, codes, LAST, ALIGN, 1, BC, BL)
     tl.debug_barrier()
     for r0 in range(0, r, BR):
-        _hidden(sums, maxima, z, w1, b1, p1, n0, r0, 1, n, c, r, l, options, 1, BR, BKC)
+        _hidden(sums, maxima, z, w1, b1, p1, n0, r0, 1, n, c, r, l, codes, 1, BR, BKC)
     # Also because y may be x, which all threads must have read.
     tl.debug_barrier()
     for c0 in range(0, c, BC):
         _scale(
-            x, residual, z, p1, w2, b2, p2, y, n0, c0, 0, l, n, c, r, l, options,
+            x, residual, z, p1, w2, b2, p2, y, n0, c0, 0, l, n, c, r, l, codes,
             RESIDUAL, LAST, ALIGN, 1, BC, BL, BKR,
         )  # fmt: skip

@@ -41,7 +41,7 @@ class _Problem:
         if residual is not None:
             how = X_ITSELF if residual.data_ptr() == x.data_ptr() else MAP
         self.residual = residual if how is MAP else None
-        self.map = {"options": options, "LAST": last, "ALIGN": p.align, "BC": p.block_c, "BL": p.block_l}
+        self.map = {"codes": options, "LAST": last, "ALIGN": p.align, "BC": p.block_c, "BL": p.block_l}
         self.blend = {**self.map, "RESIDUAL": how.value}
         # Fused multiply-adds can round u differently in two kernels, and what was the maximum would not equal it.
         self.launch = {"num_warps": p.warps, "enable_fp_fusion": self.squeeze == MEAN.value, **_REGISTERS}

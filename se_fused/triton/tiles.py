@@ -1,7 +1,7 @@
 """What the kernels share: where a tile of a map lies, products with the weights, and maxima that keep NaN.
 
 A tile is [BN samples, BC channels, BL positions] whatever the order of the map; what is known of its channels is
-[BN, BC]. `options` is the tuple of `se_fused.arguments.encode`; its places are named below.
+[BN, BC]. `codes` is the tuple of `se_fused.arguments.encode`; its places are named below.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def add_bias(v, bias, i0, count, BI: tl.constexpr):
 
 @triton.jit
 def product(
-    v, w, bias, n0, i0, n, count, depth, CODE: tl.constexpr, options: tl.constexpr,
+    v, w, bias, n0, i0, n, count, depth, CODE: tl.constexpr, codes: tl.constexpr,
     TRANSPOSED: tl.constexpr, BN: tl.constexpr, BI: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """[BN, BI]: bias[i] + sum_k a(v[n, k]) w[i, k], or w[k, i] if TRANSPOSED, with the activation CODE as a."""
@@ -104,18 +104,18 @@ def product(
     sums = tl.zeros([BN, BI, BK], A)
     for k0 in range(0, depth, BK):
         at, valid = rows(n0, k0, n, depth, BN, BK)
-        a = activation(tl.load(v + at, valid, 0.0), CODE, options[SLOPE], options[OFFSET])
+        a = activation(tl.load(v + at, valid, 0.0), CODE, codes[SLOPE], codes[OFFSET])
         sums += a[:, None, :] * matrix(w, i0, k0, count, depth, TRANSPOSED, BI, BK).to(A)
     out = tl.sum(sums, 2)
     return add_bias(out, bias, i0, count, BI)
 
 
 @triton.jit
-def blend(x, residual, s, offset, inside, options: tl.constexpr, RESIDUAL: tl.constexpr):
+def blend(x, residual, s, offset, inside, codes: tl.constexpr, RESIDUAL: tl.constexpr):
     """x, u and v = u s + residual on one tile."""
     A: tl.constexpr = s.dtype
     raw = tl.load(x + offset, inside, 0.0).to(A)
-    u = activation(raw, options[PRE_ACT], options[SLOPE], options[OFFSET])
+    u = activation(raw, codes[PRE_ACT], codes[SLOPE], codes[OFFSET])
     v = u * s[:, :, None]
     if RESIDUAL == MAP:
         v += tl.load(residual + offset, inside, 0.0).to(A)

@@ -14,7 +14,7 @@ from .tiles import ACT, OFFSET, SLOPE, block, rows
 
 @triton.jit
 def _outer(
-    a, b, dw, db, tile, n, height, width, CODE: tl.constexpr, options: tl.constexpr,
+    a, b, dw, db, tile, n, height, width, CODE: tl.constexpr, codes: tl.constexpr,
     BN: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr,
 ):  # fmt: skip
     """dw[i, j] = sum_n a[n, i] f(b[n, j]) with the activation CODE as f; db[i] = sum_n a[n, i]."""
@@ -28,7 +28,7 @@ def _outer(
         at, valid = rows(n0, i0, n, height, BN, BI)
         left = tl.load(a + at, valid, 0.0)
         at, valid = rows(n0, j0, n, width, BN, BJ)
-        right = activation(tl.load(b + at, valid, 0.0), CODE, options[SLOPE], options[OFFSET])
+        right = activation(tl.load(b + at, valid, 0.0), CODE, codes[SLOPE], codes[OFFSET])
         products += left[:, :, None] * right[:, None, :]
         sums += left
     if dw is not None:
@@ -41,16 +41,16 @@ def _outer(
 
 @triton.jit
 def weights_kernel(
-    dp1, dp2, z, p1, dw1, db1, dw2, db2, tiles2, n, c, r, options: tl.constexpr,
+    dp1, dp2, z, p1, dw1, db1, dw2, db2, tiles2, n, c, r, codes: tl.constexpr,
     BN: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr,
 ):  # fmt: skip
     """The first `tiles2` programs belong to dw2, the others to dw1."""
     i = tl.program_id(0)
     if i < tiles2:
         if p1 is not None:
-            _outer(dp2, p1, dw2, db2, i, n, c, r, options[ACT], options, BN, BI, BJ)
+            _outer(dp2, p1, dw2, db2, i, n, c, r, codes[ACT], codes, BN, BI, BJ)
         else:
-            _outer(dp2, z, dw2, db2, i, n, c, c, IDENTITY, options, BN, BI, BJ)
+            _outer(dp2, z, dw2, db2, i, n, c, c, IDENTITY, codes, BN, BI, BJ)
     else:
         if p1 is not None:
-            _outer(dp1, z, dw1, db1, i - tiles2, n, r, c, IDENTITY, options, BN, BI, BJ)
+            _outer(dp1, z, dw1, db1, i - tiles2, n, r, c, IDENTITY, codes, BN, BI, BJ)
