@@ -36,20 +36,20 @@ def _channels_last(t: Tensor) -> Tensor:
 
 
 def _every_second(t: Tensor) -> Tensor:
-    wide = torch.empty(*t.shape[:-1], 2 * t.shape[-1], dtype=t.dtype)
+    wide = t.new_empty(*t.shape[:-1], 2 * t.shape[-1])
     wide[..., ::2] = t
     return wide[..., ::2]
 
 
 def _some_channels(t: Tensor, order: Callable[[Tensor], Tensor] = torch.Tensor.contiguous) -> Tensor:
     n, c, *spatial = t.shape
-    wide = order(torch.empty(n, c + 3, *spatial, dtype=t.dtype))
+    wide = order(t.new_empty(n, c + 3, *spatial))
     wide[:, 2 : c + 2] = t
     return wide[:, 2 : c + 2]
 
 
 def _offset(t: Tensor) -> Tensor:
-    flat = torch.empty(t.numel() + 1, dtype=t.dtype)
+    flat = t.new_empty(t.numel() + 1)
     flat[1:] = t.flatten()
     return flat[1:].view(t.shape)
 
@@ -82,23 +82,23 @@ class Case:
     seed: int = 0
     options: dict = field(default_factory=dict)
 
-    def tensors(self) -> dict[str, Tensor | None]:
-        """x, w1, b1, w2, b2, residual."""
+    def tensors(self, device: torch.device | str = "cpu") -> dict[str, Tensor | None]:
+        """x, w1, b1, w2, b2, residual: the same numbers on every device, laid out there."""
         torch.manual_seed(self.seed)
         shape = (self.n, self.c, *self.spatial)
-        x = LAYOUTS[self.layout](contiguous(shape, self.dtype))
+        x = LAYOUTS[self.layout](contiguous(shape, self.dtype).to(device))
         weight_dtype = (
             torch.float32 if self.float_weights and self.dtype in (torch.float16, torch.bfloat16) else self.dtype
         )
 
         def weight(rows: int, columns: int) -> Tensor:
             w = contiguous((rows, columns, *(1,) * self.kernel_dims), torch.float64) / math.sqrt(columns)
-            return w.to(weight_dtype)
+            return w.to(device, weight_dtype)
 
         def bias(length: int) -> Tensor | None:
-            return contiguous((length,), weight_dtype) if self.bias else None
+            return contiguous((length,), weight_dtype).to(device) if self.bias else None
 
-        residual = {"none": None, "map": contiguous(shape, self.dtype), "x": x}[self.residual]
+        residual = {"none": None, "map": contiguous(shape, self.dtype).to(device), "x": x}[self.residual]
         w1, b1 = (None, None) if self.r is None else (weight(self.r, self.c), bias(self.r))
         w2, b2 = weight(self.c, self.c if self.r is None else self.r), bias(self.c)
         return {"x": x, "w1": w1, "b1": b1, "w2": w2, "b2": b2, "residual": residual}
@@ -158,6 +158,13 @@ def in_float64(tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
 
 def truth(tensors: dict[str, Tensor | None], options: dict) -> Tensor:
     return call(reference.squeeze_excite, in_float64(tensors), options)
+
+
+def in_pytorch(tensors: dict[str, Tensor | None], options: dict) -> Tensor:
+    """What eager PyTorch computes in the tensors' own precision, without oneDNN: where there is AVX-512, its gelu of
+    infinity is NaN."""
+    with torch.backends.mkldnn.flags(enabled=False):
+        return call(reference.squeeze_excite, tensors, options)
 
 
 def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype, what: str = "y", factor: float = 1) -> None:

@@ -1,10 +1,12 @@
 """The CUDA backend on a GPU, where there is one: numbers, bits, streams, graphs, devices, memory."""
 
+import subprocess
+import sys
 import threading
 
 import pytest
 import torch
-from cases import Case, assert_close, call, truth
+from cases import LAYOUTS, Case, assert_close, call, truth
 
 import se_fused
 from benchmarks.shapes import GPU
@@ -25,11 +27,6 @@ def backend(request):
         yield request.param
 
 
-def on_gpu(case):
-    tensors = case.tensors()
-    return tensors, {name: t if t is None else t.cuda() for name, t in tensors.items()}
-
-
 @pytest.mark.parametrize("precision", verify.PRECISIONS)
 def test_the_grid_against_float64(precision):
     for seed, case in enumerate(verify.cases()):
@@ -43,14 +40,14 @@ def test_the_grid_against_float64(precision):
 @pytest.mark.parametrize("shape", [shape for shape in GPU if shape.n == 1], ids=str)
 def test_real_shapes(shape, dtype, layout):
     spatial = (shape.h, shape.w)
-    cpu, gpu = on_gpu(Case(n=2, c=shape.c, r=shape.r, spatial=spatial, dtype=dtype, layout=layout))
+    gpu = Case(n=2, c=shape.c, r=shape.r, spatial=spatial, dtype=dtype, layout=layout).tensors(CUDA)
     with torch.no_grad():
         y = call(se_fused.squeeze_excite, gpu, {})
-    assert_close(y.cpu(), truth(cpu, {}), dtype)
+    assert_close(y, truth(gpu, {}), dtype)
 
 
 def test_the_same_bits_on_every_run():
-    _, gpu = on_gpu(Case(n=8, c=256, r=64, spatial=(14, 14), dtype=torch.float16))
+    gpu = Case(n=8, c=256, r=64, spatial=(14, 14), dtype=torch.float16).tensors(CUDA)
     runs = []
     for _ in range(5):
         leaves = {name: t if t is None else t.detach().requires_grad_() for name, t in gpu.items()}
@@ -60,31 +57,30 @@ def test_the_same_bits_on_every_run():
 
 
 def test_a_graph_replays_on_new_data():
-    cpu, gpu = on_gpu(Case(n=4, c=64, r=16, spatial=(14, 14)))
+    gpu = Case(n=4, c=64, r=16, spatial=(14, 14)).tensors(CUDA)
     with torch.no_grad():
         call(se_fused.squeeze_excite, gpu, {})
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             y = call(se_fused.squeeze_excite, gpu, {})
         for _ in range(3):
-            cpu["x"].normal_()
-            gpu["x"].copy_(cpu["x"])
+            gpu["x"].normal_()
             graph.replay()
-            assert_close(y.cpu(), truth(cpu, {}), torch.float32)
+            assert_close(y, truth(gpu, {}), torch.float32)
 
 
 def test_threads_with_a_stream_and_a_shape_each():
     failures = []
 
     def work(seed):
-        cpu, gpu = on_gpu(Case(n=3, c=96, r=24, spatial=(9, 9 + 16 * seed), seed=seed))
+        gpu = Case(n=3, c=96, r=24, spatial=(9, 9 + 16 * seed), seed=seed).tensors(CUDA)
         torch.cuda.synchronize()
         with torch.cuda.stream(torch.cuda.Stream()), torch.no_grad():
             outputs = [call(se_fused.squeeze_excite, gpu, {}) for _ in range(50)]
             torch.cuda.current_stream().synchronize()
         try:
             for y in outputs:
-                assert_close(y.cpu(), truth(cpu, {}), torch.float32)
+                assert_close(y, truth(gpu, {}), torch.float32)
         except AssertionError as error:
             failures.append(error)
 
@@ -97,7 +93,7 @@ def test_threads_with_a_stream_and_a_shape_each():
 
 
 def test_in_place_allocates_nothing_of_the_size_of_the_map():
-    _, gpu = on_gpu(Case(n=8, c=64, r=16, spatial=(56, 56)))
+    gpu = Case(n=8, c=64, r=16, spatial=(56, 56)).tensors(CUDA)
     x = gpu["x"]
     with torch.no_grad():
         call(se_fused.squeeze_excite, gpu, {}, inplace=True)
@@ -108,7 +104,7 @@ def test_in_place_allocates_nothing_of_the_size_of_the_map():
 
 
 def test_it_never_waits_for_the_gpu():
-    _, gpu = on_gpu(Case(n=2, c=64, r=16, spatial=(14, 14)))
+    gpu = Case(n=2, c=64, r=16, spatial=(14, 14)).tensors(CUDA)
     leaves = {name: t if t is None else t.detach().requires_grad_() for name, t in gpu.items()}
     call(se_fused.squeeze_excite, leaves, {}).sum().backward()
     torch.cuda.set_sync_debug_mode("error")
@@ -120,16 +116,16 @@ def test_it_never_waits_for_the_gpu():
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
 def test_another_than_the_current_device():
-    cpu, gpu = on_gpu(Case())
+    gpu = Case().tensors(CUDA)
     there = {name: t if t is None else t.to("cuda:1") for name, t in gpu.items()}
     with torch.no_grad():
         y = call(se_fused.squeeze_excite, there, {})
     assert torch.cuda.current_device() == 0
-    assert_close(y.cpu(), truth(cpu, {}), torch.float32)
+    assert_close(y.cpu(), truth(gpu, {}).cpu(), torch.float32)
 
 
 def test_explain_prints_the_plan(backend):
-    _, gpu = on_gpu(Case())
+    gpu = Case().tensors(CUDA)
     text = str(se_fused.explain(*[gpu[name] for name in ("x", "w1", "b1", "w2", "b2")]))
     clusters = torch.cuda.get_device_capability() >= (9, 0) and not backend
     assert text.startswith("cuda: cluster forward" if clusters else "cuda: two_pass forward")
@@ -142,10 +138,10 @@ def test_explain_prints_the_plan(backend):
 def test_clusters_of_every_size(size, layout, dtype):
     if backends.cuda_limits(0)[4 + size.bit_length() - 1] == 0:
         pytest.skip(f"no clusters of {size} here")
-    cpu, gpu = on_gpu(Case(n=5, c=192, r=12, spatial=(7, 7), dtype=dtype, layout=layout))
+    gpu = Case(n=5, c=192, r=12, spatial=(7, 7), dtype=dtype, layout=layout).tensors(CUDA)
     with se_fused.use_backend("cuda", f"cluster size={size}"), torch.no_grad():
         y = call(se_fused.squeeze_excite, gpu, {})
-    assert_close(y.cpu(), truth(cpu, {}), dtype)
+    assert_close(y, truth(gpu, {}), dtype)
 
 
 def test_more_than_2_to_the_31_elements():
@@ -161,3 +157,44 @@ def test_more_than_2_to_the_31_elements():
     assert torch.allclose(x[-1].float().aminmax().max.cpu(), expected, atol=1e-3)
     assert torch.allclose(x[-1].float().aminmax().min.cpu(), expected, atol=1e-3)
     assert not x[:-1].any()
+
+
+def test_layouts_reach_the_device_as_they_are():
+    """A copy to the GPU packs a strided tensor: what is tested there must be laid out there."""
+    tensors = {layout: Case(layout=layout).tensors(CUDA)["x"] for layout in LAYOUTS}
+    assert tensors["offset"].data_ptr() % 16 == 4
+    assert not any(tensors[name].is_contiguous() for name in LAYOUTS if name not in ("contiguous", "offset"))
+
+
+FRESH = """
+import os, torch, se_fused
+from se_fused import backends
+assert not torch.cuda.is_initialized()
+"""
+CALL = """
+torch.manual_seed(0)
+m, x = se_fused.SqueezeExcite(64, 4).cuda().requires_grad_(False), torch.randn(3, 64, 7, 7, device="cuda")
+"""
+CHECK = """
+wanted = se_fused.reference.squeeze_excite(x.double(), *(w.double() for w in (m.w1, m.b1, m.w2, m.b2)))
+torch.testing.assert_close(y.double(), wanted, rtol=1e-5, atol=1e-5)
+assert backends.why_not("cuda", x.device) is None
+"""
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        f"{FRESH}child = os.fork()\nif child == 0:{{}}\n    os._exit(0)\nassert os.waitpid(child, 0)[1] == 0",
+        f"{FRESH}{CALL}g = torch.cuda.CUDAGraph()\nwith torch.cuda.graph(g):\n    y = m(x)\ng.replay()\n{CHECK}",
+        f"{FRESH}{CALL}y = torch.compile(m, fullgraph=True, backend='aot_eager')(x)\n{CHECK}",
+        f"{FRESH}x = torch.nn.Sequential(m := se_fused.SqueezeExcite(64)); r = se_fused.replace(x.cuda()); print(r)",
+    ],
+    ids=["after a fork", "in a capture", "in a compiler", "in replace"],
+)
+def test_the_first_call_of_a_process(program, backend):
+    if backend:
+        pytest.skip("the plan is not what is asked")
+    program = program.replace("{}", "\n    ".join(["", *f"{CALL}y = m(x)\n{CHECK}".splitlines()]))
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=100)
+    assert done.returncode == 0, done.stderr

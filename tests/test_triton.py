@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import Case, assert_close, call, cases, in_float64, truth
+from cases import Case, assert_close, call, cases, in_float64, in_pytorch, truth
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from test_gradients import ORDER_KEEPING, gradients
@@ -60,15 +60,8 @@ def small(case):
     return replace(case, n=min(case.n, 3), spatial=spatial)
 
 
-def on_device(tensors):
-    moved = {name: t if t is None else t.to(DEVICE) for name, t in tensors.items()}
-    if tensors["residual"] is tensors["x"]:
-        moved["residual"] = moved["x"]
-    return moved
-
-
 def check_forward(case, how):
-    tensors = on_device(case.tensors())
+    tensors = case.tensors(DEVICE)
     with torch.no_grad(), launches(how):
         y = call(se_fused.squeeze_excite, tensors, case.options)
     assert y.dtype == case.dtype
@@ -76,7 +69,7 @@ def check_forward(case, how):
 
 
 def check_gradients(case, how):
-    tensors = on_device(case.tensors())
+    tensors = case.tensors(DEVICE)
     g = torch.randn_like(tensors["x"])
     with launches(how):
         actual = gradients(se_fused.squeeze_excite, tensors, case.options, g)
@@ -120,12 +113,12 @@ def test_real_and_odd_shapes(n, c, r, spatial, layout, how):
 def test_special_values_stay_in_their_sample(place, name, squeeze):
     specials = [float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e38, -1e38, 1e-40]
     case = Case(n=len(specials) + 1, c=4, r=2, spatial=(2, 3), options={place: name, "squeeze": squeeze})
-    tensors = on_device(case.tensors())
+    tensors = case.tensors(DEVICE)
     for sample, value in enumerate(specials):
         tensors["x"][sample, 2, 1, 1] = value
     with torch.no_grad():
         y = call(se_fused.squeeze_excite, tensors, case.options)
-        expected = call(reference.squeeze_excite, tensors, case.options)
+        expected = in_pytorch(tensors, case.options)
     for sample in range(case.n):  # each on its own, for the largest value sets the tolerance
         assert_close(y[sample], expected[sample].double(), torch.float32, f"sample {sample}")
 
@@ -134,7 +127,7 @@ def test_special_values_stay_in_their_sample(place, name, squeeze):
 @pytest.mark.parametrize("squeeze", SQUEEZES)
 def test_gradients_of_nan_and_of_equal_maxima(squeeze, how):
     case = Case(n=3, c=4, r=2, spatial=(3, 3), dtype=torch.float64, options={"squeeze": squeeze, "pre_act": "relu"})
-    tensors = on_device(case.tensors())
+    tensors = case.tensors(DEVICE)
     tensors["x"][0, 1, 2, 1] = float("nan")
     tensors["x"][1] = 2
     g = torch.randn_like(tensors["x"])
@@ -152,7 +145,7 @@ def test_gradients_of_nan_and_of_equal_maxima(squeeze, how):
 @pytest.mark.parametrize("residual", ["none", "x"])
 def test_in_place_writes_the_same_over_x(dtype, layout, residual, how):
     case = Case(n=2, c=9, r=3, dtype=dtype, layout=layout, residual=residual, options={"post_act": "relu"})
-    tensors = on_device(case.tensors())
+    tensors = case.tensors(DEVICE)
     with torch.no_grad(), launches(how):
         y = call(se_fused.squeeze_excite, tensors, case.options)
         assert torch.equal(y, call(se_fused.squeeze_excite, tensors, case.options))
@@ -255,7 +248,7 @@ def test_compile_keeps_one_operator_that_triton_serves():
         fullgraph=True,
         backend=lambda graph, _: seen.append(str(graph.graph)) or graph,
     )
-    inputs = [on_device(case.tensors())[name] for name in ("x", "w1", "b1", "w2", "b2")]
+    inputs = [case.tensors(DEVICE)[name] for name in ("x", "w1", "b1", "w2", "b2")]
     with torch.no_grad():
         torch.testing.assert_close(compiled(*inputs), se_fused.squeeze_excite(*inputs) + 1)
     assert "se_fused.squeeze_excite.default" in seen[0]
