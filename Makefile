@@ -4,7 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test bench gpu-check lint format clean
+# The machine that `prebuild` builds for: its Python, its torch and its GPUs, as TORCH_CUDA_ARCH_LIST has them.
+PREBUILD_PYTHON ?= python3.12
+PREBUILD_TORCH ?= 2.11.0
+PREBUILD_GPUS ?= 9.0
+
+.PHONY: demo test bench gpu-check prebuild lint format clean
 
 demo: $(VENV)/demo
 	$(BIN)/python -m se_fused demo $(DEMO_OPTIONS)
@@ -19,6 +24,18 @@ bench: $(VENV)/bench
 gpu-check:
 	$(PYTHON) -m benchmarks.gpu_check --out $(or $(OUT),gpu_check) $(GPU_CHECK_OPTIONS)
 
+# Libraries in se_fused/_native that travel with the folder, for a machine that has no time to compile. Of torch only
+# headers and symbols are read, so none of its dependencies is installed.
+prebuild: $(VENV)-prebuild/torch-$(PREBUILD_TORCH)
+	TORCH_CUDA_ARCH_LIST="$(PREBUILD_GPUS)" $(VENV)-prebuild/bin/python se_fused/build.py
+	du -sh se_fused/_native
+
+$(VENV)-prebuild/torch-%:
+	$(PREBUILD_PYTHON) -m venv $(VENV)-prebuild
+	$(VENV)-prebuild/bin/pip install --quiet --disable-pip-version-check ninja pybind11 filelock setuptools
+	$(VENV)-prebuild/bin/pip install --quiet --disable-pip-version-check --no-deps torch==$*
+	touch $@
+
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -31,7 +48,7 @@ format: $(VENV)/dev
 	$(BIN)/clang-format -i $$(git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
 clean:
-	rm -rf $(VENV) build *.egg-info se_fused/_native
+	rm -rf $(VENV) $(VENV)-prebuild build *.egg-info se_fused/_native
 
 # torch comes first, so that the build finds it and no other version is fetched.
 $(VENV)/torch: constraints.txt

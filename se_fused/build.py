@@ -1,17 +1,20 @@
 """The one builder of the native code: by setup.py ahead of time, or when the package is first imported.
 
 A build is a folder named by the hash of all that went into it (sources, flags, this file, Python's ABI, machine), so a
-stale one is never loaded. setup.py leaves it in the package; the first import, in the user's cache folder. This file
-needs no other file of the package, because setup.py runs it before there is one.
+stale one is never loaded. The name of a CUDA build goes on with the architectures that it has code for, so that a build
+made on one machine serves another with such a GPU. setup.py leaves it in the package; the first import, in the user's
+cache folder. This file needs no other file of the package, because setup.py runs it before there is one.
 
 There are two groups: "cpu" (the CPU operators and the module _C) and "cuda" (the CUDA operators, where nvcc is found).
 
 Environment: CXX, the compiler; CUDA_HOME, where nvcc is, if not on the PATH; TORCH_CUDA_ARCH_LIST, what to compile for,
-such as "8.0 9.0+PTX"; MAX_JOBS, parallel compilations; SE_FUSED_CXXFLAGS, more flags; SE_FUSED_CACHE, the cache folder.
+in torch's spellings ("8.0 9.0+PTX", "Ampere;Hopper", "All", "native"); MAX_JOBS, parallel compilations;
+SE_FUSED_CXXFLAGS, more flags; SE_FUSED_CACHE, the cache folder.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import importlib.util
 import logging
@@ -25,8 +28,10 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
+from typing import TypeVar
 
 _PACKAGE = Path(__file__).resolve().parent
 _BESIDE, _INSIDE = _PACKAGE.parent / "csrc", _PACKAGE / "csrc"
@@ -43,10 +48,20 @@ _KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
 _X86 = {"v3": "x86-64-v3", "v4": "x86-64-v4"}
 # Every architecture that the CUDA of today compiles for; the last one also as PTX, for those to come.
 ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
+# torch.utils.cpp_extension's names. What is older than 7.5 cannot run the kernels and is left out.
+_NAMED = {
+    **dict.fromkeys(("Kepler", "Kepler+Tesla", "Maxwell", "Maxwell+Tegra"), ""),
+    **dict.fromkeys(("Pascal", "Pascal+Tegra", "Volta", "Volta+Tegra"), ""),
+    "Turing": "7.5+PTX", "Ampere": "8.0 8.6+PTX", "Ampere+Tegra": "8.7", "Ada": "8.9+PTX", "Hopper": "9.0+PTX",
+    "Blackwell": "10.0 10.3 12.0 12.1+PTX", "Blackwell+Tegra": "11.0",
+    **dict.fromkeys(("All", "Common"), "7.5 8.0 8.6 8.9 9.0 10.0 12.0+PTX"),
+}  # fmt: skip
+_OLDEST = 75
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 GROUPS = {"cpu": ("cpu", "_C"), "cuda": ("cuda",)}
 _TIMEOUT = 1800  # seconds; on two cores the CPU group takes about 40, the CUDA group 30 for each architecture
 _log = logging.getLogger("se_fused")
+T = TypeVar("T")
 
 
 class BuildError(RuntimeError):
@@ -66,10 +81,10 @@ def _instruction_sets() -> dict[str, list[str]]:
 
 
 def key(group: str = "cpu") -> str:
-    """The name of the build of a group that belongs to these sources on this machine.
+    """The name of the build of a group that belongs to these sources, for this Python on this kind of machine.
 
     Raises:
-        BuildError: without torch; for "cuda" without nvcc.
+        BuildError: without torch.
     """
     digest = hashlib.sha256()
     others = {name for name in GROUPS if name != group}
@@ -83,10 +98,6 @@ def key(group: str = "cpu") -> str:
     if group == "cpu":
         header = _torch() / "include" / "ATen" / "dlpack.h"  # all that the group has of the torch that is here
         digest.update(header.read_bytes() if header.is_file() else b"")
-    if group == "cuda":
-        version = subprocess.run([nvcc(), "--version"], capture_output=True, text=True, check=False).stdout
-        for text in (version, *architecture_flags()):
-            digest.update(text.encode() + b"\0")
     return digest.hexdigest()[:24]
 
 
@@ -107,21 +118,71 @@ def nvcc() -> str:
     return found
 
 
-def architecture_flags() -> list[str]:
-    """nvcc's -gencode flags: for TORCH_CUDA_ARCH_LIST, else for the GPUs that are here, else for all."""
-    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
-    if asked:
-        names = re.split(r"[ ;,]+", asked.strip())
-        if not all(re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name) for name in names):
-            raise BuildError(f"TORCH_CUDA_ARCH_LIST is {asked!r}; wanted such as '8.0 9.0+PTX'")
-        names = [name.replace(".", "") for name in names]
-    else:
-        import torch
+def gpus() -> list[tuple[int, int]]:
+    """The compute capabilities of this machine's GPUs, hidden ones too, by NVML: CUDA stays uninitialised."""
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return []
+    count, handle, major, minor = ctypes.c_uint(), ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
+    if nvml.nvmlInit_v2() != 0 or nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0:
+        return []
+    found = set()
+    for i in range(count.value):
+        if (
+            nvml.nvmlDeviceGetHandleByIndex_v2(i, ctypes.byref(handle)) == 0
+            and nvml.nvmlDeviceGetCudaComputeCapability(handle, ctypes.byref(major), ctypes.byref(minor)) == 0
+        ):
+            found.add((major.value, minor.value))
+    return sorted(found)
 
-        here = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-        names = sorted(f"{major}{minor}" for major, minor in here) or [*ARCHITECTURES[:-1], f"{ARCHITECTURES[-1]}+PTX"]
+
+def architectures() -> list[str]:
+    """What to compile for, such as ["80", "90+PTX"]: TORCH_CUDA_ARCH_LIST, else the GPUs that are here, else all.
+
+    Raises:
+        BuildError: for a list that torch would not take, or that has nothing from 7.5 on.
+    """
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
+    names: list[str] = []
+    if asked and asked != "native":
+        for word in re.split(r"[ ;,]+", asked):
+            for name in _NAMED.get(word, word).split():
+                if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name):
+                    raise BuildError(
+                        f"TORCH_CUDA_ARCH_LIST has {name!r}; wanted such as '8.0 9.0+PTX' or 'Ampere;Hopper'"
+                    )
+                names.append(name.replace(".", ""))
+        names = [name for name in dict.fromkeys(names) if _number(name) >= _OLDEST]
+        if not names:
+            raise BuildError(f"TORCH_CUDA_ARCH_LIST is {asked!r}; the CUDA kernels need 7.5 or later")
+        return names
+    names = [f"{major}{minor}" for major, minor in gpus() if 10 * major + minor >= _OLDEST]
+    return names or [*ARCHITECTURES[:-1], f"{ARCHITECTURES[-1]}+PTX"]
+
+
+def _number(architecture: str) -> int:
+    """90 of "90", "90a" and "90+PTX"."""
+    return int(re.sub(r"\D.*", "", architecture))
+
+
+def runs_on(architectures: list[str], gpu: tuple[int, int]) -> bool:
+    """Whether code for these architectures runs on a GPU: machine code in one major version, PTX on all later ones."""
+    capability = 10 * gpu[0] + gpu[1]
+    for name in architectures:
+        number = _number(name)
+        exact = "a" in name
+        if (number == capability) if exact else (number <= capability and number // 10 == gpu[0]):
+            return True
+        if name.endswith("+PTX") and number <= capability and not exact:
+            return True
+    return False
+
+
+def architecture_flags() -> list[str]:
+    """nvcc's -gencode flags for `architectures()`."""
     flags = []
-    for name in names:
+    for name in architectures():
         sm = name.removesuffix("+PTX")
         flags += ["-gencode", f"arch=compute_{sm},code=sm_{sm}"]
         if name.endswith("+PTX"):
@@ -215,14 +276,14 @@ def _jobs() -> list[str]:
 
 
 def build(parent: Path, group: str = "cpu") -> Path:
-    """Build a group into `parent / key(group)` and return that folder; a build that is there stays as it is.
+    """Build a group into a folder of `parent` and return that folder; a build that is there stays as it is.
 
     Safe against other processes that build the same, and against being killed: the folder appears whole or not at all.
 
     Raises:
         BuildError: without a compiler or torch, or if compilation fails; the message ends with the compiler's.
     """
-    target = parent / key(group)
+    target = parent / (key(group) if group == "cpu" else "-".join([key(group), *architectures()]))
     if target.is_dir():
         return target
     try:
@@ -253,9 +314,14 @@ def build(parent: Path, group: str = "cpu") -> Path:
 
 def _cache() -> Path:
     """The cache folder, which only this user may write to: what lies there is loaded as code."""
-    import platformdirs
-
-    path = Path(os.environ.get("SE_FUSED_CACHE") or platformdirs.user_cache_dir("se_fused"))
+    named = os.environ.get("SE_FUSED_CACHE")
+    if not named:
+        try:
+            import platformdirs
+        except ImportError as error:
+            raise BuildError("platformdirs is not installed; SE_FUSED_CACHE names a cache folder") from error
+        named = platformdirs.user_cache_dir("se_fused")
+    path = Path(named)
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = path.stat()
@@ -266,25 +332,75 @@ def _cache() -> Path:
     return path
 
 
-def _folder(group: str) -> Path:
+def _found(parent: Path, group: str, enough: Callable[[Iterable[bool]], bool] = all) -> Path | None:
+    """A build of these sources in `parent`; for "cuda", one with code for all, or any, of this machine's GPUs."""
     name = key(group)
-    if (PREBUILT / name).is_dir():
-        return PREBUILT / name
+    if group == "cpu":
+        return parent / name if (parent / name).is_dir() else None
+    here = [gpu for gpu in gpus() if 10 * gpu[0] + gpu[1] >= _OLDEST]
+    for folder in sorted(parent.glob(f"{name}-*")):
+        if folder.is_dir() and enough(runs_on(folder.name.split("-")[1:], gpu) for gpu in here):
+            return folder
+    return None
+
+
+def _in_cache(group: str) -> Path:
     cache = _cache()
-    if not (cache / name).is_dir():
+    found = _found(cache, group)
+    if found is None:
         kernels = group.upper()
         _log.warning("se_fused: compiling the %s kernels into %s, once; this takes about a minute", kernels, cache)
-    return build(cache, group)
+        found = build(cache, group)
+    return found
+
+
+def _folder(group: str) -> Path:
+    packaged = _found(PREBUILT, group)
+    if packaged is not None:
+        return packaged
+    try:
+        return _in_cache(group)
+    except BuildError:
+        packaged = _found(PREBUILT, group, any)
+        if packaged is None:
+            raise
+        return packaged
+
+
+def _group(library: str) -> str:
+    (group,) = (group for group, libraries in GROUPS.items() if library in libraries)
+    return group
 
 
 def library(name: str) -> Path:
-    """The shared library "cpu" or "cuda" (for `torch.ops.load_library`) or "_C" (the Python module), built if need be.
+    """The shared library "cpu" or "cuda" or "_C" (the Python module), built if need be.
 
     Raises:
         BuildError: if it has to be built and cannot be.
     """
-    (group,) = (group for group, libraries in GROUPS.items() if name in libraries)
-    return _folder(group) / _file_name(name)
+    return _folder(_group(name)) / _file_name(name)
+
+
+def load(name: str, loader: Callable[[Path], T]) -> T:
+    """What `loader` makes of `library(name)`. One that does not load is built anew, in the cache.
+
+    Raises:
+        BuildError: if it has to be built and cannot be, or does not load even then.
+    """
+    group, file = _group(name), _file_name(name)
+    folder = _folder(group)
+    for _ in range(2):  # a packaged one, one in the cache
+        try:
+            return loader(folder / file)
+        except (OSError, ImportError) as error:
+            _log.warning("se_fused: %s does not load and is built anew: %s", folder, error)
+        if folder.parent != PREBUILT:
+            shutil.rmtree(folder)
+        folder = _in_cache(group)
+    try:
+        return loader(folder / file)
+    except (OSError, ImportError) as error:
+        raise BuildError(f"{folder / file} was built and does not load: {error}") from error
 
 
 def load_facts() -> ModuleType:
@@ -295,10 +411,20 @@ def load_facts() -> ModuleType:
     """
     name = "se_fused._C"
     if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, library("_C"))
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        sys.modules[name] = module
+        sys.modules[name] = load("_C", lambda file: _imported(name, file))
     return sys.modules[name]
+
+
+def _imported(name: str, file: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+if __name__ == "__main__":  # for a machine that only has to load them: `make prebuild`
+    PREBUILT.mkdir(exist_ok=True)
+    for each in GROUPS:
+        print(build(PREBUILT, each))

@@ -1,12 +1,15 @@
 """The builder: what a build is named by, how it fails, and that one library serves every CPU."""
 
+import inspect
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.utils.cpp_extension
 
 from se_fused import build
 
@@ -56,6 +59,144 @@ def test_what_cannot_be_built_says_why(monkeypatch, tmp_path, environment, messa
     with pytest.raises(build.BuildError, match=message):
         build.build(folder)
     assert not any(path.is_dir() for path in folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("asked", "names"),
+    [
+        ("9.0", ["90"]),
+        ("8.0;9.0+PTX", ["80", "90+PTX"]),
+        ("7.5, 8.6  9.0a", ["75", "86", "90a"]),
+        ("Ampere", ["80", "86+PTX"]),
+        ("Volta;Turing Hopper", ["75+PTX", "90+PTX"]),
+        ("6.0 7.0+PTX 7.5", ["75"]),
+        ("All", [*build.ARCHITECTURES[:-1], "120+PTX"]),
+        ("native", ["89"]),
+        ("", ["89"]),
+    ],
+)
+def test_architectures_are_spelled_as_torch_spells_them(monkeypatch, asked, names):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    monkeypatch.setattr(build, "gpus", lambda: [(7, 0), (8, 9)])
+    assert build.architectures() == names
+
+
+def test_every_name_that_torch_knows_is_known():
+    names = inspect.getsource(torch.utils.cpp_extension._get_cuda_arch_flags)
+    known = re.findall(r"\('([A-Z][\w+]+)', '([\d.;]+(?:\+PTX)?)'\)", names)
+    assert len(known) > 10
+    for name, value in known:
+        modern = [word for word in value.split(";") if float(word.removesuffix("+PTX")) >= 7.5]
+        assert build._NAMED[name].split() == modern, name
+
+
+def test_without_a_gpu_all_architectures_are_compiled(monkeypatch):
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.setattr(build, "gpus", list)
+    assert build.architectures() == [*build.ARCHITECTURES[:-1], "120+PTX"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [("sm_90", "has 'sm_90'; wanted such as"), ("9.0 Lovelace", "has 'Lovelace'"), ("6.0;Volta", "need 7.5 or later")],
+)
+def test_an_architecture_that_nobody_knows(monkeypatch, asked, message):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    with pytest.raises(build.BuildError, match=message):
+        build.architectures()
+
+
+@pytest.mark.parametrize(
+    ("architectures", "gpu", "runs"),
+    [
+        (["80"], (8, 6), True),
+        (["86"], (8, 0), False),
+        (["80"], (9, 0), False),
+        (["80+PTX"], (9, 0), True),
+        (["90+PTX"], (8, 0), False),
+        (["75", "90"], (9, 0), True),
+        (["90a"], (9, 0), True),
+        (["100a"], (10, 3), False),
+        (["100a+PTX"], (12, 0), False),
+        (["100"], (10, 3), True),
+    ],
+)
+def test_on_which_gpus_code_runs(architectures, gpu, runs):
+    assert build.runs_on(architectures, gpu) is runs
+
+
+@pytest.fixture
+def places(monkeypatch, tmp_path):
+    """An empty package and an empty cache, and an H100."""
+    packaged, cache = tmp_path / "packaged", tmp_path / "cache"
+    packaged.mkdir()
+    cache.mkdir(mode=0o700)
+    monkeypatch.setattr(build, "PREBUILT", packaged)
+    monkeypatch.setattr(build, "gpus", lambda: [(9, 0)])
+    monkeypatch.setenv("SE_FUSED_CACHE", str(cache))
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))  # where no nvcc is
+    return packaged, cache
+
+
+def test_a_packaged_cuda_library_serves_gpus_that_it_has_code_for_and_needs_no_nvcc(places, monkeypatch):
+    packaged, cache = places
+    (packaged / f"{build.key('cuda')}-75-90").mkdir()
+    assert build.library("cuda") == packaged / f"{build.key('cuda')}-75-90" / "libse_fused_cuda.so"
+    monkeypatch.setattr(build, "gpus", lambda: [(8, 0), (9, 0)])
+    assert build.library("cuda").parent.parent == packaged, "it serves one of two, and there is no nvcc for the other"
+    monkeypatch.setattr(build, "gpus", lambda: [(8, 0)])
+    with pytest.raises(build.BuildError, match="no CUDA compiler"):
+        build.library("cuda")
+    (cache / f"{build.key('cuda')}-80").mkdir()
+    assert build.library("cuda").parent.parent == cache
+
+
+def test_a_library_of_other_sources_is_not_taken(places):
+    packaged, _ = places
+    (packaged / ("0" * 24 + "-90")).mkdir()
+    with pytest.raises(build.BuildError, match="no CUDA compiler"):
+        build.library("cuda")
+
+
+@pytest.mark.parametrize("broken", ["packaged", "cached", "both"])
+def test_a_library_that_does_not_load_is_built_anew(places, monkeypatch, broken, caplog):
+    packaged, cache = places
+    good = Path(build.library.__globals__["__file__"]).read_bytes()
+    builds = []
+
+    def make(parent, group="cpu"):
+        folder = parent / build.key(group)
+        folder.mkdir()
+        (folder / "libse_fused_cpu.so").write_bytes(good)
+        builds.append(folder)
+        return folder
+
+    monkeypatch.setattr(build, "build", make)
+    for folder in {"packaged": [packaged], "cached": [cache], "both": [packaged, cache]}[broken]:
+        make(folder)
+        (folder / build.key() / "libse_fused_cpu.so").write_bytes(b"of another libc")
+    builds.clear()
+
+    def loader(path):
+        if path.read_bytes() != good:
+            raise OSError("version `GLIBC_2.99' not found")
+        return path
+
+    assert build.load("cpu", loader).parent == cache / build.key()
+    assert builds == [cache / build.key()]
+    assert "GLIBC_2.99" in caplog.text
+    with pytest.raises(build.BuildError, match="was built and does not load: never"):
+        build.load("cpu", lambda path: (_ for _ in ()).throw(OSError("never")))
+
+
+def test_the_cache_folder_needs_a_name_or_platformdirs(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "platformdirs", None)
+    monkeypatch.delenv("SE_FUSED_CACHE", raising=False)
+    with pytest.raises(build.BuildError, match="platformdirs is not installed; SE_FUSED_CACHE names"):
+        build._cache()
+    monkeypatch.setenv("SE_FUSED_CACHE", str(tmp_path / "named"))
+    assert build._cache() == tmp_path / "named"
 
 
 def test_a_cache_that_others_may_write_to_is_refused(monkeypatch, tmp_path):
