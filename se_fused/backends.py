@@ -63,6 +63,8 @@ _unusable: dict[str, str | None] = {
 _said: set[str] = set()
 _forced_plan = ""
 _cuda: ctypes.CDLL | None = None  # the compiled CUDA part, for what is no operator
+# Of each GPU that was asked: its limits, or why the CUDA part does not run on it.
+_gpus: dict[int, list[int] | str] = {}
 
 
 def _refuse(*_: Any) -> None:
@@ -74,29 +76,36 @@ forward_direct: Callable[..., torch.Tensor | None] = _refuse
 
 
 def load() -> None:
-    """Load the compiled parts, building them if need be. A failure leaves the reason for `explain` and the log."""
+    """Load the compiled parts, building them if need be. A failure leaves the reason for `explain` and the log.
+
+    CUDA stays uninitialised: GPUs are counted by NVML, and asked for more when a call first meets them.
+    """
     global _cuda
     names = ["cpu"]
-    if torch.version.cuda is not None and torch.cuda.is_available():
+    if torch.version.cuda is not None and torch.cuda.device_count() > 0:
         names.append("cuda")
     for name in names:
         if _forced == "reference":
             _unusable[name] = "not loaded, because SE_FUSED_BACKEND=reference"
             continue
         try:
-            path = build.library(name)
-            torch.ops.load_library(path)
+            path = build.load(name, _load_operators)
             _unusable[name] = None
             if name == "cpu":
                 _connect(path)
             else:
                 _cuda = ctypes.CDLL(str(path))
                 _cuda.se_fused_device_limits.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_int64)]
-                _cuda.se_fused_device_limits.restype = ctypes.c_bool
+                _cuda.se_fused_device_limits.restype = ctypes.c_char_p
                 _cuda.se_fused_force_plan.argtypes = [ctypes.c_char_p]
                 _cuda.se_fused_force_plan.restype = None
         except (build.BuildError, OSError) as error:
             _unusable[name] = str(error)
+
+
+def _load_operators(path: Path) -> Path:
+    torch.ops.load_library(path)
+    return path
 
 
 def _connect(path: Path) -> None:
@@ -115,12 +124,26 @@ def cuda_limits(index: int) -> list[int]:
     """Of a GPU: capability, multiprocessors, shared memory a block and a multiprocessor, clusters of 1, 2, 4, 8, 16.
 
     Raises:
-        RuntimeError: if the CUDA part is not loaded, or the device gives no answer.
+        RuntimeError: if the CUDA part is not loaded, or does not run on the device.
     """
-    limits = (ctypes.c_int64 * 9)()
-    if _cuda is None or not _cuda.se_fused_device_limits(index, limits):
-        raise RuntimeError(f"se_fused: no limits of cuda:{index}: {_unusable['cuda'] or 'it gives no answer'}")
-    return list(limits)
+    limits: list[int] | str = _unusable["cuda"] or _ask_gpu(index)
+    if isinstance(limits, str):
+        raise RuntimeError(f"se_fused: no limits of cuda:{index}: {limits}")
+    return limits
+
+
+@torch.compiler.assume_constant_result
+def _ask_gpu(index: int) -> list[int] | str:
+    """The limits of a GPU, or why the CUDA part does not run on it: a driver older than the toolkit, no code for it.
+
+    The library is asked once a GPU. A compiler takes the answer and does not look inside.
+    """
+    if index not in _gpus:
+        assert _cuda is not None
+        limits = (ctypes.c_int64 * 9)()
+        reason = _cuda.se_fused_device_limits(index, limits)
+        _gpus[index] = list(limits) if reason is None else f"it does not run on cuda:{index}: {reason.decode()}"
+    return _gpus[index]
 
 
 def forced_plan() -> str:
@@ -132,9 +155,14 @@ def why_not(name: str, device: torch.device) -> str | None:
     """Why `name` cannot serve a call on `device`; None if it can."""
     if name == "triton":
         return _why_not_triton(device)
-    if _unusable[name] is None and name in ("cpu", "cuda") and device.type != name:
+    if _unusable[name] is not None or name not in ("cpu", "cuda"):
+        return _unusable[name]
+    if device.type != name:
         return f"it serves {name.upper()} tensors; x is on {device}"
-    return _unusable[name]
+    if name == "cuda":
+        answer = _ask_gpu(torch.cuda.current_device() if device.index is None else device.index)
+        return answer if isinstance(answer, str) else None
+    return None
 
 
 def _why_not_triton(device: torch.device) -> str | None:

@@ -53,9 +53,9 @@ STABLE_TORCH_LIBRARY_IMPL(se_fused, CUDA, m) {
   m.impl("backward_out", TORCH_BOX(&se::backward_out<Cuda>));
 }
 
-// For ctypes: the numbers of csrc/plan.h's Device, in its order, and whether they are known; the forced plan of the
-// calls that follow, or "".
-extern "C" __attribute__((visibility("default"))) bool se_fused_device_limits(int index, int64_t* out) try {
+// For ctypes: the numbers of csrc/plan.h's Device, in its order, and null, or why the kernels do not run on it (a text
+// that lives until this thread asks again); the forced plan of the calls that follow, or "".
+extern "C" __attribute__((visibility("default"))) const char* se_fused_device_limits(int index, int64_t* out) try {
   const torch::stable::accelerator::DeviceGuard guard(index);
   const std::lock_guard<std::mutex> lock(mutex);
   const se::Device& device = limits(index);
@@ -64,9 +64,11 @@ extern "C" __attribute__((visibility("default"))) bool se_fused_device_limits(in
   *out++ = device.shared_per_block;
   *out++ = device.shared_per_multiprocessor;
   for (const int clusters : device.clusters) *out++ = clusters;
-  return true;
-} catch (const std::exception&) {
-  return false;
+  return nullptr;
+} catch (const std::exception& error) {
+  thread_local std::string reason;
+  reason = error.what();
+  return reason.c_str();
 }
 extern "C" __attribute__((visibility("default"))) void se_fused_force_plan(const char* text) {
   const std::lock_guard<std::mutex> lock(mutex);

@@ -9,7 +9,8 @@ namespace {
 
 void check(cudaError_t error) {
   if (error == cudaSuccess) return;
-  throw std::runtime_error(std::string("se_fused: device limits: ") + cudaGetErrorString(error));
+  cudaGetLastError();  // or the next launch would report it
+  throw std::runtime_error(cudaGetErrorString(error));
 }
 
 __global__ void __launch_bounds__(kThreads) occupant() {}
