@@ -7,15 +7,12 @@ what it was with another `forward`. So parameters, state_dict keys, attributes, 
 from __future__ import annotations
 
 import functools
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from .modules import SqueezeExcite
@@ -32,15 +29,13 @@ class Report:
     skipped: dict[str, str]
 
     def __str__(self) -> str:
-        text = io.StringIO()
-        console = Console(file=text, width=140, markup=False, highlight=False)
+        lines = []
         for title, outcome in (("replaced", self.replaced), ("skipped", self.skipped)):
-            table = Table("layer", "what" if outcome is self.replaced else "why not", title=f"{len(outcome)} {title}")
-            for name, what in outcome.items():
-                table.add_row(name or "(the model)", str(what))
-            if outcome:
-                console.print(table)
-        return text.getvalue() or "no SE layer found"
+            names = {name: name or "(the model)" for name in outcome}
+            width = max(map(len, names.values()), default=0)
+            lines += [f"{len(outcome)} {title}"] * bool(outcome)
+            lines += [f"  {names[name]:{width}}  {what}" for name, what in outcome.items()]
+        return "\n".join(lines) or "no SE layer found"
 
 
 class FusedSE(nn.Module):
