@@ -1,219 +1,349 @@
-"""What a machine with a GPU can show: numbers, sanitizers, then time. `make gpu-check OUT=folder`.
+"""What a machine with a GPU can show, the most important first. `make gpu-check OUT=folder`; docs/gpu-run.md.
 
-It needs torch >= 2.10 with CUDA, nvcc, and the package's own dependencies; no network, no installation. Each result is
-written to OUT as it comes. What a machine lacks (compute-sanitizer, pytest) is reported as not run.
+Each part is a process with a time limit, so that a hang or a broken CUDA context costs one part and names the case that
+caused it. What a machine lacks (nvidia-smi, git, compute-sanitizer, pytest, timm, triton) is a line in the result. This
+file needs Python alone; the parts need torch with CUDA, and a library that is there (`make prebuild`) or nvcc.
+
+OUT gets at most six files: run.json, smoke.csv, layer_gpu.csv, models_gpu.csv, plans_gpu.csv, log.txt. Exit status: 0,
+all that ran passed; 1, a part failed, or none ran; 2, an argument is wrong.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 import datetime
 import importlib.util
-import itertools
+import json
 import os
 import shutil
+import signal
+import statistics
 import subprocess
 import sys
+import tempfile
+import threading
 import time
-import traceback
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
-
-import torch
-import typer
-
-import se_fused
-from se_fused import backends, verify
-
-from . import gpu_plans
-from .gpu_calls import calls, cold_sets, copy_bandwidth, eager_times, graph_times, rows, spread
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("tests", "sanitizers", "probes", "bench", "sweep")
-VARIANTS = ("cuda", "triton", "eager", "compile")
-TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-WATCHED = ("", "two_pass", "cluster size=2", "cluster size=2 by_channels=1", "cluster samples=4")  # by the sanitizers
-SANITIZER_TIMEOUT = 300  # seconds, for each of TOOLS
-FIELDS = (
-    "date", "commit", "gpu", "driver", "torch", "shape", "r", "dtype", "layout", "direction", "mode", "variant",
-    "p20_us", "p50_us", "p80_us", "bytes", "floor_us", "copy_gb_s",
-)  # fmt: skip
+FILES = ("smoke.csv", "layer_gpu.csv", "models_gpu.csv", "plans_gpu.csv", "probes.csv", "run.json", "log.txt")
+NOT_RUN = 77  # benchmarks/gpu/part.py
+# Of a part's limit, what its last case may take after the part has been told to begin no more.
+LAST_CASE_S, LAST_CASE_SHARE = 8.0, 0.2
+SANITIZER_CLEAN = "ERROR SUMMARY: 0 errors"
+SANITIZER_REFUSALS = ("Device not supported", "No supported GPU", "Failed to initialize")
 
 
-def bench(out: Path, budget_s: float) -> bool:
-    """Time every row for which there is time, the variants of a row one after the other.
+@dataclass(frozen=True)
+class Part:
+    """`seconds`: its share of six minutes. `beside`: it times nothing and runs at the same time as the part before."""
 
-    Returns whether the CUDA kernels ran wherever they had the memory.
-    """
-    passed = True
-    end = time.monotonic() + budget_s
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split("\n")[0]
-    commit = (
-        os.environ.get("COMMIT")
-        or subprocess.run(
-            ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip()
-    )
-    properties = torch.cuda.get_device_properties(0)
-    copy = copy_bandwidth()
-    typer.echo(f"{properties.name}: a copy moves {copy / 1e9:.0f} GB/s")
-    facts = {
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(), "commit": commit or "unknown",
-        "gpu": properties.name, "driver": driver, "torch": torch.__version__, "copy_gb_s": f"{copy / 1e9:.0f}",
-    }  # fmt: skip
-    no_triton = backends.why_not("triton", torch.device("cuda"))
-    if no_triton is not None:
-        typer.echo(f"not run: the Triton column: {no_triton}")
-    variants = [variant for variant in VARIANTS if variant != "triton" or no_triton is None]
-    with (out / "layer_gpu.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        writer.writeheader()
-        for row, variant in itertools.product(rows(), variants):
-            if time.monotonic() > end:
-                typer.echo("out of time: the rows that are left have not run")
-                return passed
-            backend = variant if variant in backends.BACKENDS else "auto"
-            try:
-                functions = calls(row, variant, cold_sets(row))
-                with torch.set_grad_enabled(row.direction == "both"), se_fused.use_backend(backend):
-                    measured = {"cold": graph_times(functions), "warm": graph_times(functions[:1])}
-                    measured["eager"] = eager_times(functions[0])
-            except Exception as error:  # a peer may break in any way; the other columns are still wanted
-                typer.echo(f"not run: {row.shape} {row.dtype} {row.layout} {row.direction} {variant}: {error}")
-                passed &= variant != "cuda" or isinstance(error, torch.OutOfMemoryError)
-                continue
-            for mode, times in measured.items():
-                p20, p50, p80 = (f"{value:.2f}" for value in spread(times))
-                writer.writerow(
-                    facts
-                    | {"shape": row.shape, "r": row.shape.r, "dtype": str(row.dtype)[6:], "layout": row.layout}
-                    | {"direction": row.direction, "mode": mode, "variant": variant, "bytes": row.bytes()}
-                    | {"p20_us": p20, "p50_us": p50, "p80_us": p80, "floor_us": f"{1e6 * row.bytes() / copy:.2f}"}
-                )
-            file.flush()
-    return passed
+    name: str
+    seconds: float
+    what: str
+    beside: bool = False
+    default: bool = True
+    resumes: bool = False  # after a case that killed it
 
 
-def watched(plan: str) -> list[verify.Case]:
-    """The cases of the grid that the sanitizers watch by a plan: a part of it, another one for each plan, and in each
-    precision and layout other options and shapes, because their number is no multiple of that of the plans."""
-    cases = [c for c in verify.cases() if c.precision in ("float32", "float16") and c.layout != "strided"]
-    return cases[WATCHED.index(plan) :: len(WATCHED)]
+PARTS = (
+    Part("smoke", 25, "each algorithm, direction, layout and dtype against float64", resumes=True),
+    Part("layer", 110, "the layer beside eager and a copy, in CUDA graphs and as eager calls", resumes=True),
+    Part("models", 110, "whole networks before and after replace", resumes=True),
+    Part("tests", 50, "tests/test_cuda.py in parallel processes"),
+    Part("memcheck", 50, "compute-sanitizer over the smoke calls", beside=True),
+    Part("instruction_sets", 50, "the CPU kernels under each instruction set", beside=True),
+    Part("probes", 15, "what the planner's model builds on"),
+    Part("sweep", 30, "every plan beside the planner's choice", resumes=True),
+    Part("triton", 20, "a sample of the Triton kernels, and their times"),
+    Part("racecheck", 60, "compute-sanitizer over the smoke calls", default=False),
+    Part("initcheck", 60, "compute-sanitizer over the smoke calls", default=False),
+    Part("synccheck", 60, "compute-sanitizer over the smoke calls", default=False),
+)
+MODULES = {
+    "smoke": "smoke", "layer": "layer", "models": "models", "probes": "probes", "sweep": "plans",
+    "triton": "triton_sample", "instruction_sets": "instruction_sets",
+}  # fmt: skip
+SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
+SANITIZED_STEP = 7  # of the smoke calls, prime to the numbers of layouts and of calls
 
 
-def small_calls() -> None:
-    """What the sanitizers watch: forward and backward by every algorithm and in both layouts, on small maps."""
-    has_clusters = any(backends.cuda_limits(0)[4:])
-    for plan in (plan for plan in WATCHED if has_clusters or "cluster" not in plan):
-        ran = 0
-        for seed, case in enumerate(watched(plan)):
-            try:
-                with se_fused.use_backend("cuda", plan):
-                    error, worst = verify.error(case, "cuda", seed)
-            except ValueError:
-                if not plan.startswith("cluster"):
-                    raise
-                continue  # the case does not divide among the blocks
-            assert error <= verify.tolerance(case.precision), (plan, str(case), worst)
-            ran += 1
-        print(f"plan '{plan}': {ran} cases", flush=True)
-        assert ran, f"plan '{plan}' serves none of the cases"
+@dataclass
+class Outcome:
+    """What became of a part."""
+
+    part: str
+    outcome: str = "not run"  # passed | failed | not run
+    reason: str = ""
+    seconds: float = 0
+    limit_s: float = 0
+    wrong: list[str] = field(default_factory=list)
+    blamed: list[str] = field(default_factory=list)  # cases that killed it or did not end
+    tail: list[str] = field(default_factory=list)
 
 
-def sanitizers(out: Path) -> bool:
-    program = shutil.which("compute-sanitizer")
-    if program is None:
-        typer.echo("not run: compute-sanitizer is not on the PATH")
-        return True
-    passed = True
-    for tool in TOOLS:
+class Missing(Exception):
+    """What a part needs and this machine does not have."""
+
+
+class Run:
+    """One run of some parts: its folder, its log, what is known of the machine."""
+
+    def __init__(self, out: Path, device: str = "cuda", cases: int | None = None) -> None:
+        self.out, self.device, self.cases = out, device, cases
+        out.mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            (out / name).unlink(missing_ok=True)
+        self.outcomes: list[Outcome] = []
+        self.facts: dict[str, Any] = {"date": datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds")}
+        self._log = (out / "log.txt").open("w")
+        self._lock = threading.Lock()
+        self._begin = time.monotonic()
+
+    def say(self, text: str, aloud: bool = True) -> None:
+        with self._lock:
+            stamped = f"{time.monotonic() - self._begin:6.1f} {text}"
+            print(stamped, file=self._log, flush=True)
+            if aloud:
+                print(stamped, flush=True)
+
+    def save(self) -> None:
+        facts = {**self.facts, "parts": [vars(outcome) for outcome in self.outcomes]}
+        (self.out / "run.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+    def perform(self, part: Part, limit: float) -> None:
+        """Run a part, again after each case that killed it, until `limit` seconds are over."""
+        outcome = Outcome(part.name, limit_s=round(limit, 1))
+        begin = time.monotonic()
+        end, start = begin + limit, 0
+        with tempfile.TemporaryDirectory() as scratch:
+            while True:
+                try:
+                    command, environment = command_of(part, self.out, Path(scratch), self.device)
+                except Missing as missing:
+                    outcome.reason = str(missing)
+                    break
+                if part.name in MODULES or part.name in SANITIZERS:
+                    left = end - time.monotonic()
+                    reserve = min(LAST_CASE_S, LAST_CASE_SHARE * left)
+                    command = [*command, "--until", f"{time.time() + left - reserve:.1f}", "--start", str(start)]
+                    command += ["--cases", str(self.cases)] * (self.cases is not None)
+                died_at = self._process(part, command, environment, end, outcome)
+                if died_at is None or not part.resumes or time.monotonic() > end - LAST_CASE_S:
+                    break
+                start = died_at + 1
+                self.say(f"{part.name}: goes on at case {start}")
+        outcome.seconds = round(time.monotonic() - begin, 1)
+        probes = self.out / "probes.csv"
+        if part.name == "probes" and probes.exists():
+            with probes.open(newline="") as file:
+                self.facts["probes"] = list(csv.DictReader(file))
+            probes.unlink()
+        with self._lock:
+            self.outcomes.append(outcome)
+            self.save()
+        self.say(f"{part.name}: {outcome.outcome}{f', {outcome.reason}' if outcome.reason else ''}")
+
+    def _process(
+        self, part: Part, command: Sequence[str], environment: dict[str, str], end: float, outcome: Outcome
+    ) -> int | None:
+        """Run one process of a part. Returns the number of the case that killed it, None if it ended by itself."""
+        process = subprocess.Popen(
+            command, cwd=ROOT, env={**os.environ, **environment}, text=True, errors="replace",
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        timed_out = threading.Event()
+
+        def kill() -> None:
+            timed_out.set()
+            os.killpg(process.pid, signal.SIGKILL)
+
+        timer = threading.Timer(max(0.0, end - time.monotonic()), kill)
+        timer.start()
+        case, lines = "", []
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                text = line.rstrip()
+                lines.append(text)
+                self.say(f"{part.name}| {text}", aloud=False)
+                if text.startswith("case "):
+                    case = text
+                elif text.startswith(("wrong: ", "FAILED ", "ERROR ")):
+                    outcome.wrong.append(text)
+                elif text.startswith("facts "):
+                    self.facts.update(json.loads(text.removeprefix("facts ")))
+            code = process.wait()
+        finally:
+            timer.cancel()
+        outcome.tail = lines[-8:]
+        if timed_out.is_set() or code < 0 or (code not in (0, 1, NOT_RUN) and case and part.name in MODULES):
+            how = "no end within its time" if timed_out.is_set() else f"killed by {signal_name(code)}"
+            outcome.outcome = "failed"
+            outcome.reason = f"{how if timed_out.is_set() or code < 0 else f'exit {code}'} in {case or 'no case'}"
+            outcome.blamed.append(f"{case}: {how}")
+            return int(case.split()[1].rstrip(":")) if case else None
+        failed_before = outcome.outcome == "failed"
+        if code == NOT_RUN:
+            outcome.outcome, outcome.reason = "not run", lines[-1].removeprefix("not run: ")
+        elif part.name in SANITIZERS and any(word in line for word in SANITIZER_REFUSALS for line in lines):
+            outcome.outcome, outcome.reason = "not run", "compute-sanitizer refuses this device"
+        elif code == 0 and not outcome.wrong and (part.name not in SANITIZERS or SANITIZER_CLEAN in "".join(lines)):
+            outcome.outcome, outcome.reason = "passed", lines[-1] if lines else ""
+        else:
+            traceback = any(line.startswith("Traceback") for line in lines)
+            outcome.outcome = "failed"
+            outcome.reason = f"exit {code}; {len(outcome.wrong)} wrong; {lines[-1] if lines else ''}"
+            if traceback and case and part.name in MODULES:
+                outcome.blamed.append(f"{case}: {lines[-1]}")
+                return int(case.split()[1].rstrip(":"))
+        if failed_before:
+            outcome.outcome, outcome.reason = "failed", f"{outcome.reason}; died in {len(outcome.blamed)} cases"
+        return None
+
+
+def signal_name(code: int) -> str:
+    return signal.Signals(-code).name if code < 0 else f"exit {code}"
+
+
+def command_of(part: Part, out: Path, scratch: Path, device: str) -> tuple[list[str], dict[str, str]]:
+    """The command of a part and what it adds to the environment. Raises Missing."""
+    python = [sys.executable, "-u"]
+    if part.name in SANITIZERS:
+        program = shutil.which("compute-sanitizer")
+        if program is None:
+            raise Missing("compute-sanitizer is not on the PATH")
         # Torch's own calls of the API fail where it asks what a driver has. Its kernels are not watched, but initcheck
         # must see what they write.
-        options = ["--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no"]
-        options += ["--kernel-name", "kernel_substring=se4cuda"] * (tool != "initcheck")
-        command = [program, *options, sys.executable, "-m", "benchmarks.gpu_check", "--small-calls"]
-        environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        with (out / f"{tool}.log").open("w") as log:
-            try:
-                code = subprocess.run(
-                    command, cwd=ROOT, stdout=log, stderr=log, check=False, env=environment, timeout=SANITIZER_TIMEOUT
-                ).returncode
-                outcome = "clean" if code == 0 else f"exit {code}"
-            except subprocess.TimeoutExpired:
-                outcome = f"no end in {SANITIZER_TIMEOUT} s"
-        typer.echo(f"compute-sanitizer {tool}: {outcome}")
-        passed &= outcome == "clean"
-    return passed
+        options = ["--tool", part.name, "--error-exitcode", "9", "--report-api-errors", "no"]
+        options += ["--kernel-name", "kernel_substring=se4cuda"] * (part.name != "initcheck")
+        smoke = ["-m", "benchmarks.gpu.smoke", "--out", str(scratch), "--device", device]
+        command = [program, *options, *python, *smoke, "--step", str(SANITIZED_STEP)]
+        return command, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    if part.name == "tests":
+        lacking = [name for name in ("pytest", "hypothesis") if importlib.util.find_spec(name) is None]
+        if lacking:
+            raise Missing(f"{' and '.join(lacking)} not installed")
+        options = ["-o", "addopts=", "-p", "no:cacheprovider", "-q", "-rfE", "--tb=short"]
+        if importlib.util.find_spec("xdist") is not None:
+            options += ["-n", str(min(12, max(1, (os.cpu_count() or 1) - 4)))]
+        if importlib.util.find_spec("pytest_timeout") is not None:
+            options += ["--timeout", "40"]
+        return [*python, "-m", "pytest", *options, "tests/test_cuda.py"], {}
+    device = "cpu" if part.name == "instruction_sets" else device
+    return [*python, "-m", f"benchmarks.gpu.{MODULES[part.name]}", "--out", str(out), "--device", device], {}
 
 
-def tests(out: Path) -> bool:
-    results = [_tests_of(backend, out) for backend in ("cuda", "triton")]
-    passed = all(results)
-    if any(importlib.util.find_spec(name) is None for name in ("pytest", "hypothesis")):
-        typer.echo("not run: tests/test_cuda.py and tests/test_triton.py, for want of pytest or hypothesis")
-        return passed
-    with (out / "pytest.log").open("w") as log:
-        command = [sys.executable, "-m", "pytest", "-o", "addopts=", "tests/test_cuda.py", "tests/test_triton.py"]
-        done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, check=False)
-    typer.echo(f"the GPU's tests: {'passed' if done.returncode == 0 else f'exit {done.returncode}'}")
-    return passed and done.returncode == 0
+def machine(run: Run) -> dict[str, Any]:
+    """What needs no torch: the commit, the driver."""
+    commit = os.environ.get("COMMIT") or output_of(
+        run, "git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"
+    )
+    driver = output_of(run, "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return {
+        "commit": commit.removesuffix("-dirty") or "unknown", "dirty": commit.endswith("-dirty"),
+        "driver": driver or "unknown", "cpus": os.cpu_count(), "command": " ".join(sys.argv[1:]),
+    }  # fmt: skip
 
 
-def _tests_of(backend: str, out: Path) -> bool:
-    reason = backends.why_not(backend, torch.device("cuda"))
-    if reason is not None:
-        typer.echo(f"not run: verify {backend}: {reason}")
-        return True
-    with se_fused.use_backend(backend):
-        results = list(verify.run("cuda"))
-    wrong = [
-        f"{case}: {worst} {error:.1e}" for case, error, worst in results if error > verify.tolerance(case.precision)
-    ]
-    (out / f"verify_{backend}.log").write_text("\n".join(wrong))
-    typer.echo(f"verify {backend}: {len(results)} cases, {len(wrong)} wrong")
-    return not wrong
+def output_of(run: Run, *command: str) -> str:
+    """The first line that a command prints; "" and a line in the log where it is missing or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError) as error:
+        run.say(f"no answer from {command[0]}: {error}")
+        return ""
+    return (done.stdout.splitlines() or [""])[0].strip()
 
 
-def main(
-    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("gpu_check"),
-    parts: Annotated[str, typer.Option(help=f"Which of {', '.join(PARTS)}, joined by commas.")] = ",".join(PARTS),
-    budget: Annotated[float, typer.Option(help="Seconds for the benchmark.")] = 240,
-    sweep_budget: Annotated[float, typer.Option(help="Seconds for the plans beside each other.")] = 60,
-    small: Annotated[bool, typer.Option("--small-calls", hidden=True)] = False,
-) -> None:
-    """Check and time the CUDA kernels on the GPU of this machine."""
-    chosen = parts.split(",")
-    if unknown := set(chosen) - set(PARTS):
-        raise typer.BadParameter(f"{', '.join(sorted(unknown))}; wanted some of {', '.join(PARTS)}")
-    reason = backends.why_not("cuda", torch.device("cuda"))
-    if reason is not None:
-        typer.echo(f"the CUDA kernels cannot run here: {reason}", err=True)
-        raise typer.Exit(2)
-    if small:
-        small_calls()
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    run: dict[str, Callable[[], bool | None]] = {
-        "tests": lambda: tests(out),
-        "sanitizers": lambda: sanitizers(out),
-        "probes": lambda: gpu_plans.probes(out),
-        "bench": lambda: bench(out, budget),
-        "sweep": lambda: gpu_plans.sweep(out, sweep_budget),
-    }
-    failed = []
-    for part in (part for part in PARTS if part in chosen):
-        try:
-            if run[part]() is False:
-                failed.append(part)
-        except Exception:  # the other parts are still wanted
-            typer.echo(traceback.format_exc())
-            failed.append(part)
-    if failed:
-        typer.echo(f"failed: {', '.join(failed)}")
-        raise typer.Exit(1)
+def stages(parts: Iterable[Part]) -> list[list[Part]]:
+    """Parts that run at the same time, together."""
+    found: list[list[Part]] = []
+    for part in parts:
+        if part.beside and found and not MODULES.keys() & {found[-1][0].name}:
+            found[-1].append(part)
+        else:
+            found.append([part])
+    return found
+
+
+def summary(out: Path) -> list[str]:
+    """The headline in a few lines."""
+    found = []
+    lines = [line for line in rows_of(out / "layer_gpu.csv") if line["variant"] == "eager"]
+    kinds = dict.fromkeys((x["dtype"], x["layout"], x["direction"], x["mode"], x["shape"].split("x")[0]) for x in lines)
+    for kind in kinds:
+        ratios = [
+            float(x["ratio_to_fused"]) for x in lines
+            if (x["dtype"], x["layout"], x["direction"], x["mode"], x["shape"].split("x")[0]) == kind
+        ]  # fmt: skip
+        dtype, layout, direction, mode, n = kind
+        mean = statistics.geometric_mean(ratios)
+        found.append(
+            f"eager / fused, {dtype} {layout} {direction} {mode} N = {n}: "
+            f"{mean:.2f} ({min(ratios):.2f} to {max(ratios):.2f}, {len(ratios)} rows)"
+        )
+    for line in rows_of(out / "models_gpu.csv"):
+        if line["variant"] == "original":
+            found.append(f"{line['model']} N = {line['n']} {line['mode']}: original / fused {line['ratio_to_fused']}")
+    return found
+
+
+def rows_of(file: Path) -> list[dict[str, str]]:
+    if not file.exists():
+        return []
+    with file.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    default = ",".join(part.name for part in PARTS if part.default)
+    parser = argparse.ArgumentParser(
+        prog="gpu-check", description="Check and time the kernels on the GPU of this machine.",
+        epilog="parts: " + "; ".join(f"{part.name}: {part.what}" for part in PARTS),
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, default=Path("gpu_check"), help="folder for the results")
+    parser.add_argument("--parts", default=default, help=f"joined by commas; default: {default}")
+    parser.add_argument("--minutes", type=float, default=6, help="for all parts together (default: 6)")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: rehearse without a GPU")
+    parser.add_argument("--cases", type=int, help="no more than so many cases of each part")
+    given = parser.parse_args(arguments)
+    names = given.parts.split(",")
+    if unknown := set(names) - {part.name for part in PARTS}:
+        parser.error(f"--parts has {', '.join(sorted(unknown))}; wanted some of {', '.join(p.name for p in PARTS)}")
+    if not given.minutes > 0:
+        parser.error(f"--minutes is {given.minutes}; wanted more than 0")
+    end = time.monotonic() + 60 * given.minutes
+    run = Run(given.out, given.device, given.cases)
+    run.facts.update(machine(run))
+    left = stages(part for part in PARTS if part.name in names)
+    while left:
+        due = sum(max(part.seconds for part in stage) for stage in left)
+        stage = left.pop(0)
+        limit = (end - time.monotonic()) * max(part.seconds for part in stage) / due
+        threads = [threading.Thread(target=run.perform, args=(part, limit)) for part in stage]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    run.save()
+    text = summary(given.out)
+    for line in text[-40:]:
+        run.say(line)
+    for outcome in run.outcomes:
+        took = f"{outcome.seconds:6.1f} s of {outcome.limit_s:5.1f}"
+        run.say(f"{outcome.part:17} {outcome.outcome:8} {took}  {outcome.reason[:90]}")
+        for line in [*outcome.blamed, *outcome.wrong][:3]:
+            run.say(f"    {line[:150]}")
+    failed = [outcome.part for outcome in run.outcomes if outcome.outcome == "failed"]
+    ran = [outcome.part for outcome in run.outcomes if outcome.outcome != "not run"]
+    run.say(f"failed: {', '.join(failed)}" if failed else "all that ran passed" if ran else "nothing ran")
+    return 1 if failed or not ran else 0
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    sys.exit(main())

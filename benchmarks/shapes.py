@@ -55,3 +55,5 @@ GPU = tuple(
     for c, side, r in _GPU_LAYERS
     if n * c * side * side <= 2**29  # 1 GB in half precision; several sets of buffers have to fit
 )
+# (C, side, R) of what a first look at a GPU measures: early to late stages of SE-ResNet-50, EfficientNet, MobileNetV3.
+HEADLINE = ((256, 56, 16), (96, 112, 4), (512, 28, 32), (1024, 14, 64), (2048, 7, 128), (672, 14, 168))

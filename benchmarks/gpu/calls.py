@@ -1,0 +1,241 @@
+"""The calls that are timed on a GPU, how they are timed, and whether what they left is right."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import random
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import se_fused
+from se_fused import backends, verify
+
+from ..shapes import Shape
+
+ROUNDS = 11
+LEAST_CALLS = 8  # in one graph; and so many that a replay takes about as long as LEAST_US
+LEAST_US = 500.0  # of a replay at the speed of a copy, so that the 5 to 10 us to start a graph do not count
+COLD_L2, MOST_SETS = 2, 256  # buffers rotate over so many times the L2, but are no more than this
+Call = Callable[[], object]
+
+
+def eager(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    """SE as users have it: pooling, two 1x1 convolutions, a product."""
+    h = torch.relu(F.conv2d(x.mean((2, 3), keepdim=True), w1, b1))
+    return x * torch.sigmoid(F.conv2d(h, w2, b2))
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the table: the call, without who makes it and how it is timed."""
+
+    shape: Shape
+    dtype: torch.dtype
+    layout: str
+    direction: str  # forward | both
+
+    def __str__(self) -> str:
+        return f"{self.shape} {str(self.dtype)[6:]} {self.layout} {self.direction}"
+
+    def bytes(self) -> int:
+        """That no implementation can do without: forward x, y, weights; with backward also g, x again, dx, dw."""
+        n, c, h, w, r = dataclasses.astuple(self.shape)
+        maps, weights = (2, 1) if self.direction == "forward" else (5, 2)
+        return int((maps * n * c * h * w + weights * (2 * c * r + c + r)) * self.dtype.itemsize)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """x, w1, b1, w2, b2, and g, the gradient of y; random numbers, because zeros can run faster than real data."""
+
+    tensors: tuple[Tensor, ...]
+    g: Tensor | None  # None: forward alone
+
+    def call(self, layer: Callable[..., Tensor]) -> object:
+        """All that was computed, so that none of it is written twice to the same place: y, and the gradients."""
+        y = layer(*self.tensors)
+        return y if self.g is None else (y, *torch.autograd.grad(y, self.tensors, self.g))
+
+    def truth(self) -> tuple[Tensor, ...]:
+        """What `call` returns, by the formula in float64."""
+        wide = [t.detach().double().requires_grad_(self.g is not None) for t in self.tensors]
+        with torch.set_grad_enabled(self.g is not None):
+            y = se_fused.reference.squeeze_excite(*wide)
+        return (y,) if self.g is None else (y.detach(), *torch.autograd.grad(y, wide, self.g.double()))
+
+
+def draw(row: Row, sets: int, device: torch.device) -> list[Inputs]:
+    """`sets` sets of maps and weights."""
+    n, c, height, width, r = dataclasses.astuple(row.shape)
+    generator = torch.Generator(device).manual_seed(0)
+    memory_format = torch.channels_last if row.layout == "channels_last" else torch.contiguous_format
+    both = row.direction == "both"
+
+    def normal(*size: int, fan_in: int = 1) -> Tensor:
+        t = torch.randn(size, device=device, generator=generator) / math.sqrt(fan_in)
+        return t.to(row.dtype)
+
+    def one() -> Inputs:
+        x, g = (normal(n, c, height, width).contiguous(memory_format=memory_format) for _ in range(2))
+        weights = normal(r, c, 1, 1, fan_in=c), normal(r), normal(c, r, 1, 1, fan_in=r), normal(c)
+        return Inputs(tuple(t.requires_grad_(both) for t in (x, *weights)), g if both else None)
+
+    return [one() for _ in range(sets)]
+
+
+def error(results: object, inputs: Inputs) -> float:
+    """The largest difference to the truth, relative to the largest magnitude in each tensor; infinite for NaN."""
+    found = results if isinstance(results, tuple) else (results,)
+    worst = 0.0
+    for got, wanted in zip(found, inputs.truth(), strict=True):
+        difference = float((got.detach().double() - wanted).abs().max() / wanted.abs().max())
+        worst = max(worst, math.inf if math.isnan(difference) else difference)
+    return worst
+
+
+def tolerance(row: Row) -> float:
+    return verify.tolerance(str(row.dtype).removeprefix("torch."))
+
+
+def layers(names: Sequence[str]) -> dict[str, Callable[..., Tensor]]:
+    """By variant: the fused call under a backend of that name, eager, and eager compiled."""
+    found: dict[str, Callable[..., Tensor]] = {}
+    for name in names:
+        if name in backends.BACKENDS:
+            found[name] = se_fused.squeeze_excite
+        elif name == "compile":
+            torch._dynamo.reset()
+            found[name] = torch.compile(eager, dynamic=False)
+        else:
+            found[name] = eager
+    return found
+
+
+def cold_sets(row: Row, device: torch.device) -> int:
+    """How many sets of buffers a row rotates over."""
+    size = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 1 << 20
+    return min(COLD_L2 * size // row.bytes() + 2, MOST_SETS)
+
+
+def replay_calls(row: Row, sets: int) -> int:
+    """Calls in one graph, a multiple of `sets`."""
+    wanted = max(LEAST_CALLS, LEAST_US / (1e6 * row.bytes() / 3e12))
+    return sets * max(1, math.ceil(min(wanted, MOST_SETS) / sets))
+
+
+class Replay:
+    """Calls to all `functions` in turn, `count` in all, in one CUDA graph; on the CPU a loop, to rehearse.
+
+    As many results as functions stay alive, so that results rotate over memory as inputs do: `results[i]` is what
+    `functions[i]` left when it ran last.
+    """
+
+    def __init__(self, functions: Sequence[Call], count: int, device: torch.device) -> None:
+        assert count % len(functions) == 0
+        self.results: deque[object] = deque(maxlen=len(functions))
+        self._functions, self._count, self._graph = functions, count, None
+        if device.type != "cuda":
+            self._run()
+            return
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for function in functions[:3]:
+                function()
+        torch.cuda.synchronize()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._run()
+        self._graph.replay()
+
+    def _run(self) -> None:
+        for function in itertools.islice(itertools.cycle(self._functions), self._count):
+            self.results.append(function())
+
+    def time(self) -> float:
+        """Microseconds a call, of one replay."""
+        if self._graph is None:
+            begin = time.perf_counter()
+            self._run()
+            return 1e6 * (time.perf_counter() - begin) / self._count
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        self._graph.replay()
+        end.record()
+        end.synchronize()
+        return 1e3 * start.elapsed_time(end) / self._count
+
+
+def interleaved(timers: Mapping[str, Callable[[], float]], rounds: int = ROUNDS) -> dict[str, list[float]]:
+    """`rounds` times of each timer; within a round each runs once, in an order shuffled anew. One round goes before."""
+    times: dict[str, list[float]] = {name: [] for name in timers}
+    order, shuffle = list(timers), random.Random(0).shuffle
+    for round_ in range(-1, rounds):
+        shuffle(order)
+        for name in order:
+            took = timers[name]()
+            if round_ >= 0:
+                times[name].append(took)
+    return times
+
+
+def loop_timer(functions: Sequence[Call], device: torch.device, count: int = 24) -> Callable[[], float]:
+    """Microseconds of wall clock a call, as a user's loop has them: launches by Python, one wait at the end."""
+    turns = itertools.cycle(functions)
+
+    def once() -> float:
+        synchronize(device)
+        begin = time.perf_counter()
+        for function in itertools.islice(turns, count):
+            function()
+        synchronize(device)
+        return 1e6 * (time.perf_counter() - begin) / count
+
+    return once
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def free(device: torch.device) -> None:
+    """Give back the memory of graphs that are gone."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def copier(size: int, device: torch.device) -> Call:
+    """What reads and writes `size` bytes in all and does nothing else: an elementwise kernel.
+
+    `copy_` would be a memcpy node in a graph, which on an H200 moves 2.8 TB/s where a kernel moves 4.
+    """
+    source = torch.randn(max(1, size // 8), device=device)
+    target = torch.empty_like(source)
+    return lambda: torch.neg(source, out=target)
+
+
+def spread(values: Sequence[float]) -> tuple[float, float, float]:
+    """p20, p50, p80."""
+    quantiles = statistics.quantiles(values, n=5, method="inclusive")
+    return quantiles[0], statistics.median(values), quantiles[3]
+
+
+def ratio(times: Mapping[str, Sequence[float]], name: str, base: str) -> float:
+    """The median over the rounds of the time of `name` over that of `base` in the same round."""
+    return statistics.median(a / b for a, b in zip(times[name], times[base], strict=True))
+
+
+def clock_mhz() -> str:
+    """The GPU's clock now, "" where NVML's Python package is missing."""
+    try:
+        return str(torch.cuda.clock_rate())
+    except Exception:  # whatever keeps NVML from answering; the row is worth having without
+        return ""

@@ -1,0 +1,46 @@
+"""The CPU kernels of each instruction set that this CPU has, over the whole grid, a process each."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+from se_fused import build
+
+from .part import Part
+
+# Two threads still take every parallel path, and the processes run side by side.
+CHECK = """
+import torch
+torch.set_num_threads(2)
+import se_fused
+from se_fused import verify
+with se_fused.use_backend("cpu"):
+    for case, error, worst in verify.run():
+        if not error <= verify.tolerance(case.precision):
+            print(f"{case}: {worst} is off by {error:.1e}")
+"""
+
+
+def main() -> None:
+    part = Part(__doc__ or "")
+    names = build.load_facts().cpu_features()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", CHECK], env={**os.environ, "SE_FUSED_CPU": name}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for name in names
+    ]  # fmt: skip
+    for number, name in part.each(names):
+        output, _ = processes[number].communicate()
+        for line in output.splitlines():
+            part.wrong(f"{name}: {line}")
+        if processes[number].returncode:
+            part.wrong(f"{name}: exit {processes[number].returncode}")
+    part.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""What the parts have in common: their arguments, what they say to the parent process, their CSV files."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import torch
+
+from se_fused import backends
+
+T = TypeVar("T")
+NOT_RUN = 77  # automake's exit status of a test that was skipped
+
+
+class Part:
+    """A part's arguments, and its way to the parent: lines on standard output, of which three kinds are understood.
+
+    `facts {...}`   what the machine is, as JSON
+    `case K: text`  what runs next; if the process dies or hangs, the parent blames it, and may go on at K + 1
+    `wrong: text`   a finding that fails the part
+    """
+
+    def __init__(self, description: str) -> None:
+        parser = argparse.ArgumentParser(description=description)
+        parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+        parser.add_argument("--until", type=float, default=math.inf, help="time (of time.time) to begin no case after")
+        parser.add_argument("--start", type=int, default=0, help="number of the first case to run")
+        parser.add_argument("--device", default="cuda", help="cuda, or cpu for a rehearsal without a GPU")
+        parser.add_argument("--step", type=int, default=1, help="run every so many-th case")
+        parser.add_argument("--cases", type=int, help="run no more cases than this")
+        arguments = parser.parse_args()
+        self.out = arguments.out
+        self._start, self._step, self._cases = arguments.start, arguments.step, arguments.cases
+        self.device = torch.device(arguments.device)
+        self.out.mkdir(parents=True, exist_ok=True)
+        self._until = arguments.until
+        self._done = self._of = 0
+        self._wrong = 0
+        self.backend = "cuda" if self.device.type == "cuda" else "cpu"
+        self.say("facts " + json.dumps(facts(self.device)))
+        if (reason := backends.why_not(self.backend, self.device)) is not None:
+            self.give_up(f"the {self.backend} kernels cannot run here: {reason}")
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+
+    def each(self, items: Iterable[T], text: Callable[[T], object] = str) -> Iterator[tuple[int, T]]:
+        """The cases of this process, numbered, and each announced before it runs, until the time is over."""
+        numbered = [(i, item) for i, item in enumerate(items) if i >= self._start and i % self._step == 0]
+        chosen = numbered[: self._cases]
+        self._of += len(chosen)
+        for place, (number, item) in enumerate(chosen):
+            if time.time() > self._until:
+                self.say(f"out of time: {len(chosen) - place} cases have not run, from {text(item)} on")
+                return
+            self.say(f"case {number}: {text(item)}")
+            yield number, item
+            self._done += 1
+
+    def all_ran(self) -> bool:
+        """Whether this process ran every case there is."""
+        return self._done == self._of and (self._start, self._step, self._cases) == (0, 1, None)
+
+    def wrong(self, text: str) -> None:
+        self._wrong += 1
+        self.say(f"wrong: {' '.join(text.split())[:400]}")
+
+    def give_up(self, reason: str) -> NoReturn:
+        self.say(f"not run: {reason}")
+        sys.exit(NOT_RUN)
+
+    def finish(self) -> NoReturn:
+        """End the process: with a failure if something was wrong, or no case ran."""
+        self.say(f"{self._done} of {self._of} cases" + (f", {self._wrong} wrong" if self._wrong else ""))
+        sys.exit(1 if self._wrong or not self._done else 0)
+
+
+def facts(device: torch.device) -> dict[str, Any]:
+    """What the results depend on, of this process and its device."""
+    found: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__}
+    try:
+        import triton
+
+        found["triton"] = triton.__version__
+    except ImportError:
+        found["triton"] = None
+    if device.type == "cuda" and torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(device)
+        found |= {
+            "gpu": properties.name, "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count, "l2_bytes": properties.L2_cache_size,
+            "memory_bytes": properties.total_memory, "cuda": torch.version.cuda,
+        }  # fmt: skip
+        if backends.why_not("cuda", device) is None:
+            found["limits"] = backends.cuda_limits(torch.cuda.current_device())
+    return found
+
+
+class Rows:
+    """A CSV that grows row by row, so that what was measured stays if the process dies; it goes on where it ended."""
+
+    def __init__(self, file: Path, fields: Sequence[str]) -> None:
+        new = not file.exists()
+        self._file = file.open("a", newline="")
+        self._writer = csv.DictWriter(self._file, fields, lineterminator="\n")
+        if new:
+            self._writer.writeheader()
+            self._file.flush()
+
+    def write(self, *rows: dict[str, Any]) -> None:
+        self._writer.writerows(rows)
+        self._file.flush()

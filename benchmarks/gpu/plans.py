@@ -1,0 +1,85 @@
+"""Is the planner's choice the fastest? Every plan that can serve a call, interleaved: plans_gpu.csv."""
+
+from __future__ import annotations
+
+import itertools
+from functools import partial
+
+import torch
+
+import se_fused
+
+from . import calls
+from .calls import Row
+from .layer import BATCHES, LAYOUTS, shapes
+from .part import Part, Rows
+
+FIELDS = ("shape", "r", "dtype", "layout", "direction", "plan", "p20_us", "p50_us", "p80_us", "ratio_to_planner")
+SIZES = (1, 2, 4, 8, 16)
+PLANNERS = "planner's"
+
+
+def rows() -> list[Row]:
+    batches = [n for n in BATCHES if n > 1] + [n for n in BATCHES if n == 1]
+    return [
+        Row(shape, torch.float16, layout, direction)
+        for direction, n, layout in itertools.product(("forward", "both"), batches, LAYOUTS)
+        for shape in shapes((n,))
+    ]
+
+
+def plans_of(row: Row) -> list[str]:
+    """All that may serve a row beside the planner's choice."""
+    sizes = [f"cluster size={size}" for size in SIZES]
+    if row.layout != "contiguous":
+        sizes = [f"{plan} by_channels={by}" for plan in sizes for by in (0, 1)]
+    together = ["cluster samples=4"] if row.direction == "forward" and row.shape.n > 1 else []
+    return ["two_pass", *sizes, *together]
+
+
+def measure(row: Row, part: Part) -> dict[str, list[float]]:
+    """By plan, times in microseconds a call; plans that cannot serve the call are left out."""
+    device = part.device
+    sets = calls.cold_sets(row, device)
+    inputs = calls.draw(row, sets, device)
+    functions = [partial(each.call, se_fused.squeeze_excite) for each in inputs]
+    count = calls.replay_calls(row, sets)
+    replays = {}
+    with torch.set_grad_enabled(row.direction == "both"):
+        for plan in ["", *(plans_of(row) if part.backend == "cuda" else [])]:
+            try:
+                with se_fused.use_backend(part.backend, plan):
+                    replay = calls.Replay(functions, count, device)
+            except ValueError:
+                assert plan, "the planner's own choice cannot serve the call"
+                continue
+            replays[plan or PLANNERS] = replay
+            error = calls.error(replay.results[0], inputs[0])
+            if not error <= calls.tolerance(row):
+                part.wrong(f"{row}: plan {plan!r} is off by {error:.1e}")
+        return calls.interleaved({plan: replay.time for plan, replay in replays.items()})
+
+
+def main() -> None:
+    part = Part(__doc__ or "")
+    csv = Rows(part.out / "plans_gpu.csv", FIELDS)
+    ran, slower = 0, 0
+    for _, row in part.each(rows()):
+        times = measure(row, part)
+        for plan, values in times.items():
+            p20, p50, p80 = (f"{value:.2f}" for value in calls.spread(values))
+            line = (row.shape, row.shape.r, str(row.dtype)[6:], row.layout, row.direction, plan, p20, p50, p80)
+            ratio = f"{calls.ratio(times, plan, PLANNERS):.3f}"
+            csv.write(dict(zip(FIELDS, (*line, ratio), strict=True)))
+        best = min(times, key=lambda plan: calls.ratio(times, plan, PLANNERS))
+        if calls.ratio(times, best, PLANNERS) < 0.95:
+            slower += 1
+            part.say(f"  {best} takes {calls.ratio(times, best, PLANNERS):.2f} of the planner's time")
+        ran += 1
+        calls.free(part.device)
+    part.say(f"another plan is 5 % faster than the planner's at {slower} of {ran} rows")
+    part.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""What the planner's model builds on (csrc/plan/cluster.cpp), and what other ways to copy and exchange would gain."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import se_fused
+from se_fused import backends, build
+
+from .. import gpu_probes
+from ..shapes import Shape
+from . import calls
+from .part import Part, Rows
+from .plans import SIZES
+
+FIELDS = ("probe", "of", "value", "unit")
+COPIES = tuple(1 << power for power in range(20, 30, 3))  # 1 MB to 512 MB
+# Nothing to compute: what is left is the launch, and from one size to the next what the exchange takes.
+TINY = calls.Row(Shape(1, 64, 1, 16, r=8), torch.float16, "contiguous", "forward")
+
+
+def us_of(device: torch.device, function: Callable[[], object]) -> float:
+    replay = calls.Replay([function], 32, device)
+    return statistics.median(replay.time() for _ in range(calls.ROUNDS))
+
+
+def bandwidths(device: torch.device) -> Iterator[gpu_probes.Row]:
+    for size in COPIES:
+        source = torch.randint(256, (size,), dtype=torch.uint8, device=device).view(torch.float32)
+        target = torch.empty_like(source)
+        functions = {
+            "read": (size, source.sum), "write": (size, target.zero_),
+            "copy by a kernel": (2 * size, calls.copier(2 * size, device)),
+            "copy by memcpy": (2 * size, partial(target.copy_, source)),
+        }  # fmt: skip
+        for name, (moved, function) in functions.items():
+            yield name, f"{size} bytes", moved / us_of(device, function) / 1e3, "GB/s"
+
+
+def resident_clusters(device: torch.device) -> Iterator[gpu_probes.Row]:
+    for size, count in _clusters().items():
+        yield "clusters, a block a multiprocessor", f"{size} blocks", count, "clusters"
+
+
+def empty_calls(device: torch.device) -> Iterator[gpu_probes.Row]:
+    (inputs,) = calls.draw(TINY, 1, device)
+    for plan in ("two_pass", *(f"cluster size={size}" for size in SIZES)):
+        try:
+            with torch.no_grad(), se_fused.use_backend("cuda", plan):
+                took = us_of(device, partial(inputs.call, se_fused.squeeze_excite))
+        except ValueError:
+            continue  # the device has no such clusters
+        yield "a call with nothing to compute", plan, took, "us"
+
+
+def exchanges_and_slabs(device: torch.device) -> Iterator[gpu_probes.Row]:
+    with tempfile.TemporaryDirectory() as folder:
+        library = gpu_probes.Probes(gpu_probes.compile_probes(Path(folder)))
+    shared_bytes = backends.cuda_limits(torch.cuda.current_device())[2]
+    yield from gpu_probes.measure(library, partial(us_of, device), _clusters(), shared_bytes)
+
+
+def _clusters() -> dict[int, int]:
+    return dict(zip(SIZES, backends.cuda_limits(torch.cuda.current_device())[4:], strict=True))
+
+
+def main() -> None:
+    part = Part(__doc__ or "")
+    rows = Rows(part.out / "probes.csv", FIELDS)
+    of_a_gpu = [resident_clusters, empty_calls, exchanges_and_slabs] if part.device.type == "cuda" else []
+    for _, probe in part.each([bandwidths, *of_a_gpu], lambda probe: probe.__name__):
+        try:
+            for name, what, value, unit in probe(part.device):
+                rows.write({"probe": name, "of": what, "value": f"{value:.4g}", "unit": unit})
+                part.say(f"  {name}, {what}: {value:.4g} {unit}")
+        except (gpu_probes.ProbeError, build.BuildError) as error:
+            part.wrong(f"{probe.__name__}: {error}")
+    part.finish()
+
+
+if __name__ == "__main__":
+    main()

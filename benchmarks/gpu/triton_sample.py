@@ -1,0 +1,43 @@
+"""The Triton kernels on a GPU: some 60 cases of the grid, compiled in parallel processes; then the layer's times."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+
+import se_fused
+from se_fused import backends, verify
+
+from . import layer
+from .part import Part
+
+STEP = 17  # prime to the numbers of calls, layouts and precisions, so that each is among the cases
+
+
+def sample() -> list[verify.Case]:
+    return verify.cases()[::STEP]
+
+
+def check(case: verify.Case, device: str, seed: int) -> tuple[float, str]:
+    with se_fused.use_backend("triton"):
+        return verify.error(case, device, seed)
+
+
+def main() -> None:
+    part = Part(__doc__ or "")
+    if (reason := backends.why_not("triton", part.device)) is not None:
+        part.give_up(reason)
+    processes = min(12, os.cpu_count() or 1)
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        begun = [pool.apply_async(check, (case, part.device.type, i)) for i, case in enumerate(sample())]
+        for number, case in part.each(sample()):
+            error, worst = begun[number].get()
+            if not error <= verify.tolerance(case.precision):
+                part.wrong(f"{case}: {worst} is off by {error:.1e}")
+    part.say(f"{len(begun)} cases by {processes} processes")
+    layer.run(part, list(layer.triton_rows()))
+    part.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""`make gpu-check` without a GPU: the CPU as its device, and parts that fail in every way that one can."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import stat
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu_check
+
+ROOT = Path(__file__).resolve().parents[1]
+# What a machine with a GPU may lack, or what only some commands need.
+OPTIONAL = (
+    "filelock", "hypothesis", "ninja", "numpy", "platformdirs", "pybind11", "pynvml", "pytest", "rich", "timm",
+    "torchvision", "triton", "typer",
+)  # fmt: skip
+
+
+def rows_of(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of a run on the CPU: two cases of every part that the CPU can stand in for."""
+    out = tmp_path_factory.mktemp("rehearsal")
+    command = [sys.executable, "-m", "benchmarks.gpu_check", "--device", "cpu", "--cases", "2", "--minutes", "30"]
+    command += ["--out", str(out), "--parts", "smoke,layer,models,sweep,memcheck"]
+    environment = {**os.environ, "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(done.stdout.splitlines()) < 50, "the summary fits one screen"
+    return out
+
+
+def test_a_rehearsal_leaves_at_most_six_files_and_says_what_ran(rehearsal: Path) -> None:
+    assert {file.name for file in rehearsal.iterdir()} == {
+        "run.json", "smoke.csv", "layer_gpu.csv", "models_gpu.csv", "plans_gpu.csv", "log.txt"
+    }  # fmt: skip
+    run = json.loads((rehearsal / "run.json").read_text())
+    assert run["torch"]
+    assert isinstance(run["dirty"], bool)
+    outcomes = {part["part"]: (part["outcome"], part["reason"]) for part in run["parts"]}
+    assert outcomes["memcheck"] == ("not run", "compute-sanitizer is not on the PATH")
+    assert all(outcome == ("passed", "2 of 2 cases") for part, outcome in outcomes.items() if part != "memcheck")
+
+
+def test_every_row_of_a_rehearsal_is_checked_and_interleaved(rehearsal: Path) -> None:
+    assert [row["outcome"] for row in rows_of(rehearsal / "smoke.csv")] == ["right", "right"]
+    layer = rows_of(rehearsal / "layer_gpu.csv")
+    for mode, variants in (("graph", {"fused", "eager", "copy"}), ("calls", {"fused", "eager"})):
+        assert {row["variant"] for row in layer if row["mode"] == mode} == variants
+    for row in layer:
+        assert 0 < float(row["p20_us"]) <= float(row["p50_us"]) <= float(row["p80_us"])
+        if row["variant"] == "fused":
+            assert float(row["error"]) <= float(row["tolerance"])
+    models = rows_of(rehearsal / "models_gpu.csv")
+    assert {row["variant"] for row in models} == {"original", "fused"}
+    assert all(int(row["se_layers"]) > 0 and float(row["error"]) < 1e-4 for row in models)
+    assert [row["ratio_to_planner"] for row in rows_of(rehearsal / "plans_gpu.csv")] == ["1.000", "1.000"]
+
+
+@pytest.fixture
+def part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """A function that runs gpu-check with programs in place of some parts: (exit status, outcomes by part)."""
+
+    def run(seconds: float = 60, **programs: str) -> tuple[int, dict[str, dict[str, object]]]:
+        def command_of(part: gpu_check.Part, out: Path, scratch: Path, device: str):
+            # A part's own interface, with its first case given by --start.
+            head = "import os, signal, sys, time\nstart = int(sys.argv[sys.argv.index('--start') + 1])\n"
+            return [sys.executable, "-u", "-c", head + textwrap.dedent(programs[part.name])], {}
+
+        monkeypatch.setattr(gpu_check, "command_of", command_of)
+        code = gpu_check.main(["--out", str(tmp_path), "--parts", ",".join(programs), "--minutes", str(seconds / 60)])
+        outcomes = json.loads((tmp_path / "run.json").read_text())["parts"]
+        return code, {outcome["part"]: outcome for outcome in outcomes}
+
+    return run
+
+
+PASSES = "print('case 0: fine'); print('1 of 1 cases')"
+
+
+def test_a_case_that_raises_costs_its_part_and_is_named(part) -> None:
+    raises = """
+        if start == 0:
+            print('case 0: first'); print('case 1: second')
+            raise RuntimeError('an illegal memory access')
+        print(f'case {start}: third'); print('1 of 1 cases')
+    """
+    code, outcomes = part(smoke=raises, models=PASSES)
+    assert code == 1
+    assert outcomes["smoke"]["outcome"] == "failed"
+    assert outcomes["smoke"]["blamed"] == ["case 1: second: RuntimeError: an illegal memory access"]
+    assert "case 2: third" in "".join(outcomes["smoke"]["tail"]), "it goes on after the case that broke it"
+    assert outcomes["models"]["outcome"] == "passed"
+
+
+def test_a_killed_child_is_resumed_after_its_case(part) -> None:
+    killed = """
+        for case in range(start, 4):
+            print(f'case {case}: number {case}')
+            if case == 1:
+                os.kill(os.getpid(), signal.SIGSEGV)
+        print('2 of 2 cases')
+    """
+    code, outcomes = part(layer=killed, sweep=PASSES)
+    assert code == 1
+    assert outcomes["layer"]["outcome"] == "failed"
+    assert outcomes["layer"]["blamed"] == ["case 1: number 1: killed by SIGSEGV"]
+    assert "case 3: number 3" in "".join(outcomes["layer"]["tail"])
+    assert outcomes["sweep"]["outcome"] == "passed"
+
+
+def test_a_child_that_hangs_is_ended_with_its_children_and_named(part, tmp_path: Path) -> None:
+    hangs = f"""
+        import subprocess
+        child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])
+        open({str(tmp_path / "pid")!r}, 'w').write(str(child.pid))
+        print('case 5: the one that hangs')
+        time.sleep(600)
+    """
+    code, outcomes = part(seconds=20, probes=hangs, triton=PASSES)
+    assert code == 1
+    assert outcomes["probes"]["blamed"] == ["case 5: the one that hangs: no end within its time"]
+    assert outcomes["triton"]["outcome"] == "passed"
+    state = Path("/proc", (tmp_path / "pid").read_text(), "stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
+def test_a_wrong_result_fails_its_part_and_goes_on(part) -> None:
+    code, outcomes = part(smoke="print('case 0: x'); print('wrong: y is off'); sys.exit(1)", probes=PASSES)
+    assert code == 1
+    assert outcomes["smoke"]["wrong"] == ["wrong: y is off"]
+    assert outcomes["probes"]["outcome"] == "passed"
+
+
+def test_no_rows_is_a_failure_and_nothing_run_too(part) -> None:
+    assert part(layer="print('0 of 0 cases'); sys.exit(1)")[0] == 1
+    code, outcomes = part(models="print('not run: timm is not installed'); sys.exit(77)")
+    assert code == 1, "nothing ran"
+    assert (outcomes["models"]["outcome"], outcomes["models"]["reason"]) == ("not run", "timm is not installed")
+    assert part(models="print('not run: no timm'); sys.exit(77)", probes=PASSES)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("output", "status", "outcome", "code"),
+    [
+        ("========= ERROR SUMMARY: 0 errors", 0, "passed", 0),
+        ("========= Invalid __global__ read\n========= ERROR SUMMARY: 1 error", 9, "failed", 1),
+        ("========= Error: Device not supported", 1, "not run", 1),
+        ("nothing of a sanitizer", 0, "failed", 1),
+    ],
+)
+def test_what_the_sanitizer_says(
+    output: str, status: int, outcome: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "bin" / "compute-sanitizer"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\necho '{output}'\nexit {status}\n")
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=":")
+    assert gpu_check.main(["--out", str(tmp_path / "out"), "--parts", "memcheck"]) == code
+    (found,) = json.loads((tmp_path / "out" / "run.json").read_text())["parts"]
+    assert found["outcome"] == outcome
+
+
+def test_without_pytest_its_part_is_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(gpu_check.Missing, match="pytest and hypothesis not installed"):
+        gpu_check.command_of(next(p for p in gpu_check.PARTS if p.name == "tests"), tmp_path, tmp_path, "cuda")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--parts", "smoke,everything"], "--parts has everything; wanted some of smoke, layer"),
+        (["--minutes", "0"], "--minutes is 0.0; wanted more than 0"),
+    ],
+)
+def test_arguments_that_are_wrong(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as refusal:
+        gpu_check.main(arguments)
+    assert refusal.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_parts_that_time_something_run_alone() -> None:
+    timed = {"layer", "models", "probes", "sweep", "triton"}
+    stages = gpu_check.stages(part for part in gpu_check.PARTS if part.default)
+    assert [stage[0].name for stage in stages][:3] == ["smoke", "layer", "models"]
+    assert all(len(stage) == 1 for stage in stages if stage[0].name in timed)
+    assert sum(max(part.seconds for part in stage) for stage in stages) == 360
+
+
+def test_a_part_without_a_gpu_says_so(tmp_path: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert gpu_check.main(["--out", str(tmp_path), "--parts", "smoke", "--minutes", "30"]) == 1
+    (smoke,) = json.loads((tmp_path / "run.json").read_text())["parts"]
+    assert smoke["outcome"] == "not run"
+    assert smoke["reason"] == "the cuda kernels cannot run here: there is no NVIDIA GPU"
+
+
+def test_nothing_optional_is_imported_before_it_is_needed() -> None:
+    program = f"""
+        import sys
+        for name in {OPTIONAL}:
+            sys.modules[name] = None  # importing it raises ImportError
+        import torch, se_fused
+        from torch import nn
+        layer = se_fused.SqueezeExcite(8)
+        y = layer(torch.randn(2, 8, 3, 3, requires_grad=True))
+        y.sum().backward()
+        report = se_fused.replace(nn.Sequential(nn.Conv2d(3, 8, 3), layer))
+        print(report, se_fused.explain(y.detach(), layer.w1, layer.b1, layer.w2, layer.b2).backend)
+        assert not torch.cuda.is_initialized()
+        sys.argv = ["gpu-check", "--help"]
+        from benchmarks import gpu_check
+        gpu_check.main()
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "cpu\nusage: gpu-check" in done.stdout

@@ -1,0 +1,169 @@
+"""What the parts of gpu-check measure, as far as it shows without a GPU, and that they fit into six minutes."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections import Counter
+
+import pytest
+import torch
+import triton_targets
+from torch.utils._pytree import tree_leaves
+
+import se_fused
+from benchmarks import gpu_check
+from benchmarks.gpu import calls, layer, models, plans, smoke, triton_sample
+from benchmarks.shapes import Shape
+from se_fused import verify
+
+CPU = torch.device("cpu")
+
+
+def test_the_headline_comes_first_and_everything_that_was_asked_for_comes() -> None:
+    rows = [row for row, _ in layer.rows()]
+    assert all(row.dtype is torch.float16 and row.direction == "forward" for row in rows[:36])
+    measured = {(row.shape.n, row.layout, row.direction) for row in rows if row.dtype is torch.float16}
+    assert measured == set(itertools.product((1, 32, 128), ("contiguous", "channels_last"), ("forward", "both")))
+    variants = [variants for _, variants in layer.rows()]
+    assert variants.index(("fused", "eager", "compile")) >= 72
+
+
+def test_the_bytes_of_a_call() -> None:
+    shape = Shape(2, 8, 3, 5, r=4)
+    maps, weights = 2 * 8 * 15, 2 * 8 * 4 + 8 + 4
+    assert calls.Row(shape, torch.float16, "contiguous", "forward").bytes() == 2 * (2 * maps + weights)
+    assert calls.Row(shape, torch.float32, "contiguous", "both").bytes() == 4 * (5 * maps + 2 * weights)
+
+
+@pytest.mark.parametrize("direction", ["forward", "both"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_the_variants_compute_the_same_on_buffers_of_their_own(direction: str, layout: str) -> None:
+    row = calls.Row(Shape(2, 12, 5, 7, r=3), torch.float32, layout, direction)
+    inputs = calls.draw(row, 3, CPU)
+    assert len({t.data_ptr() for each in inputs for t in (*each.tensors, each.g) if t is not None}) == 3 * (
+        5 if direction == "forward" else 6
+    )
+    with se_fused.use_backend("cpu"):
+        found = {name: inputs[1].call(make) for name, make in calls.layers(["cpu", "eager"]).items()}
+    assert len(tree_leaves(found["cpu"])) == (1 if direction == "forward" else 6)
+    torch.testing.assert_close(tree_leaves(found["cpu"]), tree_leaves(found["eager"]))
+    assert calls.error(found["cpu"], inputs[1]) < 1e-5
+    assert calls.error(found["cpu"], inputs[0]) > 0.1, "the inputs of another set are other inputs"
+
+
+def test_a_nan_is_an_infinite_error() -> None:
+    row = calls.Row(Shape(1, 4, 3, 3, r=2), torch.float32, "contiguous", "forward")
+    (inputs,) = calls.draw(row, 1, CPU)
+    y = inputs.call(calls.eager).detach()
+    y[0, 1, 2, 0] = math.nan
+    assert calls.error(y, inputs) == math.inf
+
+
+def test_a_replay_keeps_the_results_of_its_last_turn() -> None:
+    ran: list[int] = []
+    replay = calls.Replay([lambda i=i: ran.append(i) or i for i in range(3)], 9, CPU)
+    assert list(replay.results) == [0, 1, 2]
+    assert replay.time() > 0
+    assert list(replay.results) == [0, 1, 2]
+    assert Counter(ran) == {0: 6, 1: 6, 2: 6}
+
+
+def test_a_replay_is_whole_turns_over_its_buffers_and_not_too_short() -> None:
+    for row, _ in layer.rows():
+        sets = calls.COLD_L2 * 60_000_000 // row.bytes() + 2
+        count = calls.replay_calls(row, min(sets, calls.MOST_SETS))
+        assert count % min(sets, calls.MOST_SETS) == 0
+        assert count >= calls.LEAST_CALLS
+        assert count * row.bytes() / 4.5e6 > 30, "microseconds, at a speed that no GPU here has"
+
+
+def test_within_a_round_every_contender_runs_once() -> None:
+    order: list[str] = []
+    times = calls.interleaved({name: lambda name=name: order.append(name) or 1.0 for name in "abc"}, rounds=20)
+    assert all(set(order[i : i + 3]) == set("abc") for i in range(0, len(order), 3))
+    assert len({tuple(order[i : i + 3]) for i in range(0, len(order), 3)}) > 2, "in an order of its own"
+    assert all(len(values) == 20 for values in times.values()), "the first round does not count"
+
+
+def test_the_smoke_calls_have_every_plan_layout_and_precision() -> None:
+    cases = list(smoke.cases(smoke.PLANS))
+    kinds = {(plan, case.precision, case.layout) for plan, case in cases}
+    layouts = ("contiguous", "channels_last")
+    assert kinds >= set(itertools.product(smoke.PLANS, verify.PRECISIONS, layouts))
+    assert {case.precision for _, case in cases if case.layout == "strided"} == set(verify.PRECISIONS)
+    watched = {(plan, case.precision) for plan, case in cases[:: gpu_check.SANITIZED_STEP]}
+    assert watched == set(itertools.product(smoke.PLANS, verify.PRECISIONS)), "the sanitizer sees each plan and type"
+
+
+def test_the_sweep_tries_both_ways_to_split_channels_last_and_several_samples() -> None:
+    rows = plans.rows()
+    row = next(row for row in rows if row.layout == "contiguous" and row.direction == "forward" and row.shape.n > 1)
+    assert "cluster samples=4" in plans.plans_of(row)
+    assert "cluster samples=4" not in plans.plans_of(dataclasses.replace(row, direction="both"))
+    both = plans.plans_of(dataclasses.replace(row, layout="channels_last"))
+    assert {"two_pass", "cluster size=8 by_channels=0", "cluster size=8 by_channels=1"} < set(both)
+
+
+# Seconds, measured on an H200 machine of 16 cores with a prebuilt library, unless something else is said.
+START = 7  # of a process: import torch, create a context
+SMOKE_CASE = 0.02
+LAYER_ROW, COMPILED_ROW, TRAINING_CASE, INFERENCE_CASE = 0.4, 1.8, 13, 1.8
+SWEEP_ROW, PROBES, GPU_TESTS, MEMCHECK, INSTRUCTION_SETS = 0.7, 15, 51, 18, 23
+TRITON_KERNEL = 1.0  # of one core, here; 12 processes share them
+TRITON_PROCESSES = 12
+
+
+def test_the_parts_fit_into_six_minutes(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [variants for _, variants in layer.rows()]
+    compiled = sum("compile" in variants for variants in rows)
+    cases = len(models.MODELS) * len(models.BATCHES)
+    kernels = triton_kernels()
+    triton_rows = len(list(layer.triton_rows()))
+    wanted = {
+        "smoke": START + SMOKE_CASE * len(list(smoke.cases(smoke.PLANS))),
+        "layer": START + LAYER_ROW * (len(rows) - compiled) + COMPILED_ROW * compiled,
+        "models": START + INFERENCE_CASE * 2 * cases + TRAINING_CASE * cases,
+        "tests, memcheck, instruction sets": max(GPU_TESTS, MEMCHECK, INSTRUCTION_SETS),
+        "probes": PROBES,
+        "sweep": START + SWEEP_ROW * len(plans.rows()),
+        "triton": 2 * START + kernels * TRITON_KERNEL / TRITON_PROCESSES + COMPILED_ROW * triton_rows,
+    }
+    limits = [max(p.seconds for p in stage) for stage in gpu_check.stages(p for p in gpu_check.PARTS if p.default)]
+    with capsys.disabled():
+        print(f"\n{kernels} Triton kernels, {compiled} compilations by torch.compile; seconds wanted / given:")
+        for (name, seconds), limit in zip(wanted.items(), limits, strict=True):
+            print(f"  {name}: {seconds:.0f} / {limit:.0f}")
+    given = dict(zip(wanted, limits, strict=True))
+    # What measures until its time is over may want more; what must run whole may not.
+    assert all(wanted[name] <= given[name] for name in ("smoke", "probes"))
+    assert wanted["tests, memcheck, instruction sets"] <= given["tests, memcheck, instruction sets"] + 15
+    assert sum(limits) == 360
+    assert given["layer"] / 2 > START + 72 * LAYER_ROW, "the headline itself takes less than half of its time"
+
+
+def triton_kernels() -> int:
+    """How many kernels the sample of Triton cases compiles: each kind of argument makes another."""
+    found = set()
+    for case in triton_sample.sample():
+        maps, _ = verify.PRECISIONS[case.precision]
+        options = {"act": "relu", "gate": "sigmoid", "squeeze": "mean", "pre_act": None, "post_act": None}
+        n, c, *spatial = case.shape
+        last = case.layout == "channels_last"
+        for kernel, args, kwargs in triton_targets.record(
+            n, c, case.r, tuple(spatial), maps, last, options | case.options, case.residual is not None
+        ):
+            key = (kernel.__name__, *map(specialised, args), *sorted((name, str(v)) for name, v in kwargs.items()))
+            # Inference launches the forward kernels again, without what training saves.
+            found |= {(*key, saves) for saves in ((True, False) if "forward" in kernel.fn.__module__ else (True,))}
+    return len(found)
+
+
+def specialised(argument: object) -> str:
+    """What of an argument Triton compiles for: a tensor's type; None and 1; whether a number is a multiple of 16."""
+    if isinstance(argument, torch.Tensor):
+        return str(argument.dtype)
+    if type(argument) is int and argument != 1:
+        return "int of 16" if argument % 16 == 0 else "int"
+    return str(argument)
