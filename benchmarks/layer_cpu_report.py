@@ -35,7 +35,8 @@ def select(lines: Iterable[Line], dtype: str, layout: str, direction: str) -> di
     return cells
 
 
-def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table whose first column is text and whose others are numbers."""
     rule = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows)) + "\n"
 
@@ -103,7 +104,7 @@ def _forward(lines: list[Line]) -> str:
         ])  # fmt: skip
     rows += [[f"geometric mean, {label}", "", "", *map(_times, m), "", ""] for label, m in means(ratios).items()]
     header = ["x", "fused µs", "best peer µs", "best peer / fused", "eager / fused", "floor µs", "floor / fused"]
-    return _markdown(header, rows) if rows else ""
+    return markdown(header, rows) if rows else ""
 
 
 def _in_place(lines: list[Line]) -> str:
@@ -121,7 +122,7 @@ def _in_place(lines: list[Line]) -> str:
         for label, found in means(ratios).items()
     ]
     header = ["x", "in place µs", "best peer / in place", "floor µs", "floor / in place", "best peer / floor"]
-    return _markdown(header, rows) if rows else ""
+    return markdown(header, rows) if rows else ""
 
 
 def _other_formats(lines: list[Line]) -> str:
@@ -133,7 +134,7 @@ def _other_formats(lines: list[Line]) -> str:
     rows = [[label, *map(_times, row)] for label, row in ratios.items()]
     rows += [[f"geometric mean, {label}", *map(_times, row)] for label, row in means(ratios).items()]
     header = ["x", *(f"{dtype} {layout}: {LABELS[peer]} / fused" for (dtype, layout), _, peer in columns)]
-    return _markdown(header, rows) if rows else ""
+    return markdown(header, rows) if rows else ""
 
 
 def _gradients(lines: list[Line], direction: str) -> str:
@@ -146,7 +147,7 @@ def _gradients(lines: list[Line], direction: str) -> str:
         rows.append([shape, _us(fused), _us(eager), *map(_times, row), floor, _share_of_floor(fused)])
     rows += [[f"geometric mean, {label}", "", "", *map(_times, row), "", ""] for label, row in means(ratios).items()]
     header = ["x", "fused µs", "eager µs", "eager / fused", "floor µs", "floor / fused"]
-    return _markdown(header, rows) if rows else ""
+    return markdown(header, rows) if rows else ""
 
 
 def table(lines: list[Line]) -> str:

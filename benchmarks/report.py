@@ -1,7 +1,7 @@
-"""Turns the CSVs of record into the README's tables, each between its two markers, and into the figures.
+"""Turns the files of record into the tables of the README and of docs/, each between its two markers, and into figures.
 
 python -m benchmarks.report            rewrite the tables and figures
-python -m benchmarks.report --check    fail if a table in the README is not the one its CSV gives
+python -m benchmarks.report --check    fail if a table is not the one its files give
 """
 
 from __future__ import annotations
@@ -10,35 +10,32 @@ import csv
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from . import layer_cpu, layer_cpu_report
+from . import gpu_report, layer_cpu, layer_cpu_report
 
 Line = dict[str, str]
+ROOT = layer_cpu.ROOT
+README, BENCHMARKS = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
+H200 = ROOT / "benchmarks" / "results" / "h200"
 
 
 class ReportError(ValueError):
-    """The CSV or the README is not what a report can be made from."""
+    """The files or the document are not what a report can be made from."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """A CSV, the function that makes its Markdown, and where the function that draws its figure puts it."""
+    """Where a table comes from, how it is read and made, and the document it stands in; and so for a figure."""
 
-    csv: Path
-    table: Callable[[list[Line]], str]
-    figure: Path
-    draw: Callable[[list[Line], Path], None]
-
-
-# By the name in the markers.
-RECORDS = {
-    "layer_cpu": Record(
-        layer_cpu.RECORD, layer_cpu_report.table, layer_cpu.ROOT / "docs" / "layer_cpu.png", layer_cpu_report.draw
-    )
-}
+    source: Path
+    read: Callable[[Path], Any]
+    table: Callable[[Any], str]
+    document: Path = README
+    figure: Path | None = None
+    draw: Callable[[Any, Path], None] | None = None
 
 
 def read(file: Path) -> list[Line]:
@@ -54,6 +51,17 @@ def read(file: Path) -> list[Line]:
     return lines
 
 
+# By the name in the markers.
+RECORDS = {
+    "layer_cpu": Record(
+        layer_cpu.RECORD, read, layer_cpu_report.table,
+        figure=ROOT / "docs" / "layer_cpu.png", draw=layer_cpu_report.draw,
+    ),
+    "h200": Record(H200, gpu_report.read, gpu_report.summary),
+    "h200_layers": Record(H200, gpu_report.read, gpu_report.layers, document=BENCHMARKS),
+}  # fmt: skip
+
+
 def replace_between_markers(text: str, name: str, body: str) -> str:
     """`text` with `body` between `<!-- name:begin -->` and `<!-- name:end -->`. Raises ReportError."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
@@ -63,31 +71,35 @@ def replace_between_markers(text: str, name: str, body: str) -> str:
     return f"{before}{begin}\n\n{body.strip()}\n\n{end}{rest.split(end)[1]}"
 
 
-def updated(readme: str, records: Mapping[str, Record]) -> str:
-    """`readme` with every record's Markdown made anew. Raises ReportError."""
+def updated(text: str, records: Mapping[str, Record]) -> str:
+    """A document with the tables of `records` made anew. Raises ReportError."""
     for name, record in records.items():
-        readme = replace_between_markers(readme, name, record.table(read(record.csv)))
-    return readme
+        try:
+            text = replace_between_markers(text, name, record.table(record.read(record.source)))
+        except (OSError, KeyError, ValueError) as error:
+            raise ReportError(f"{record.source}: {error}") from error
+    return text
 
 
 def main(
-    check: Annotated[bool, typer.Option("--check", help="Change nothing; fail if the README is out of date.")] = False,
-    readme: Annotated[Path, typer.Option(help="The file with the markers.")] = layer_cpu.ROOT / "README.md",
+    check: Annotated[bool, typer.Option("--check", help="Change nothing; fail if a table is out of date.")] = False,
 ) -> None:
-    """Write the README's tables and the figures from the CSVs of record."""
-    before = readme.read_text(encoding="utf-8")
-    try:
-        after = updated(before, RECORDS)
-    except ReportError as error:
-        typer.echo(f"report: {error}", err=True)
-        raise typer.Exit(2) from error
-    if not check:
-        readme.write_text(after, encoding="utf-8")
-        for record in RECORDS.values():
-            record.draw(read(record.csv), record.figure)
-    elif after != before:
-        typer.echo(f"report: {readme} is not what the CSVs give; run python -m benchmarks.report", err=True)
-        raise typer.Exit(1)
+    """Write the tables and the figures from the files of record."""
+    for document in dict.fromkeys(record.document for record in RECORDS.values()):
+        before = document.read_text(encoding="utf-8")
+        try:
+            after = updated(before, {name: r for name, r in RECORDS.items() if r.document == document})
+        except ReportError as error:
+            typer.echo(f"report: {error}", err=True)
+            raise typer.Exit(2) from error
+        if not check:
+            document.write_text(after, encoding="utf-8")
+        elif after != before:
+            typer.echo(f"report: {document} is not what its files give; run python -m benchmarks.report", err=True)
+            raise typer.Exit(1)
+    for record in RECORDS.values() if not check else ():
+        if record.draw is not None and record.figure is not None:
+            record.draw(record.read(record.source), record.figure)
 
 
 if __name__ == "__main__":

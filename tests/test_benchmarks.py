@@ -273,14 +273,14 @@ def test_check_compares_the_readme_with_the_csv(
     record: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     figure = tmp_path / "figure.png"
-    entry = dataclasses.replace(report.RECORDS["layer_cpu"], csv=record, figure=figure)
-    monkeypatch.setattr(report, "RECORDS", {"layer_cpu": entry})
     readme = tmp_path / "README.md"
+    entry = dataclasses.replace(report.RECORDS["layer_cpu"], source=record, figure=figure, document=readme)
+    monkeypatch.setattr(report, "RECORDS", {"layer_cpu": entry})
     readme.write_text("before\n\n<!-- layer_cpu:begin -->\n<!-- layer_cpu:end -->\n\nafter\n")
 
     def exit_code(*, check: bool) -> int:
         try:
-            report.main(check=check, readme=readme)
+            report.main(check=check)
         except typer.Exit as stop:
             return stop.exit_code
         return 0

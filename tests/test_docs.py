@@ -10,7 +10,7 @@ import pytest
 import se_fused
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/design.md", "docs/gpu-run.md"]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/design.md", "docs/gpu-run.md", "docs/benchmarks.md"]
 
 
 def code_blocks(text: str, language: str) -> list[str]:
@@ -32,7 +32,7 @@ def test_every_path_exists(name):
     paths = set(re.findall(r"\]\((?!http)([^)#]+)\)", text))
     suffixes = (".py", ".h", ".cpp", ".cu", ".cuh", ".csv", ".txt")
     paths |= {p for p in re.findall(r"`([\w./-]+)`", text) if "/" in p or p.endswith(suffixes)}
-    folders = ("", "se_fused", "csrc", "csrc/cpu", "csrc/cuda")
+    folders = (Path(name).parent, "", "se_fused", "csrc", "csrc/cpu", "csrc/cuda")
     assert not [p for p in paths if not any((ROOT / folder / p).exists() for folder in folders)]
 
 

@@ -5,9 +5,9 @@
 namespace se::planning {
 namespace {
 
-// A model of the time, predicted: no GPU has measured these yet. What a multiprocessor moves alone, and its part of
-// what all move together (H200: 4.3 TB/s over 132); and what a block spends on its exchange and layers, when its
-// multiprocessor moves nothing unless it has a second block.
+// A model of the time, predicted, and refuted by an H200 (docs/design.md): it has to be fitted anew. What a
+// multiprocessor moves alone, and its part of what all move together (H200: 4.3 TB/s over 132); and what a block spends
+// on its exchange and layers, when its multiprocessor moves nothing unless it has a second block.
 constexpr double kAloneBytesPerUs = 100e3, kTogetherBytesPerUs = 33e3, kExchangeUs = 2.5;
 constexpr int64_t kReserved = 1 << 10;  // bytes of shared memory that the system takes for a block
 // Of a position's channels, for one block: an H100 stores pieces of 256 bytes at 99 % of the speed of 512, of 32 bytes
@@ -23,7 +23,7 @@ bool divide(Plan& plan, int size, const Forced& forced) {
   e = {}, residence = {};
   e.chunks = 1, e.ranges = size;
   residence.size = size;
-  // One, unless asked: no GPU has shown yet what reading the weights less often gains.
+  // One, unless asked: four lose at 14 of the 16 calls that an H200 has timed (plans_gpu.csv).
   residence.samples = call.direction == Direction::kForward ? static_cast<int>(forced.samples.value_or(1)) : 1;
   residence.wide = call.alignment == 16;
   auto channels_in = [&](int64_t unit) { return ceil_div(ceil_div(call.c, unit), size) * unit; };

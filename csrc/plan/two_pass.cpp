@@ -5,7 +5,7 @@
 namespace se::planning {
 namespace {
 
-// The thresholds are predictions: no GPU has measured them yet.
+// The thresholds are predictions: no GPU has measured others beside them.
 constexpr int64_t kBlocksPerMultiprocessor = 4;  // enough of them to even out the last wave
 constexpr int64_t kLoadsPerThread = 4;           // what a thread of a split reduction has at least to do
 constexpr int64_t kLargestSplit = 64;

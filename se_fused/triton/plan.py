@@ -1,7 +1,7 @@
 """How a call is cut into programs: the one place that chooses, from the shapes alone.
 
 Nothing is tuned by trial runs, so nothing is timed during a CUDA graph's capture, and the order of every sum follows
-from the shape. All the limits here are predicted, from the notes beside them; none has been measured on a GPU yet.
+from the shape. All the limits here are predicted, from the notes beside them; no GPU has measured others beside them.
 """
 
 from __future__ import annotations

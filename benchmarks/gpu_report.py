@@ -1,0 +1,194 @@
+"""The tables of a GPU run (benchmarks/gpu_check.py). Everything here is a function of the files in its folder."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import math
+import re
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .layer_cpu_report import markdown
+
+Line = dict[str, str]
+LAYOUTS = ("contiguous", "channels_last")
+DIRECTIONS = {"forward": "forward", "both": "forward + backward"}
+MODES = {"graph": "in a CUDA graph", "calls": "eager calls", "training": "training step"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the benchmark: all its variants, measured in turn. `lines`: by mode and variant."""
+
+    shape: str
+    dtype: str
+    layout: str
+    direction: str
+    lines: dict[tuple[str, str], Line]
+
+    @property
+    def n(self) -> int:
+        return int(self.shape.partition("x")[0])
+
+    def ratio(self, variant: str, mode: str = "graph") -> float | None:
+        """The time of `variant` over that of fused, the median over rounds; None where it was not measured."""
+        line = self.lines.get((mode, variant))
+        return None if line is None else float(line["ratio_to_fused"])
+
+
+@dataclass(frozen=True)
+class Results:
+    run: dict[str, Any]
+    cases: list[Case]
+    models: list[Line]
+    plans: list[Line]
+
+
+def read(folder: Path) -> Results:
+    """The files of a run. Raises ValueError if they are of no commit, or not of a whole run."""
+    run = json.loads((folder / "run.json").read_text())
+    if run["dirty"] or run["commit"] == "unknown":
+        raise ValueError(f"{folder / 'run.json'}: the run is of commit {run['commit']}, dirty: {run['dirty']}")
+    cases = []
+    lines = _lines(folder / "layer_gpu.csv")
+    if not lines:
+        raise ValueError(f"{folder / 'layer_gpu.csv'} has no rows")
+    keys = ("case", "shape", "dtype", "layout", "direction")
+    for key, group in itertools.groupby(lines, lambda line: tuple(line[name] for name in keys)):
+        cases.append(Case(*key[1:], {(line["mode"], line["variant"]): line for line in group}))
+    return Results(run, cases, _lines(folder / "models_gpu.csv"), _lines(folder / "plans_gpu.csv"))
+
+
+def _lines(file: Path) -> list[Line]:
+    with file.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def best_measured(results: Results) -> list[Case]:
+    """A case for each call: the one with torch.compile beside it, where there is one."""
+    found: dict[tuple[str, str, str, str], Case] = {}
+    for case in results.cases:
+        key = case.shape, case.dtype, case.layout, case.direction
+        if key not in found or case.ratio("compile") is not None:
+            found[key] = case
+    return list(found.values())
+
+
+def _bold(value: float | None) -> str:
+    """A ratio; a loss, below 1, in bold."""
+    if value is None:
+        return ""
+    return f"{value:.2f}" if value >= 1 else f"**{value:.2f}**"
+
+
+def _mean(values: Iterable[float | None]) -> str:
+    """Geometric mean and range, or nothing if one of them was not measured."""
+    known = list(values)
+    if not known or any(value is None for value in known):
+        return ""
+    numbers = [value for value in known if value is not None]
+    return f"{_bold(statistics.geometric_mean(numbers))} ({min(numbers):.2f} to {max(numbers):.2f})"
+
+
+def summary(results: Results) -> str:
+    """For the README: the layer by batch, layout and direction; whole networks; the machine."""
+    cases = best_measured(results)
+    rows = []
+    kinds = sorted(
+        {(case.dtype, case.direction, case.layout, case.n) for case in cases},
+        key=lambda kind: (kind[0] != "float16", list(DIRECTIONS).index(kind[1]), LAYOUTS.index(kind[2]), kind[3]),
+    )
+    for kind in kinds:
+        some = [case for case in cases if (case.dtype, case.direction, case.layout, case.n) == kind]
+        dtype, direction, layout, n = kind
+        rows.append([
+            f"{dtype} {layout}, {DIRECTIONS[direction]}", str(n),
+            _mean(case.ratio("eager", "calls") for case in some), _mean(case.ratio("eager") for case in some),
+            _mean(case.ratio("compile") for case in some), _mean(case.ratio("copy") for case in some).replace("**", ""),
+        ])  # fmt: skip
+    header = [
+        "six shapes, geometric mean (range)", "N", "eager / fused, as calls", "eager / fused, in a graph",
+        "torch.compile / fused, in a graph", "copy / fused",
+    ]  # fmt: skip
+    parts = [markdown(header, rows), _networks(results.models), _findings(results), _machine(results)]
+    return "\n".join(part for part in parts if part)
+
+
+def _networks(models: Sequence[Line]) -> str:
+    ratios = {(m["model"], m["n"], m["mode"]): m for m in models if m["variant"] == "original"}
+    rows = []
+    for name, n in dict.fromkeys((name, n) for name, n, _ in sorted(ratios, key=lambda k: (k[0], int(k[1])))):
+        cells = [ratios.get((name, n, mode)) for mode in MODES]
+        layers = next(cell["se_layers"] for cell in cells if cell is not None)
+        rows.append([f"{name} ({layers} SE layers)", n, *(_bold(c and float(c["ratio_to_fused"])) for c in cells)])
+    header = ["network: original / fused", "N", *MODES.values()]
+    return markdown(header, rows) if rows else ""
+
+
+def _findings(results: Results) -> str:
+    """Where another of our own ways is faster than the one that is taken."""
+    fastest: dict[tuple[str, ...], float] = {}
+    for line in results.plans:
+        call = line["shape"], line["dtype"], line["layout"], line["direction"]
+        fastest[call] = min(fastest.get(call, math.inf), float(line["ratio_to_planner"]))
+    beaten = sum(ratio < 0.95 for ratio in fastest.values())
+    text = f"Another plan than the planner's was more than 5 % faster at {beaten} of {len(fastest)} calls."
+    triton = [ratio for case in results.cases if (ratio := case.ratio("triton")) is not None]
+    if triton:
+        text += f" The Triton kernels took {min(triton):.2f} to {max(triton):.2f} of the CUDA kernels' time, "
+        text += f"at the {len(triton)} calls where both were timed."
+    return text + "\n"
+
+
+def _machine(results: Results) -> str:
+    run = results.run
+    reasons = {part["part"]: part["reason"] for part in run["parts"]}
+    right = [
+        match[0]
+        for part in ("smoke", "tests")
+        if (match := re.match(r"[\d of]+ (cases|passed)", reasons.get(part, "")))
+    ]
+    return (
+        f"{run['gpu']}, driver {run['driver']}, PyTorch {run['torch']}, commit {run['commit']}, {run['date'][:10]}; "
+        f"smoke and tests: {', '.join(right)}. Ratios are medians over rounds in which the variants took turns; one "
+        "below 1, a loss, is bold. Layer: caches cold, buffers rotating over twice the L2; the outputs in the timed "
+        "buffers were compared with float64. Copy: an elementwise kernel that reads and writes the bytes that no "
+        "implementation can do without. Networks: 224 pixels, channels_last, float16 for inference, bfloat16 autocast "
+        "for training.\n"
+    )
+
+
+def layers(results: Results) -> str:
+    """For docs/benchmarks.md: every call."""
+    triton = {
+        (case.shape, case.dtype, case.layout, case.direction): case.ratio("triton")
+        for case in results.cases
+        if case.ratio("triton") is not None
+    }
+    tables = []
+    cases = best_measured(results)
+    for dtype, direction, layout in itertools.product(("float16", "float32"), DIRECTIONS, LAYOUTS):
+        rows = []
+        for case in cases:
+            if (case.dtype, case.direction, case.layout) != (dtype, direction, layout):
+                continue
+            fused = case.lines["graph", "fused"]
+            rows.append([
+                case.shape, f"{fused['p50_us']} ({fused['p20_us']} to {fused['p80_us']})", fused["gb_s"],
+                f"{case.ratio('copy') or 0:.2f}", _bold(case.ratio("eager")), _bold(case.ratio("compile")),
+                _bold(triton.get((case.shape, dtype, layout, direction))), case.lines["calls", "fused"]["p50_us"],
+                _bold(case.ratio("eager", "calls")), fused["error"],
+            ])  # fmt: skip
+        header = [
+            "x", "fused µs (p20 to p80)", "GB/s", "copy / fused", "eager / fused", "torch.compile / fused",
+            "Triton / fused", "fused as calls µs", "eager / fused as calls", "error",
+        ]  # fmt: skip
+        if rows:
+            tables.append(f"{dtype}, {layout}, {DIRECTIONS[direction]}:\n\n{markdown(header, rows)}")
+    tables.append(_machine(results))
+    return "\n".join(tables)

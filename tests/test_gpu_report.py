@@ -1,0 +1,71 @@
+"""The tables of a GPU's run."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu_report
+from benchmarks.gpu import layer, models, part, plans
+
+
+@pytest.fixture
+def gpu_run(tmp_path: Path) -> Path:
+    """The files of a run in which fused takes 2 us, eager 3, torch.compile 1, a copy 1, and Triton 1.5 where it ran."""
+    rows = part.Rows(tmp_path / "layer_gpu.csv", layer.FIELDS)
+    for case, ratios in ((0, {"eager": 2.0}), (5, {"eager": 1.5, "compile": 0.5}), (0, {"eager": 1.5, "triton": 0.75})):
+        for mode, (name, value) in itertools.product(("graph", "calls"), {"fused": 1.0, "copy": 0.5, **ratios}.items()):
+            line = {"case": case, "shape": "32x8x7x7", "dtype": "float16", "layout": "contiguous"}
+            line |= {
+                "direction": "forward",
+                "mode": mode,
+                "variant": name,
+                "p50_us": f"{2 * value:.2f}",
+                "ratio_to_fused": f"{value:.3f}",
+            }
+            rows.write(line)
+    networks = part.Rows(tmp_path / "models_gpu.csv", models.FIELDS)
+    for variant, value in (("original", "0.900"), ("fused", "1.000")):
+        networks.write(
+            {"model": "a", "n": 1, "mode": "graph", "variant": variant, "se_layers": 3, "ratio_to_fused": value}
+        )
+    tried = part.Rows(tmp_path / "plans_gpu.csv", plans.FIELDS)
+    for shape, plan, value in (
+        ("1", "planner's", 1.0),
+        ("1", "two_pass", 0.9),
+        ("2", "planner's", 1.0),
+        ("2", "x", 0.96),
+    ):
+        tried.write({"shape": shape, "plan": plan, "ratio_to_planner": value})
+    run = {"gpu": "a GPU", "driver": "1", "torch": "2", "commit": "abc", "dirty": False, "date": "2026-01-02T03:04"}
+    run["parts"] = [{"part": "smoke", "reason": "7 of 7 cases"}, {"part": "tests", "reason": "9 passed in 3 s"}]
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    return tmp_path
+
+
+def test_the_tables_of_a_gpu_run_are_a_function_of_its_files(gpu_run: Path) -> None:
+    results = gpu_report.read(gpu_run)
+    text = gpu_report.summary(results)
+    mean = "1.50 (1.50 to 1.50)"  # of the case that has torch.compile beside it
+    assert (
+        f"| float16 contiguous, forward | 32 | {mean} | {mean} | **0.50** (0.50 to 0.50) | 0.50 (0.50 to 0.50) |"
+        in text
+    )
+    assert "| a (3 SE layers) | 1 | **0.90** |  |  |" in text
+    assert "5 % faster at 1 of 2 calls" in text
+    assert "took 0.75 to 0.75 of the CUDA kernels' time, at the 1 calls" in text
+    assert "a GPU, driver 1, PyTorch 2, commit abc, 2026-01-02; smoke and tests: 7 of 7 cases, 9 passed." in text
+    assert "| 32x8x7x7 | 2.00 ( to ) |  | 0.50 | 1.50 | **0.50** | **0.75** | 2.00 | 1.50 |  |" in gpu_report.layers(
+        results
+    )
+
+
+@pytest.mark.parametrize("change", [{"dirty": True}, {"commit": "unknown"}])
+def test_a_gpu_run_of_no_commit_is_no_record(gpu_run: Path, change: dict[str, object]) -> None:
+    run = json.loads((gpu_run / "run.json").read_text()) | change
+    (gpu_run / "run.json").write_text(json.dumps(run))
+    with pytest.raises(ValueError, match="the run is of commit"):
+        gpu_report.read(gpu_run)
