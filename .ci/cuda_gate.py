@@ -129,20 +129,28 @@ def check_library(objects: list[Path], folder: Path, pool: Executor) -> None:
         run(build._compiler(), *build._FLAGS, *flags, "-c", build.SOURCES / source, "-o", folder / f"{name}.o")
         return folder / f"{name}.o"
 
+    cpu = build.library("cpu")
     recipe, _ = build._cuda_recipe()
     objects = [*objects, *pool.map(compile_host, [name for name, (source, _) in recipe.items() if ".cpp" in source])]
-    library = folder / "libse_fused_cuda.so"
+    # As `make prebuild` leaves it; and then as a machine finds it that has the GPU and no compiler.
+    build.PREBUILT = folder / "packaged"
+    library = build.PREBUILT / f"{build.key('cuda')}-{SASS_OF}" / "libse_fused_cuda.so"
+    library.parent.mkdir(parents=True)
     run(build.nvcc(), "-shared", *objects, "-o", library, *build.link_flags())
+    os.environ["CUDA_HOME"], build.gpus = str(folder), lambda: [(9, 0)]
+    if build.load("cuda", lambda path: (torch.ops.load_library(path), path)[1]) != library:
+        sys.exit("a packaged library of these sources was not taken")
     known = set(SYMBOLS.read_text().split())
-    for path in (library, build.library("cpu")):
+    for path in (library, cpu):
         undefined = re.findall(r"\b((?:aoti_)?torch_\w+)$", run("nm", "-D", "--undefined-only", path), re.MULTILINE)
         missing = sorted(set(undefined) - known)
         if not undefined or missing:
             sys.exit(f"{path.name} needs what torch 2.10 does not export: {missing}")
-    torch.ops.load_library(library)
     if "CUDA: registered at" not in torch._C._dispatch_dump("se_fused::backward_out"):
         sys.exit("the library registers nothing for CUDA")
-    print("the library loads beside a torch without CUDA and needs nothing newer than torch 2.10")
+    print(
+        "a packaged library is found without nvcc, loads beside a torch without CUDA and needs nothing after torch 2.10"
+    )
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ all that ran passed; 1, a part failed, or none ran; 2, an argument is wrong.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import datetime
 import importlib.util
@@ -24,7 +25,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,60 +35,160 @@ FILES = ("smoke.csv", "layer_gpu.csv", "models_gpu.csv", "plans_gpu.csv", "probe
 NOT_RUN = 77  # benchmarks/gpu/part.py
 # Of a part's limit, what its last case may take after the part has been told to begin no more.
 LAST_CASE_S, LAST_CASE_SHARE = 8.0, 0.2
-SANITIZER_CLEAN = "ERROR SUMMARY: 0 errors"
-SANITIZER_REFUSALS = ("Device not supported", "No supported GPU", "Failed to initialize")
-
-
-@dataclass(frozen=True)
-class Part:
-    """`seconds`: its share of six minutes. `beside`: it times nothing and runs at the same time as the part before."""
-
-    name: str
-    seconds: float
-    what: str
-    beside: bool = False
-    default: bool = True
-    resumes: bool = False  # after a case that killed it
-
-
-PARTS = (
-    Part("smoke", 25, "each algorithm, direction, layout and dtype against float64", resumes=True),
-    Part("layer", 110, "the layer beside eager and a copy, in CUDA graphs and as eager calls", resumes=True),
-    Part("models", 110, "whole networks before and after replace", resumes=True),
-    Part("tests", 50, "tests/test_cuda.py in parallel processes"),
-    Part("memcheck", 50, "compute-sanitizer over the smoke calls", beside=True),
-    Part("instruction_sets", 50, "the CPU kernels under each instruction set", beside=True),
-    Part("probes", 15, "what the planner's model builds on"),
-    Part("sweep", 30, "every plan beside the planner's choice", resumes=True),
-    Part("triton", 20, "a sample of the Triton kernels, and their times"),
-    Part("racecheck", 60, "compute-sanitizer over the smoke calls", default=False),
-    Part("initcheck", 60, "compute-sanitizer over the smoke calls", default=False),
-    Part("synccheck", 60, "compute-sanitizer over the smoke calls", default=False),
-)
-MODULES = {
-    "smoke": "smoke", "layer": "layer", "models": "models", "probes": "probes", "sweep": "plans",
-    "triton": "triton_sample", "instruction_sets": "instruction_sets",
-}  # fmt: skip
-SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
-SANITIZED_STEP = 7  # of the smoke calls, prime to the numbers of layouts and of calls
-
-
-@dataclass
-class Outcome:
-    """What became of a part."""
-
-    part: str
-    outcome: str = "not run"  # passed | failed | not run
-    reason: str = ""
-    seconds: float = 0
-    limit_s: float = 0
-    wrong: list[str] = field(default_factory=list)
-    blamed: list[str] = field(default_factory=list)  # cases that killed it or did not end
-    tail: list[str] = field(default_factory=list)
+SANITIZED_STEP = 7  # every so many-th smoke call is sanitized: prime to the numbers of plans, layouts and calls
 
 
 class Missing(Exception):
     """What a part needs and this machine does not have."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One process of a part: where its files go, on what device, and which cases it may begin until when."""
+
+    out: Path
+    scratch: Path
+    device: str
+    until: float  # of time.time()
+    start: int  # number of the first case
+    cases: int | None  # no more than so many
+
+    def options(self, out: Path, device: str) -> list[str]:
+        """As benchmarks/gpu/part.py takes them."""
+        options = ["--out", str(out), "--device", device, "--until", f"{self.until:.1f}", "--start", str(self.start)]
+        return options if self.cases is None else [*options, "--cases", str(self.cases)]
+
+
+# The command line of a process. Raises Missing.
+Command = Callable[[Task], list[str]]
+PYTHON = [sys.executable, "-u"]
+
+
+def module(name: str, device: str = "") -> Command:
+    """A file of benchmarks/gpu."""
+    return lambda task: [*PYTHON, "-m", f"benchmarks.gpu.{name}", *task.options(task.out, device or task.device)]
+
+
+def sanitizer(tool: str) -> Command:
+    """compute-sanitizer over some of the smoke calls."""
+
+    def command(task: Task) -> list[str]:
+        program = shutil.which("compute-sanitizer")
+        if program is None:
+            raise Missing("compute-sanitizer is not on the PATH")
+        # Torch's own calls of the API fail where it asks what a driver has. Its kernels are not watched, but initcheck
+        # must see what they write.
+        options = ["--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no"]
+        options += ["--kernel-name", "kernel_substring=se4cuda"] * (tool != "initcheck")
+        smoke = [*PYTHON, "-m", "benchmarks.gpu.smoke", *task.options(task.scratch, task.device)]
+        watched = [program, *options, *smoke, "--step", str(SANITIZED_STEP)]
+        return ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", *watched]
+
+    return command
+
+
+def gpu_tests(task: Task) -> list[str]:
+    """pytest, in parallel where pytest-xdist is there."""
+    lacking = [name for name in ("pytest", "hypothesis") if importlib.util.find_spec(name) is None]
+    if lacking:
+        raise Missing(f"{' and '.join(lacking)} not installed")
+    options = ["-o", "addopts=", "-p", "no:cacheprovider", "-q", "-rfE", "--tb=short"]
+    if importlib.util.find_spec("xdist") is not None:
+        options += ["-n", str(min(12, max(1, (os.cpu_count() or 1) - 4)))]
+    if importlib.util.find_spec("pytest_timeout") is not None:
+        options += ["--timeout", "25"]
+    return [*PYTHON, "-m", "pytest", *options, "tests/test_cuda.py"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A process, or several: each one goes on after the case that killed the one before.
+
+    seconds: its share of six minutes. beside: it times nothing, and runs at the same time as the part before it.
+    proof: what the output must have. refusals: what it has where a tool refuses the machine.
+    """
+
+    name: str
+    seconds: float
+    what: str
+    command: Command
+    beside: bool = False
+    resumes: bool = False
+    default: bool = True
+    proof: str = ""
+    refusals: tuple[str, ...] = ()
+
+
+def _sanitizer_part(tool: str, seconds: float, **more: bool) -> Part:
+    refusals = ("Device not supported", "No supported GPU", "Failed to initialize")
+    what = "compute-sanitizer over the smoke calls"
+    return Part(tool, seconds, what, sanitizer(tool), proof="ERROR SUMMARY: 0 errors", refusals=refusals, **more)
+
+
+PARTS = (
+    Part("smoke", 25, "each algorithm, layout and dtype against float64", module("smoke"), resumes=True),
+    Part("layer", 110, "the layer beside eager, torch.compile and a copy", module("layer"), resumes=True),
+    Part("models", 110, "whole networks before and after replace", module("models"), resumes=True),
+    Part("tests", 50, "tests/test_cuda.py in parallel processes", gpu_tests),
+    _sanitizer_part("memcheck", 50, beside=True),
+    Part("instruction_sets", 50, "the CPU kernels of each one", module("instruction_sets", device="cpu"), beside=True),
+    Part("probes", 15, "what the planner's model builds on", module("probes")),
+    Part("sweep", 30, "every plan beside the planner's choice", module("plans"), resumes=True),
+    Part("triton", 20, "a sample of the Triton kernels, and their times", module("triton_sample")),
+    *(_sanitizer_part(tool, 60, default=False) for tool in ("racecheck", "initcheck", "synccheck")),
+)
+
+
+@dataclass
+class Ended:
+    """What a process left: its exit status, its output, and the last case that it announced ("" before the first)."""
+
+    code: int
+    timed_out: bool
+    lines: list[str]
+    case: str
+
+    def cause_of_death(self) -> str:
+        """Why it did not end by itself; "" if it did."""
+        if self.timed_out:
+            return "no end within its time"
+        if self.code < 0:
+            return f"killed by {signal.Signals(-self.code).name}"
+        return self.lines[-1] if any(line.startswith("Traceback") for line in self.lines) else ""
+
+
+@dataclass
+class Outcome:
+    """What became of a part, as run.json has it."""
+
+    part: str
+    limit_s: float
+    outcome: str = "passed"  # passed | failed | not run
+    reason: str = ""
+    seconds: float = 0
+    wrong: list[str] = field(default_factory=list)
+    blamed: list[str] = field(default_factory=list)  # cases that killed a process, and how
+    tail: list[str] = field(default_factory=list)  # of the output, where it failed
+
+    def fail(self, reason: str, lines: list[str]) -> None:
+        self.outcome, self.reason, self.tail = "failed", reason, lines[-8:]
+
+    def judge(self, part: Part, ended: Ended) -> None:
+        """Take in what a process left. A part that has failed stays so."""
+        found = [line for line in ended.lines if line.startswith(("wrong: ", "FAILED ", "ERROR "))]
+        self.wrong += found
+        last, text = ended.lines[-1] if ended.lines else "", "\n".join(ended.lines)
+        if cause := ended.cause_of_death():
+            self.blamed += [f"{ended.case}: {cause}"] * bool(ended.case)
+            self.fail(f"{cause} in {ended.case or 'no case'}", ended.lines)
+        elif ended.code == NOT_RUN or any(refusal in text for refusal in part.refusals):
+            if self.outcome == "passed":
+                self.outcome = "not run"
+                self.reason = last.removeprefix("not run: ") if ended.code == NOT_RUN else "it refuses this machine"
+        elif ended.code or found or part.proof not in text:
+            self.fail(f"exit {ended.code}, {len(found)} wrong: {last}", ended.lines)
+        elif self.outcome == "passed":
+            self.reason = last
 
 
 class Run:
@@ -103,10 +204,11 @@ class Run:
         self._log = (out / "log.txt").open("w")
         self._lock = threading.Lock()
         self._begin = time.monotonic()
+        self._processes: list[subprocess.Popen[str]] = []
 
     def say(self, text: str, aloud: bool = True) -> None:
+        stamped = f"{time.monotonic() - self._begin:6.1f} {text}"
         with self._lock:
-            stamped = f"{time.monotonic() - self._begin:6.1f} {text}"
             print(stamped, file=self._log, flush=True)
             if aloud:
                 print(stamped, flush=True)
@@ -115,138 +217,85 @@ class Run:
         facts = {**self.facts, "parts": [vars(outcome) for outcome in self.outcomes]}
         (self.out / "run.json").write_text(json.dumps(facts, indent=1) + "\n")
 
+    def stop(self) -> None:
+        """End all processes, with their children."""
+        for process in self._processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
     def perform(self, part: Part, limit: float) -> None:
-        """Run a part, again after each case that killed it, until `limit` seconds are over."""
-        outcome = Outcome(part.name, limit_s=round(limit, 1))
-        begin = time.monotonic()
-        end, start = begin + limit, 0
+        """Run a part within `limit` seconds."""
+        outcome = Outcome(part.name, round(limit, 1))
+        begin, start = time.monotonic(), 0
+        end = begin + limit
         with tempfile.TemporaryDirectory() as scratch:
             while True:
+                left = end - time.monotonic()
+                until = time.time() + left - min(LAST_CASE_S, LAST_CASE_SHARE * left)
                 try:
-                    command, environment = command_of(part, self.out, Path(scratch), self.device)
+                    command = part.command(Task(self.out, Path(scratch), self.device, until, start, self.cases))
                 except Missing as missing:
-                    outcome.reason = str(missing)
+                    outcome.outcome, outcome.reason = "not run", str(missing)
                     break
-                if part.name in MODULES or part.name in SANITIZERS:
-                    left = end - time.monotonic()
-                    reserve = min(LAST_CASE_S, LAST_CASE_SHARE * left)
-                    command = [*command, "--until", f"{time.time() + left - reserve:.1f}", "--start", str(start)]
-                    command += ["--cases", str(self.cases)] * (self.cases is not None)
-                died_at = self._process(part, command, environment, end, outcome)
-                if died_at is None or not part.resumes or time.monotonic() > end - LAST_CASE_S:
+                ended = self._run(part.name, command, end)
+                outcome.judge(part, ended)
+                if not (part.resumes and ended.cause_of_death() and ended.case):
                     break
-                start = died_at + 1
+                if end - time.monotonic() < LAST_CASE_S:
+                    break
+                start = int(ended.case.split()[1].rstrip(":")) + 1
                 self.say(f"{part.name}: goes on at case {start}")
         outcome.seconds = round(time.monotonic() - begin, 1)
-        probes = self.out / "probes.csv"
-        if part.name == "probes" and probes.exists():
-            with probes.open(newline="") as file:
-                self.facts["probes"] = list(csv.DictReader(file))
-            probes.unlink()
         with self._lock:
+            self._take_in_probes()
             self.outcomes.append(outcome)
             self.save()
         self.say(f"{part.name}: {outcome.outcome}{f', {outcome.reason}' if outcome.reason else ''}")
 
-    def _process(
-        self, part: Part, command: Sequence[str], environment: dict[str, str], end: float, outcome: Outcome
-    ) -> int | None:
-        """Run one process of a part. Returns the number of the case that killed it, None if it ended by itself."""
+    def _run(self, name: str, command: Sequence[str], end: float) -> Ended:
         process = subprocess.Popen(
-            command, cwd=ROOT, env={**os.environ, **environment}, text=True, errors="replace",
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
+            command, cwd=ROOT, text=True, errors="replace", start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
         )  # fmt: skip
-        timed_out = threading.Event()
+        self._processes.append(process)
+        ended = Ended(0, False, [], "")
 
         def kill() -> None:
-            timed_out.set()
-            os.killpg(process.pid, signal.SIGKILL)
+            ended.timed_out = True
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
         timer = threading.Timer(max(0.0, end - time.monotonic()), kill)
         timer.start()
-        case, lines = "", []
         assert process.stdout is not None
-        try:
-            for line in process.stdout:
-                text = line.rstrip()
-                lines.append(text)
-                self.say(f"{part.name}| {text}", aloud=False)
-                if text.startswith("case "):
-                    case = text
-                elif text.startswith(("wrong: ", "FAILED ", "ERROR ")):
-                    outcome.wrong.append(text)
-                elif text.startswith("facts "):
-                    self.facts.update(json.loads(text.removeprefix("facts ")))
-            code = process.wait()
-        finally:
-            timer.cancel()
-        outcome.tail = lines[-8:]
-        if timed_out.is_set() or code < 0 or (code not in (0, 1, NOT_RUN) and case and part.name in MODULES):
-            how = "no end within its time" if timed_out.is_set() else f"killed by {signal_name(code)}"
-            outcome.outcome = "failed"
-            outcome.reason = f"{how if timed_out.is_set() or code < 0 else f'exit {code}'} in {case or 'no case'}"
-            outcome.blamed.append(f"{case}: {how}")
-            return int(case.split()[1].rstrip(":")) if case else None
-        failed_before = outcome.outcome == "failed"
-        if code == NOT_RUN:
-            outcome.outcome, outcome.reason = "not run", lines[-1].removeprefix("not run: ")
-        elif part.name in SANITIZERS and any(word in line for word in SANITIZER_REFUSALS for line in lines):
-            outcome.outcome, outcome.reason = "not run", "compute-sanitizer refuses this device"
-        elif code == 0 and not outcome.wrong and (part.name not in SANITIZERS or SANITIZER_CLEAN in "".join(lines)):
-            outcome.outcome, outcome.reason = "passed", lines[-1] if lines else ""
-        else:
-            traceback = any(line.startswith("Traceback") for line in lines)
-            outcome.outcome = "failed"
-            outcome.reason = f"exit {code}; {len(outcome.wrong)} wrong; {lines[-1] if lines else ''}"
-            if traceback and case and part.name in MODULES:
-                outcome.blamed.append(f"{case}: {lines[-1]}")
-                return int(case.split()[1].rstrip(":"))
-        if failed_before:
-            outcome.outcome, outcome.reason = "failed", f"{outcome.reason}; died in {len(outcome.blamed)} cases"
-        return None
+        for line in process.stdout:
+            text = line.rstrip()
+            ended.lines.append(text)
+            self.say(f"{name}| {text}", aloud=False)
+            if text.startswith("case "):
+                ended.case = text
+            elif text.startswith("facts "):
+                self.facts.update(json.loads(text.removeprefix("facts ")))
+        ended.code = process.wait()
+        timer.cancel()
+        self._processes.remove(process)
+        return ended
 
-
-def signal_name(code: int) -> str:
-    return signal.Signals(-code).name if code < 0 else f"exit {code}"
-
-
-def command_of(part: Part, out: Path, scratch: Path, device: str) -> tuple[list[str], dict[str, str]]:
-    """The command of a part and what it adds to the environment. Raises Missing."""
-    python = [sys.executable, "-u"]
-    if part.name in SANITIZERS:
-        program = shutil.which("compute-sanitizer")
-        if program is None:
-            raise Missing("compute-sanitizer is not on the PATH")
-        # Torch's own calls of the API fail where it asks what a driver has. Its kernels are not watched, but initcheck
-        # must see what they write.
-        options = ["--tool", part.name, "--error-exitcode", "9", "--report-api-errors", "no"]
-        options += ["--kernel-name", "kernel_substring=se4cuda"] * (part.name != "initcheck")
-        smoke = ["-m", "benchmarks.gpu.smoke", "--out", str(scratch), "--device", device]
-        command = [program, *options, *python, *smoke, "--step", str(SANITIZED_STEP)]
-        return command, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    if part.name == "tests":
-        lacking = [name for name in ("pytest", "hypothesis") if importlib.util.find_spec(name) is None]
-        if lacking:
-            raise Missing(f"{' and '.join(lacking)} not installed")
-        options = ["-o", "addopts=", "-p", "no:cacheprovider", "-q", "-rfE", "--tb=short"]
-        if importlib.util.find_spec("xdist") is not None:
-            options += ["-n", str(min(12, max(1, (os.cpu_count() or 1) - 4)))]
-        if importlib.util.find_spec("pytest_timeout") is not None:
-            options += ["--timeout", "40"]
-        return [*python, "-m", "pytest", *options, "tests/test_cuda.py"], {}
-    device = "cpu" if part.name == "instruction_sets" else device
-    return [*python, "-m", f"benchmarks.gpu.{MODULES[part.name]}", "--out", str(out), "--device", device], {}
+    def _take_in_probes(self) -> None:
+        file = self.out / "probes.csv"
+        if file.exists():
+            self.facts["probes"] = rows_of(file)
+            file.unlink()
 
 
 def machine(run: Run) -> dict[str, Any]:
     """What needs no torch: the commit, the driver."""
-    commit = os.environ.get("COMMIT") or output_of(
-        run, "git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"
-    )
+    describe = ("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*")
+    commit = os.environ.get("COMMIT") or output_of(run, *describe)
     driver = output_of(run, "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
         "commit": commit.removesuffix("-dirty") or "unknown", "dirty": commit.endswith("-dirty"),
-        "driver": driver or "unknown", "cpus": os.cpu_count(), "command": " ".join(sys.argv[1:]),
+        "driver": driver or "unknown", "cpus": os.cpu_count(),
     }  # fmt: skip
 
 
@@ -264,7 +313,8 @@ def stages(parts: Iterable[Part]) -> list[list[Part]]:
     """Parts that run at the same time, together."""
     found: list[list[Part]] = []
     for part in parts:
-        if part.beside and found and not MODULES.keys() & {found[-1][0].name}:
+        # Nothing runs beside a part that times something, if what stood between them was not asked for.
+        if part.beside and found and (found[-1][0].name == "tests" or found[-1][0].beside):
             found[-1].append(part)
         else:
             found.append([part])
@@ -272,25 +322,21 @@ def stages(parts: Iterable[Part]) -> list[list[Part]]:
 
 
 def summary(out: Path) -> list[str]:
-    """The headline in a few lines."""
-    found = []
-    lines = [line for line in rows_of(out / "layer_gpu.csv") if line["variant"] == "eager"]
-    kinds = dict.fromkeys((x["dtype"], x["layout"], x["direction"], x["mode"], x["shape"].split("x")[0]) for x in lines)
-    for kind in kinds:
-        ratios = [
-            float(x["ratio_to_fused"]) for x in lines
-            if (x["dtype"], x["layout"], x["direction"], x["mode"], x["shape"].split("x")[0]) == kind
-        ]  # fmt: skip
-        dtype, layout, direction, mode, n = kind
-        mean = statistics.geometric_mean(ratios)
-        found.append(
-            f"eager / fused, {dtype} {layout} {direction} {mode} N = {n}: "
-            f"{mean:.2f} ({min(ratios):.2f} to {max(ratios):.2f}, {len(ratios)} rows)"
-        )
+    """The headline: what eager or the original takes for each microsecond of ours, by batch."""
+    ratios: dict[str, dict[str, list[float]]] = {}
+    for line in rows_of(out / "layer_gpu.csv"):
+        if line["variant"] == "eager":
+            kind = f"eager / fused, {line['dtype']} {line['layout']} {line['direction']}, {line['mode']}"
+            n = line["shape"].partition("x")[0]
+            ratios.setdefault(kind, {}).setdefault(n, []).append(float(line["ratio_to_fused"]))
     for line in rows_of(out / "models_gpu.csv"):
         if line["variant"] == "original":
-            found.append(f"{line['model']} N = {line['n']} {line['mode']}: original / fused {line['ratio_to_fused']}")
-    return found
+            kind = f"original / fused, {line['model']}, {line['mode']}"
+            ratios.setdefault(kind, {}).setdefault(line["n"], []).append(float(line["ratio_to_fused"]))
+    return [
+        f"{kind}: " + ", ".join(f"N = {n} {statistics.geometric_mean(found):.2f}" for n, found in by_n.items())
+        for kind, by_n in ratios.items()
+    ]
 
 
 def rows_of(file: Path) -> list[dict[str, str]]:
@@ -298,6 +344,21 @@ def rows_of(file: Path) -> list[dict[str, str]]:
         return []
     with file.open(newline="") as stream:
         return list(csv.DictReader(stream))
+
+
+def conclude(run: Run) -> int:
+    """Print the summary, which fits one screen. Returns the exit status."""
+    for line in summary(run.out):
+        run.say(line)
+    for outcome in run.outcomes:
+        took = f"{outcome.seconds:6.1f} s of {outcome.limit_s:5.1f}"
+        run.say(f"{outcome.part:17} {outcome.outcome:8} {took}  {outcome.reason[:90]}")
+        for line in [*outcome.blamed, *outcome.wrong][:3]:
+            run.say(f"    {line[:150]}")
+    failed = [outcome.part for outcome in run.outcomes if outcome.outcome == "failed"]
+    ran = [outcome for outcome in run.outcomes if outcome.outcome != "not run"]
+    run.say(f"failed: {', '.join(failed)}" if failed else "all that ran passed" if ran else "nothing ran")
+    return 1 if failed or not ran else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -319,31 +380,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--minutes is {given.minutes}; wanted more than 0")
     end = time.monotonic() + 60 * given.minutes
     run = Run(given.out, given.device, given.cases)
-    run.facts.update(machine(run))
+    run.facts |= {**machine(run), "minutes": given.minutes}
     left = stages(part for part in PARTS if part.name in names)
-    while left:
-        due = sum(max(part.seconds for part in stage) for stage in left)
-        stage = left.pop(0)
-        limit = (end - time.monotonic()) * max(part.seconds for part in stage) / due
-        threads = [threading.Thread(target=run.perform, args=(part, limit)) for part in stage]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    run.save()
-    text = summary(given.out)
-    for line in text[-40:]:
-        run.say(line)
-    for outcome in run.outcomes:
-        took = f"{outcome.seconds:6.1f} s of {outcome.limit_s:5.1f}"
-        run.say(f"{outcome.part:17} {outcome.outcome:8} {took}  {outcome.reason[:90]}")
-        for line in [*outcome.blamed, *outcome.wrong][:3]:
-            run.say(f"    {line[:150]}")
-    failed = [outcome.part for outcome in run.outcomes if outcome.outcome == "failed"]
-    ran = [outcome.part for outcome in run.outcomes if outcome.outcome != "not run"]
-    run.say(f"failed: {', '.join(failed)}" if failed else "all that ran passed" if ran else "nothing ran")
-    return 1 if failed or not ran else 0
+    try:
+        while left:
+            # What earlier parts have left over is shared by all that are still to come.
+            due = sum(max(part.seconds for part in stage) for stage in left)
+            stage = left.pop(0)
+            limit = (end - time.monotonic()) * max(part.seconds for part in stage) / due
+            threads = [threading.Thread(target=run.perform, args=(part, limit)) for part in stage]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+    finally:
+        run.stop()
+    return conclude(run)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no process stays behind
     sys.exit(main())

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
 
 from benchmarks import gpu_check
+from se_fused import build
 
 ROOT = Path(__file__).resolve().parents[1]
 # What a machine with a GPU may lack, or what only some commands need.
@@ -26,6 +30,13 @@ OPTIONAL = (
 def rows_of(file: Path) -> list[dict[str, str]]:
     with file.open(newline="") as stream:
         return list(csv.DictReader(stream))
+
+
+def is_running(pid: str) -> bool:
+    try:
+        return Path("/proc", pid, "stat").read_text().split()[2] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 @pytest.fixture(scope="module")
@@ -73,13 +84,17 @@ def part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """A function that runs gpu-check with programs in place of some parts: (exit status, outcomes by part)."""
 
     def run(seconds: float = 60, **programs: str) -> tuple[int, dict[str, dict[str, object]]]:
-        def command_of(part: gpu_check.Part, out: Path, scratch: Path, device: str):
-            # A part's own interface, with its first case given by --start.
-            head = "import os, signal, sys, time\nstart = int(sys.argv[sys.argv.index('--start') + 1])\n"
-            return [sys.executable, "-u", "-c", head + textwrap.dedent(programs[part.name])], {}
+        def part_of(part: gpu_check.Part) -> gpu_check.Part:
+            def command(task: gpu_check.Task) -> list[str]:
+                head = f"import os, signal, sys, time\nstart = {task.start}\n"
+                return [sys.executable, "-u", "-c", head + textwrap.dedent(programs[part.name])]
 
-        monkeypatch.setattr(gpu_check, "command_of", command_of)
+            return dataclasses.replace(part, command=command)
+
+        parts = [part_of(part) for part in gpu_check.PARTS if part.name in programs]
+        monkeypatch.setattr(gpu_check, "PARTS", parts)
         code = gpu_check.main(["--out", str(tmp_path), "--parts", ",".join(programs), "--minutes", str(seconds / 60)])
+        monkeypatch.undo()
         outcomes = json.loads((tmp_path / "run.json").read_text())["parts"]
         return code, {outcome["part"]: outcome for outcome in outcomes}
 
@@ -89,7 +104,7 @@ def part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 PASSES = "print('case 0: fine'); print('1 of 1 cases')"
 
 
-def test_a_case_that_raises_costs_its_part_and_is_named(part) -> None:
+def test_a_case_that_raises_costs_its_part_and_is_named(part, tmp_path: Path) -> None:
     raises = """
         if start == 0:
             print('case 0: first'); print('case 1: second')
@@ -100,11 +115,11 @@ def test_a_case_that_raises_costs_its_part_and_is_named(part) -> None:
     assert code == 1
     assert outcomes["smoke"]["outcome"] == "failed"
     assert outcomes["smoke"]["blamed"] == ["case 1: second: RuntimeError: an illegal memory access"]
-    assert "case 2: third" in "".join(outcomes["smoke"]["tail"]), "it goes on after the case that broke it"
+    assert "case 2: third" in (tmp_path / "log.txt").read_text(), "it goes on after the case that broke it"
     assert outcomes["models"]["outcome"] == "passed"
 
 
-def test_a_killed_child_is_resumed_after_its_case(part) -> None:
+def test_a_killed_child_is_resumed_after_its_case(part, tmp_path: Path) -> None:
     killed = """
         for case in range(start, 4):
             print(f'case {case}: number {case}')
@@ -116,7 +131,7 @@ def test_a_killed_child_is_resumed_after_its_case(part) -> None:
     assert code == 1
     assert outcomes["layer"]["outcome"] == "failed"
     assert outcomes["layer"]["blamed"] == ["case 1: number 1: killed by SIGSEGV"]
-    assert "case 3: number 3" in "".join(outcomes["layer"]["tail"])
+    assert "case 3: number 3" in (tmp_path / "log.txt").read_text()
     assert outcomes["sweep"]["outcome"] == "passed"
 
 
@@ -132,8 +147,44 @@ def test_a_child_that_hangs_is_ended_with_its_children_and_named(part, tmp_path:
     assert code == 1
     assert outcomes["probes"]["blamed"] == ["case 5: the one that hangs: no end within its time"]
     assert outcomes["triton"]["outcome"] == "passed"
-    state = Path("/proc", (tmp_path / "pid").read_text(), "stat")
-    assert not state.exists() or state.read_text().split()[2] == "Z"
+    assert not is_running((tmp_path / "pid").read_text())
+
+
+def test_a_gpu_that_a_crash_has_taken_away_does_not_undo_the_failure(part) -> None:
+    code, outcomes = part(smoke="""
+        if start:
+            print('not run: there is no GPU'); sys.exit(77)
+        print('case 0: first')
+        os.kill(os.getpid(), signal.SIGABRT)
+    """)  # fmt: skip
+    assert code == 1
+    assert outcomes["smoke"]["outcome"] == "failed"
+    assert outcomes["smoke"]["reason"] == "killed by SIGABRT in case 0: first"
+
+
+def test_no_process_outlives_the_run(tmp_path: Path) -> None:
+    """A machine's own time limit ends gpu-check by SIGTERM."""
+    program = f"""
+        import dataclasses, signal, sys
+        from benchmarks import gpu_check
+        hang = "import os, time; print('case 0: hangs', os.getpid(), flush=True); time.sleep(600)"
+        parts = [p for p in gpu_check.PARTS if p.name == "smoke"]
+        gpu_check.PARTS = [dataclasses.replace(p, command=lambda task: [sys.executable, "-c", hang]) for p in parts]
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+        gpu_check.main(["--out", {str(tmp_path)!r}, "--parts", "smoke", "--minutes", "9"])
+    """
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT)
+    log = tmp_path / "log.txt"
+    while not (log.exists() and "hangs" in log.read_text()):
+        assert process.poll() is None
+        time.sleep(0.05)
+    child = log.read_text().split("hangs")[1].split()[0]
+    process.terminate()
+    process.wait()
+    deadline = time.monotonic() + 60
+    while is_running(child):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_a_wrong_result_fails_its_part_and_goes_on(part) -> None:
@@ -176,7 +227,7 @@ def test_what_the_sanitizer_says(
 def test_without_pytest_its_part_is_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(gpu_check.Missing, match="pytest and hypothesis not installed"):
-        gpu_check.command_of(next(p for p in gpu_check.PARTS if p.name == "tests"), tmp_path, tmp_path, "cuda")
+        gpu_check.gpu_tests(gpu_check.Task(tmp_path, tmp_path, "cuda", 0, 0, None))
 
 
 @pytest.mark.parametrize(
@@ -199,6 +250,13 @@ def test_parts_that_time_something_run_alone() -> None:
     assert [stage[0].name for stage in stages][:3] == ["smoke", "layer", "models"]
     assert all(len(stage) == 1 for stage in stages if stage[0].name in timed)
     assert sum(max(part.seconds for part in stage) for stage in stages) == 360
+
+
+def test_the_document_has_the_parts_and_their_times() -> None:
+    text = (ROOT / "docs" / "gpu-run.md").read_text()
+    rows = dict(re.findall(r"^\| (\w+) \| (\d+) \|", text, re.MULTILINE))
+    stages = gpu_check.stages(part for part in gpu_check.PARTS if part.default)
+    assert rows == {stage[0].name: str(stage[0].seconds) for stage in stages}
 
 
 def test_a_part_without_a_gpu_says_so(tmp_path: Path) -> None:
@@ -229,8 +287,8 @@ def test_nothing_optional_is_imported_before_it_is_needed() -> None:
         from benchmarks import gpu_check
         gpu_check.main()
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    environment = {**os.environ, "SE_FUSED_CACHE": str(build.library("cpu").parent.parent)}  # built, wherever it is
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "cpu\nusage: gpu-check" in done.stdout
