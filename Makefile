@@ -8,6 +8,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 PREBUILD_PYTHON ?= python3.12
 PREBUILD_TORCH ?= 2.11.0
 PREBUILD_GPUS ?= 9.0
+PREBUILD_VENV := $(VENV)-prebuild$(subst /,-,-$(PREBUILD_PYTHON))-$(PREBUILD_TORCH)
 
 .PHONY: demo test bench gpu-check prebuild lint format clean
 
@@ -26,14 +27,14 @@ gpu-check:
 
 # Libraries in se_fused/_native that travel with the folder, for a machine that has no time to compile. Of torch only
 # headers and symbols are read, so none of its dependencies is installed.
-prebuild: $(VENV)-prebuild/torch-$(PREBUILD_TORCH)
-	TORCH_CUDA_ARCH_LIST="$(PREBUILD_GPUS)" $(VENV)-prebuild/bin/python se_fused/build.py
+prebuild: $(PREBUILD_VENV)/torch
+	TORCH_CUDA_ARCH_LIST="$(PREBUILD_GPUS)" $(PREBUILD_VENV)/bin/python se_fused/build.py
 	du -sh se_fused/_native
 
-$(VENV)-prebuild/torch-%:
-	$(PREBUILD_PYTHON) -m venv $(VENV)-prebuild
-	$(VENV)-prebuild/bin/pip install --quiet --disable-pip-version-check ninja pybind11 filelock setuptools
-	$(VENV)-prebuild/bin/pip install --quiet --disable-pip-version-check --no-deps torch==$*
+$(PREBUILD_VENV)/torch:
+	$(PREBUILD_PYTHON) -m venv $(PREBUILD_VENV)
+	$(PREBUILD_VENV)/bin/pip install --quiet --disable-pip-version-check ninja pybind11 filelock setuptools
+	$(PREBUILD_VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps torch==$(PREBUILD_TORCH)
 	touch $@
 
 lint: $(VENV)/dev
@@ -48,7 +49,7 @@ format: $(VENV)/dev
 	$(BIN)/clang-format -i $$(git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
 clean:
-	rm -rf $(VENV) $(VENV)-prebuild build *.egg-info se_fused/_native
+	rm -rf $(VENV) $(VENV)-prebuild-* build *.egg-info se_fused/_native
 
 # torch comes first, so that the build finds it and no other version is fetched.
 $(VENV)/torch: constraints.txt

@@ -9,12 +9,14 @@ There are two groups: "cpu" (the CPU operators and the module _C) and "cuda" (th
 
 Environment: CXX, the compiler; CUDA_HOME, where nvcc is, if not on the PATH; TORCH_CUDA_ARCH_LIST, what to compile for,
 in torch's spellings ("8.0 9.0+PTX", "Ampere;Hopper", "All", "native"); MAX_JOBS, parallel compilations;
-SE_FUSED_CXXFLAGS, more flags; SE_FUSED_CACHE, the cache folder.
+SE_FUSED_CXXFLAGS, more flags; SE_FUSED_CACHE, the cache folder. What is there already and serves is not compiled anew.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
 import hashlib
 import importlib.util
 import logging
@@ -28,7 +30,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
@@ -118,15 +120,16 @@ def nvcc() -> str:
     return found
 
 
+@functools.cache
 def gpus() -> list[tuple[int, int]]:
-    """The compute capabilities of this machine's GPUs, hidden ones too, by NVML: CUDA stays uninitialised."""
+    """The compute capabilities of this machine's GPUs, by NVML, so that CUDA stays uninitialised here."""
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
-        return []
+        return _gpus_of_torch()
     count, handle, major, minor = ctypes.c_uint(), ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
     if nvml.nvmlInit_v2() != 0 or nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0:
-        return []
+        return _gpus_of_torch()
     found = set()
     for i in range(count.value):
         if (
@@ -135,6 +138,13 @@ def gpus() -> list[tuple[int, int]]:
         ):
             found.add((major.value, minor.value))
     return sorted(found)
+
+
+def _gpus_of_torch() -> list[tuple[int, int]]:
+    """The same without NVML, by a process of its own."""
+    program = "import torch; print(*{torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())})"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    return sorted((int(major), int(minor)) for major, minor in re.findall(r"\((\d+), (\d+)\)", done.stdout))
 
 
 def architectures() -> list[str]:
@@ -344,24 +354,26 @@ def _found(parent: Path, group: str, enough: Callable[[Iterable[bool]], bool] = 
     return None
 
 
-def _in_cache(group: str) -> Path:
-    cache = _cache()
-    found = _found(cache, group)
-    if found is None:
-        kernels = group.upper()
-        _log.warning("se_fused: compiling the %s kernels into %s, once; this takes about a minute", kernels, cache)
-        found = build(cache, group)
-    return found
-
-
-def _folder(group: str) -> Path:
+def _existing(group: str) -> Iterator[Path]:
+    """The builds that serve this machine: in the package, in the cache."""
     packaged = _found(PREBUILT, group)
     if packaged is not None:
-        return packaged
+        yield packaged
+    with contextlib.suppress(BuildError):  # no cache folder
+        cached = _found(_cache(), group)
+        if cached is not None:
+            yield cached
+
+
+def _new(group: str) -> Path:
+    """A build made in the cache; where none can be made, a packaged one that serves some of this machine's GPUs."""
     try:
-        return _in_cache(group)
+        cache = _cache()
+        kernels = group.upper()
+        _log.warning("se_fused: compiling the %s kernels into %s, once; this takes about a minute", kernels, cache)
+        return build(cache, group)
     except BuildError:
-        packaged = _found(PREBUILT, group, any)
+        packaged = _found(PREBUILT, group, any) if group == "cuda" else None
         if packaged is None:
             raise
         return packaged
@@ -378,7 +390,8 @@ def library(name: str) -> Path:
     Raises:
         BuildError: if it has to be built and cannot be.
     """
-    return _folder(_group(name)) / _file_name(name)
+    group = _group(name)
+    return (next(_existing(group), None) or _new(group)) / _file_name(name)
 
 
 def load(name: str, loader: Callable[[Path], T]) -> T:
@@ -388,15 +401,14 @@ def load(name: str, loader: Callable[[Path], T]) -> T:
         BuildError: if it has to be built and cannot be, or does not load even then.
     """
     group, file = _group(name), _file_name(name)
-    folder = _folder(group)
-    for _ in range(2):  # a packaged one, one in the cache
+    for folder in _existing(group):
         try:
             return loader(folder / file)
         except (OSError, ImportError) as error:
             _log.warning("se_fused: %s does not load and is built anew: %s", folder, error)
         if folder.parent != PREBUILT:
             shutil.rmtree(folder)
-        folder = _in_cache(group)
+    folder = _new(group)
     try:
         return loader(folder / file)
     except (OSError, ImportError) as error:

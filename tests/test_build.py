@@ -186,8 +186,31 @@ def test_a_library_that_does_not_load_is_built_anew(places, monkeypatch, broken,
     assert build.load("cpu", loader).parent == cache / build.key()
     assert builds == [cache / build.key()]
     assert "GLIBC_2.99" in caplog.text
-    with pytest.raises(build.BuildError, match="was built and does not load: never"):
-        build.load("cpu", lambda path: (_ for _ in ()).throw(OSError("never")))
+
+
+def test_a_library_that_never_loads_is_built_once(places, monkeypatch):
+    builds = []
+
+    def make(parent, group="cpu"):
+        builds.append(parent / build.key(group))
+        return builds[-1]
+
+    def never(path):
+        raise OSError("wrong ELF class")
+
+    monkeypatch.setattr(build, "build", make)
+    with pytest.raises(build.BuildError, match="was built and does not load: wrong ELF class"):
+        build.load("cpu", never)
+    assert len(builds) == 1
+
+
+def test_gpus_are_found_without_nvml(monkeypatch):
+    build.gpus.cache_clear()
+    monkeypatch.setattr(build.ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError(name)))
+    answer = subprocess.CompletedProcess([], 0, "(9, 0) (8, 6)\n", "")
+    monkeypatch.setattr(build.subprocess, "run", lambda command, **_: answer)
+    assert build.gpus() == [(8, 6), (9, 0)]
+    build.gpus.cache_clear()
 
 
 def test_the_cache_folder_needs_a_name_or_platformdirs(monkeypatch, tmp_path):
