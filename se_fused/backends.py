@@ -136,13 +136,17 @@ def cuda_limits(index: int) -> list[int]:
 def _ask_gpu(index: int) -> list[int] | str:
     """The limits of a GPU, or why the CUDA part does not run on it: a driver older than the toolkit, no code for it.
 
-    The library is asked once a GPU. A compiler takes the answer and does not look inside.
+    The library is asked once a GPU, and again only where it failed for what may pass, such as too little memory. A
+    compiler takes the answer and does not look inside.
     """
     if index not in _gpus:
         assert _cuda is not None
         limits = (ctypes.c_int64 * 9)()
         reason = _cuda.se_fused_device_limits(index, limits)
-        _gpus[index] = list(limits) if reason is None else f"it does not run on cuda:{index}: {reason.decode()}"
+        answer = list(limits) if reason is None else f"it does not run on cuda:{index}: {reason.decode()}"
+        if reason is not None and not limits[0]:
+            return answer
+        _gpus[index] = answer
     return _gpus[index]
 
 

@@ -13,14 +13,16 @@ LIMITS = [90, 132, 232448, 233472, 132, 66, 30, 15, 7]
 
 
 class Library:
-    """What backends.py calls of the CUDA library. reason: why it does not run on the device, or None."""
+    """What backends.py calls of the CUDA library. reason: why it does not run on the device, or None; for_good: whether
+    that will stay so."""
 
-    def __init__(self, reason):
-        self.reason, self.asked = reason, 0
+    def __init__(self, reason, for_good):
+        self.reason, self.for_good, self.asked = reason, for_good, 0
 
     def se_fused_device_limits(self, index, limits):
         self.asked += 1
-        ctypes.memmove(limits, (ctypes.c_int64 * 9)(*LIMITS), 72)
+        answer = LIMITS if self.reason is None else [int(self.for_good)] + [0] * 8
+        ctypes.memmove(limits, (ctypes.c_int64 * 9)(*answer), 72)
         return self.reason
 
     def se_fused_force_plan(self, text):
@@ -29,8 +31,8 @@ class Library:
 
 @pytest.fixture
 def library(monkeypatch):
-    def load(reason=None):
-        found = Library(reason)
+    def load(reason=None, for_good=True):
+        found = Library(reason, for_good)
         monkeypatch.setattr(backends, "_cuda", found)
         monkeypatch.setattr(backends, "_gpus", {})
         monkeypatch.setattr(backends, "_said", set())
@@ -59,6 +61,15 @@ def test_a_gpu_that_the_library_does_not_run_on_is_served_by_another(library, mo
         backends.cuda_limits(0)
     with pytest.raises(se_fused.BackendUnavailable, match=reason), se_fused.use_backend("cuda"):
         backends.select(GPU)
+
+
+def test_a_gpu_that_failed_for_what_may_pass_is_asked_again(library, monkeypatch):
+    loaded = library(b"out of memory", for_good=False)
+    monkeypatch.setattr(backends, "_why_not_triton", lambda device: "there is no triton")
+    with se_fused.use_backend("auto"):
+        assert backends.select(GPU) == "reference"
+        loaded.reason = None
+        assert backends.select(GPU) == "cuda"
 
 
 def test_a_gpu_that_it_runs_on_is_asked_once(library):

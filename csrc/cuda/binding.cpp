@@ -53,8 +53,9 @@ STABLE_TORCH_LIBRARY_IMPL(se_fused, CUDA, m) {
   m.impl("backward_out", TORCH_BOX(&se::backward_out<Cuda>));
 }
 
-// For ctypes: the numbers of csrc/plan.h's Device, in its order, and null, or why the kernels do not run on it (a text
-// that lives until this thread asks again); the forced plan of the calls that follow, or "".
+// For ctypes: the numbers of csrc/plan.h's Device, in its order, and null, or why the kernels do not run on it: a text
+// that lives until this thread asks again, and in out[0] whether that will stay so. Then the forced plan of the calls
+// that follow, or "".
 extern "C" __attribute__((visibility("default"))) const char* se_fused_device_limits(int index, int64_t* out) try {
   const torch::stable::accelerator::DeviceGuard guard(index);
   const std::lock_guard<std::mutex> lock(mutex);
@@ -68,6 +69,7 @@ extern "C" __attribute__((visibility("default"))) const char* se_fused_device_li
 } catch (const std::exception& error) {
   thread_local std::string reason;
   reason = error.what();
+  *out = dynamic_cast<const se::cuda::NeverRuns*>(&error) != nullptr;
   return reason.c_str();
 }
 extern "C" __attribute__((visibility("default"))) void se_fused_force_plan(const char* text) {

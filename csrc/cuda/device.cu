@@ -10,7 +10,13 @@ namespace {
 void check(cudaError_t error) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // or the next launch would report it
-  throw std::runtime_error(cudaGetErrorString(error));
+  const char* text = cudaGetErrorString(error);
+  switch (error) {
+    case cudaErrorInsufficientDriver:
+    case cudaErrorNoKernelImageForDevice:
+    case cudaErrorUnsupportedPtxVersion: throw NeverRuns(text);
+    default: throw std::runtime_error(text);
+  }
 }
 
 __global__ void __launch_bounds__(kThreads) occupant() {}

@@ -1,12 +1,19 @@
 // The host side of the CUDA kernels: what the binding calls, without a CUDA or torch header.
 #pragma once
 
+#include <stdexcept>
+
 #include "../plan.h"
 #include "../se.h"
 
 namespace se::cuda {
 
-// The limits of the device with this index.
+// The kernels will never run on a device: its driver is too old, or the library has no code for it.
+struct NeverRuns : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// The limits of the device with this index. Raises NeverRuns, or std::runtime_error for what may pass.
 Device device_limits(int index);
 
 // Enqueue the operation on `stream`, a cudaStream_t; `scratch` has plan.scratch_bytes bytes. Raise std::runtime_error
