@@ -17,6 +17,7 @@ import datetime
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -26,6 +27,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,9 +35,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 FILES = ("smoke.csv", "layer_gpu.csv", "models_gpu.csv", "plans_gpu.csv", "probes.csv", "run.json", "log.txt")
 NOT_RUN = 77  # benchmarks/gpu/part.py
+CASE = re.compile(r"case (\d+): ")
 # Of a part's limit, what its last case may take after the part has been told to begin no more.
 LAST_CASE_S, LAST_CASE_SHARE = 8.0, 0.2
-SANITIZED_STEP = 7  # every so many-th smoke call is sanitized: prime to the numbers of plans, layouts and calls
+POLL_S = 0.05
+SANITIZED_STEP = 5  # every so many-th smoke call is sanitized; a plan has at least 6 in each precision
 
 
 class Missing(Exception):
@@ -102,10 +106,12 @@ def gpu_tests(task: Task) -> list[str]:
 
 @dataclass(frozen=True)
 class Part:
-    """A process, or several: each one goes on after the case that killed the one before.
+    """A process, or several: where `silence` is set, each goes on after the case that killed the one before.
 
     seconds: its share of six minutes. beside: it times nothing, and runs at the same time as the part before it.
-    proof: what the output must have. refusals: what it has where a tool refuses the machine.
+    whole: it may take all the time there is, because nothing works without it. silence: seconds without a line, after
+    the first case was announced, that count as a hang; 0: as long as it likes. proof: what the output must have.
+    refusal: what it has where a tool refuses the machine.
     """
 
     name: str
@@ -113,45 +119,50 @@ class Part:
     what: str
     command: Command
     beside: bool = False
-    resumes: bool = False
+    whole: bool = False
+    silence: float = 0
     default: bool = True
     proof: str = ""
-    refusals: tuple[str, ...] = ()
+    refusal: str = ""
 
 
 def _sanitizer_part(tool: str, seconds: float, **more: bool) -> Part:
-    refusals = ("Device not supported", "No supported GPU", "Failed to initialize")
-    what = "compute-sanitizer over the smoke calls"
-    return Part(tool, seconds, what, sanitizer(tool), proof="ERROR SUMMARY: 0 errors", refusals=refusals, **more)
+    what, clean = "compute-sanitizer over the smoke calls", "ERROR SUMMARY: 0 errors"
+    return Part(tool, seconds, what, sanitizer(tool), proof=clean, refusal="Device not supported", **more)
 
 
+# A case of models takes up to 16 s, of the others up to 4.
 PARTS = (
-    Part("smoke", 25, "each algorithm, layout and dtype against float64", module("smoke"), resumes=True),
-    Part("layer", 110, "the layer beside eager, torch.compile and a copy", module("layer"), resumes=True),
-    Part("models", 110, "whole networks before and after replace", module("models"), resumes=True),
-    Part("tests", 50, "tests/test_cuda.py in parallel processes", gpu_tests),
+    Part("library", 8, "the libraries, built where they are not there", module("library"), whole=True),
+    Part("smoke", 25, "each algorithm, layout and dtype against float64", module("smoke"), silence=30),
+    Part("layer", 105, "the layer beside eager, torch.compile and a copy", module("layer"), silence=30),
+    Part("models", 102, "whole networks before and after replace", module("models"), silence=60),
+    Part("tests", 50, "tests/test_cuda.py in parallel processes", gpu_tests, proof=" passed"),
     _sanitizer_part("memcheck", 50, beside=True),
     Part("instruction_sets", 50, "the CPU kernels of each one", module("instruction_sets", device="cpu"), beside=True),
     Part("probes", 15, "what the planner's model builds on", module("probes")),
-    Part("sweep", 30, "every plan beside the planner's choice", module("plans"), resumes=True),
-    Part("triton", 20, "a sample of the Triton kernels, and their times", module("triton_sample")),
+    Part("sweep", 25, "every plan beside the planner's choice", module("plans"), silence=30),
+    Part("triton", 30, "a sample of the Triton kernels, and their times", module("triton_sample")),
     *(_sanitizer_part(tool, 60, default=False) for tool in ("racecheck", "initcheck", "synccheck")),
 )
 
 
 @dataclass
 class Ended:
-    """What a process left: its exit status, its output, and the last case that it announced ("" before the first)."""
+    """What a process left: its exit status, its output, and the last case that it announced ("" before the first).
 
-    code: int
-    timed_out: bool
-    lines: list[str]
-    case: str
+    ended_for: why it was ended, "" if it ended by itself.
+    """
+
+    code: int = 0
+    ended_for: str = ""
+    lines: list[str] = field(default_factory=list)
+    case: str = ""
 
     def cause_of_death(self) -> str:
-        """Why it did not end by itself; "" if it did."""
-        if self.timed_out:
-            return "no end within its time"
+        """Why it did not come to its end; "" if it did."""
+        if self.ended_for:
+            return self.ended_for
         if self.code < 0:
             return f"killed by {signal.Signals(-self.code).name}"
         return self.lines[-1] if any(line.startswith("Traceback") for line in self.lines) else ""
@@ -181,7 +192,7 @@ class Outcome:
         if cause := ended.cause_of_death():
             self.blamed += [f"{ended.case}: {cause}"] * bool(ended.case)
             self.fail(f"{cause} in {ended.case or 'no case'}", ended.lines)
-        elif ended.code == NOT_RUN or any(refusal in text for refusal in part.refusals):
+        elif ended.code == NOT_RUN or (part.refusal and part.refusal in text):
             if self.outcome == "passed":
                 self.outcome = "not run"
                 self.reason = last.removeprefix("not run: ") if ended.code == NOT_RUN else "it refuses this machine"
@@ -204,7 +215,7 @@ class Run:
         self._log = (out / "log.txt").open("w")
         self._lock = threading.Lock()
         self._begin = time.monotonic()
-        self._processes: list[subprocess.Popen[str]] = []
+        self._stopping = threading.Event()
 
     def say(self, text: str, aloud: bool = True) -> None:
         stamped = f"{time.monotonic() - self._begin:6.1f} {text}"
@@ -218,33 +229,19 @@ class Run:
         (self.out / "run.json").write_text(json.dumps(facts, indent=1) + "\n")
 
     def stop(self) -> None:
-        """End all processes, with their children."""
-        for process in self._processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+        """End what runs, with its children, and begin nothing more."""
+        self._stopping.set()
 
     def perform(self, part: Part, limit: float) -> None:
-        """Run a part within `limit` seconds."""
+        """Run a part within `limit` seconds. Whatever happens, run.json says so."""
         outcome = Outcome(part.name, round(limit, 1))
-        begin, start = time.monotonic(), 0
-        end = begin + limit
-        with tempfile.TemporaryDirectory() as scratch:
-            while True:
-                left = end - time.monotonic()
-                until = time.time() + left - min(LAST_CASE_S, LAST_CASE_SHARE * left)
-                try:
-                    command = part.command(Task(self.out, Path(scratch), self.device, until, start, self.cases))
-                except Missing as missing:
-                    outcome.outcome, outcome.reason = "not run", str(missing)
-                    break
-                ended = self._run(part.name, command, end)
-                outcome.judge(part, ended)
-                if not (part.resumes and ended.cause_of_death() and ended.case):
-                    break
-                if end - time.monotonic() < LAST_CASE_S:
-                    break
-                start = int(ended.case.split()[1].rstrip(":")) + 1
-                self.say(f"{part.name}: goes on at case {start}")
+        begin = time.monotonic()
+        try:
+            self._perform(part, begin + limit, outcome)
+        except Missing as missing:
+            outcome.outcome, outcome.reason = "not run", str(missing)
+        except Exception as error:
+            outcome.fail(f"{type(error).__name__}: {error}", [])
         outcome.seconds = round(time.monotonic() - begin, 1)
         with self._lock:
             self._take_in_probes()
@@ -252,33 +249,58 @@ class Run:
             self.save()
         self.say(f"{part.name}: {outcome.outcome}{f', {outcome.reason}' if outcome.reason else ''}")
 
-    def _run(self, name: str, command: Sequence[str], end: float) -> Ended:
+    def _perform(self, part: Part, end: float, outcome: Outcome) -> None:
+        start = 0
+        with tempfile.TemporaryDirectory() as scratch:
+            while True:
+                left = end - time.monotonic()
+                until = time.time() + left - min(LAST_CASE_S, LAST_CASE_SHARE * left)
+                task = Task(self.out, Path(scratch), self.device, until, start, self.cases)
+                ended = self._run(part, part.command(task), end)
+                outcome.judge(part, ended)
+                died_at = CASE.match(ended.case) if part.silence and ended.cause_of_death() else None
+                if died_at is None or self._stopping.is_set() or end - time.monotonic() < LAST_CASE_S:
+                    return
+                start = int(died_at[1]) + 1
+                self.say(f"{part.name}: goes on at case {start}")
+
+    def _run(self, part: Part, command: Sequence[str], end: float) -> Ended:
         process = subprocess.Popen(
             command, cwd=ROOT, text=True, errors="replace", start_new_session=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
         )  # fmt: skip
-        self._processes.append(process)
-        ended = Ended(0, False, [], "")
+        ended, last_line = Ended(), [time.monotonic()]
 
-        def kill() -> None:
-            ended.timed_out = True
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+        def read() -> None:
+            assert process.stdout is not None
+            for line in process.stdout:
+                text = line.rstrip()
+                last_line[0] = time.monotonic()
+                ended.lines.append(text)
+                self.say(f"{part.name}| {text}", aloud=False)
+                if CASE.match(text):
+                    ended.case = text
+                elif text.startswith("facts "):
+                    with contextlib.suppress(json.JSONDecodeError):
+                        self.facts.update(json.loads(text.removeprefix("facts ")))
 
-        timer = threading.Timer(max(0.0, end - time.monotonic()), kill)
-        timer.start()
-        assert process.stdout is not None
-        for line in process.stdout:
-            text = line.rstrip()
-            ended.lines.append(text)
-            self.say(f"{name}| {text}", aloud=False)
-            if text.startswith("case "):
-                ended.case = text
-            elif text.startswith("facts "):
-                self.facts.update(json.loads(text.removeprefix("facts ")))
-        ended.code = process.wait()
-        timer.cancel()
-        self._processes.remove(process)
+        reader = threading.Thread(target=read, daemon=True)
+        reader.start()
+        while process.poll() is None and not ended.ended_for:
+            time.sleep(POLL_S)
+            now = time.monotonic()
+            if self._stopping.is_set():
+                ended.ended_for = "stopped from outside"
+            elif now > end:
+                ended.ended_for = "no end within its time"
+            elif part.silence and ended.case and now - last_line[0] > part.silence:
+                ended.ended_for = f"no word for {part.silence:g} s"
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # also what it leaves behind
+        # One that is stuck in the driver does not even die; its part is over all the same.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            ended.code = process.wait(timeout=5)
+        reader.join(timeout=2)
         return ended
 
     def _take_in_probes(self) -> None:
@@ -382,19 +404,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = Run(given.out, given.device, given.cases)
     run.facts |= {**machine(run), "minutes": given.minutes}
     left = stages(part for part in PARTS if part.name in names)
-    try:
-        while left:
-            # What earlier parts have left over is shared by all that are still to come.
-            due = sum(max(part.seconds for part in stage) for stage in left)
-            stage = left.pop(0)
-            limit = (end - time.monotonic()) * max(part.seconds for part in stage) / due
-            threads = [threading.Thread(target=run.perform, args=(part, limit)) for part in stage]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-    finally:
-        run.stop()
+    while left:
+        # What earlier parts have left over is shared by all that are still to come.
+        due = sum(max(part.seconds for part in stage) for stage in left)
+        stage = left.pop(0)
+        remaining = end - time.monotonic()
+        limit = remaining if stage[0].whole else remaining * max(part.seconds for part in stage) / due
+        with ThreadPoolExecutor(len(stage)) as pool:
+            begun = [pool.submit(run.perform, part, limit) for part in stage]
+            try:
+                wait(begun)
+            except BaseException:  # an interrupt: the processes would go on without us
+                run.stop()
+                raise
     return conclude(run)
 
 

@@ -47,13 +47,17 @@ class Results:
     cases: list[Case]
     models: list[Line]
     plans: list[Line]
+    smoke: list[Line]
 
 
 def read(folder: Path) -> Results:
-    """The files of a run. Raises ValueError if they are of no commit, or not of a whole run."""
+    """The files of a run. Raises ValueError if it is of no commit, or a part of it failed."""
     run = json.loads((folder / "run.json").read_text())
     if run["dirty"] or run["commit"] == "unknown":
         raise ValueError(f"{folder / 'run.json'}: the run is of commit {run['commit']}, dirty: {run['dirty']}")
+    failed = [part["part"] for part in run["parts"] if part["outcome"] == "failed"]
+    if failed:
+        raise ValueError(f"{folder / 'run.json'}: {', '.join(failed)} failed")
     cases = []
     lines = _lines(folder / "layer_gpu.csv")
     if not lines:
@@ -61,10 +65,14 @@ def read(folder: Path) -> Results:
     keys = ("case", "shape", "dtype", "layout", "direction")
     for key, group in itertools.groupby(lines, lambda line: tuple(line[name] for name in keys)):
         cases.append(Case(*key[1:], {(line["mode"], line["variant"]): line for line in group}))
-    return Results(run, cases, _lines(folder / "models_gpu.csv"), _lines(folder / "plans_gpu.csv"))
+    rest = (_lines(folder / name) for name in ("models_gpu.csv", "plans_gpu.csv", "smoke.csv"))
+    return Results(run, cases, *rest)
 
 
 def _lines(file: Path) -> list[Line]:
+    """None where a part has not run."""
+    if not file.exists():
+        return []
     with file.open(newline="") as stream:
         return list(csv.DictReader(stream))
 
@@ -109,11 +117,12 @@ def summary(results: Results) -> str:
         rows.append([
             f"{dtype} {layout}, {DIRECTIONS[direction]}", str(n),
             _mean(case.ratio("eager", "calls") for case in some), _mean(case.ratio("eager") for case in some),
-            _mean(case.ratio("compile") for case in some), _mean(case.ratio("copy") for case in some).replace("**", ""),
+            _mean(case.ratio("compile", "calls") for case in some), _mean(case.ratio("compile") for case in some),
+            _mean(case.ratio("copy") for case in some).replace("**", ""),
         ])  # fmt: skip
     header = [
         "six shapes, geometric mean (range)", "N", "eager / fused, as calls", "eager / fused, in a graph",
-        "torch.compile / fused, in a graph", "copy / fused",
+        "torch.compile / fused, as calls", "torch.compile / fused, in a graph", "copy / fused",
     ]  # fmt: skip
     parts = [markdown(header, rows), _networks(results.models), _findings(results), _machine(results)]
     return "\n".join(part for part in parts if part)
@@ -137,29 +146,34 @@ def _findings(results: Results) -> str:
         call = line["shape"], line["dtype"], line["layout"], line["direction"]
         fastest[call] = min(fastest.get(call, math.inf), float(line["ratio_to_planner"]))
     beaten = sum(ratio < 0.95 for ratio in fastest.values())
-    text = f"Another plan than the planner's was more than 5 % faster at {beaten} of {len(fastest)} calls."
+    found = [f"Another plan than the planner's was more than 5 % faster at {beaten} of {len(fastest)} calls."]
+    found *= bool(fastest)
     triton = [ratio for case in results.cases if (ratio := case.ratio("triton")) is not None]
     if triton:
-        text += f" The Triton kernels took {min(triton):.2f} to {max(triton):.2f} of the CUDA kernels' time, "
-        text += f"at the {len(triton)} calls where both were timed."
-    return text + "\n"
+        found.append(
+            f"The Triton kernels took {min(triton):.2f} to {max(triton):.2f} of the CUDA kernels' time, at the "
+            f"{len(triton)} calls where both were timed."
+        )
+    return "".join(f"{sentence}\n" for sentence in found)
 
 
 def _machine(results: Results) -> str:
+    """What ran where, what was right, and how it was measured."""
     run = results.run
-    reasons = {part["part"]: part["reason"] for part in run["parts"]}
-    right = [
-        match[0]
-        for part in ("smoke", "tests")
-        if (match := re.match(r"[\d of]+ (cases|passed)", reasons.get(part, "")))
-    ]
+    right = sum(line["outcome"] == "right" for line in results.smoke)
+    reasons = {part["part"]: part["reason"] for part in run["parts"] if part["outcome"] == "passed"}
+    tests = re.match(r"\d+ passed", reasons.get("tests", ""))
+    cut = {name: match for name, reason in reasons.items() if (match := re.match(r"(\d+) of (\d+) cases", reason))}
+    short = [f"{name} {match[0]}" for name, match in cut.items() if match[1] != match[2]]
     return (
-        f"{run['gpu']}, driver {run['driver']}, PyTorch {run['torch']}, commit {run['commit']}, {run['date'][:10]}; "
-        f"smoke and tests: {', '.join(right)}. Ratios are medians over rounds in which the variants took turns; one "
-        "below 1, a loss, is bold. Layer: caches cold, buffers rotating over twice the L2; the outputs in the timed "
-        "buffers were compared with float64. Copy: an elementwise kernel that reads and writes the bytes that no "
-        "implementation can do without. Networks: 224 pixels, channels_last, float16 for inference, bfloat16 autocast "
-        "for training.\n"
+        f"{run['gpu']}, driver {run['driver']}, PyTorch {run['torch']}, commit {run['commit']}, {run['date'][:10]}. "
+        f"{right} calls right and none wrong beside float64{f', GPU tests: {tests[0]}' if tests else ''}"
+        f"{'; ended by their time: ' * bool(short)}{', '.join(short)}. Ratios are medians over rounds in which the "
+        "variants took turns; one below 1, a loss, is bold; an empty cell was not measured. In a graph: caches cold, "
+        "buffers rotating over twice the L2, and the outputs in the first and the last of the timed buffers compared "
+        "with float64. As calls: wall clock of a Python loop. Copy: an elementwise kernel that reads and writes the "
+        "bytes that no implementation can do without. Networks: 224 pixels, channels_last, float16 for inference, "
+        "bfloat16 autocast for training.\n"
     )
 
 

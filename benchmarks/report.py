@@ -19,7 +19,7 @@ from . import gpu_report, layer_cpu, layer_cpu_report
 Line = dict[str, str]
 ROOT = layer_cpu.ROOT
 README, BENCHMARKS = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
-H200 = ROOT / "benchmarks" / "results" / "h200"
+RESULTS = layer_cpu.RECORD.parent
 
 
 class ReportError(ValueError):
@@ -51,15 +51,16 @@ def read(file: Path) -> list[Line]:
     return lines
 
 
-# By the name in the markers.
+# By the name in the markers; of a GPU, by that of its folder.
 RECORDS = {
     "layer_cpu": Record(
         layer_cpu.RECORD, read, layer_cpu_report.table,
         figure=ROOT / "docs" / "layer_cpu.png", draw=layer_cpu_report.draw,
     ),
-    "h200": Record(H200, gpu_report.read, gpu_report.summary),
-    "h200_layers": Record(H200, gpu_report.read, gpu_report.layers, document=BENCHMARKS),
 }  # fmt: skip
+for _run in sorted(RESULTS.glob("*/run.json")):
+    RECORDS[_run.parent.name] = Record(_run.parent, gpu_report.read, gpu_report.summary)
+    RECORDS[f"{_run.parent.name}_layers"] = Record(_run.parent, gpu_report.read, gpu_report.layers, BENCHMARKS)
 
 
 def replace_between_markers(text: str, name: str, body: str) -> str:

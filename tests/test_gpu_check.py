@@ -44,7 +44,7 @@ def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files of a run on the CPU: two cases of every part that the CPU can stand in for."""
     out = tmp_path_factory.mktemp("rehearsal")
     command = [sys.executable, "-m", "benchmarks.gpu_check", "--device", "cpu", "--cases", "2", "--minutes", "30"]
-    command += ["--out", str(out), "--parts", "smoke,layer,models,sweep,memcheck"]
+    command += ["--out", str(out), "--parts", "library,smoke,layer,models,sweep,memcheck"]
     environment = {**os.environ, "PATH": "/usr/bin:/bin"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -61,7 +61,8 @@ def test_a_rehearsal_leaves_at_most_six_files_and_says_what_ran(rehearsal: Path)
     assert isinstance(run["dirty"], bool)
     outcomes = {part["part"]: (part["outcome"], part["reason"]) for part in run["parts"]}
     assert outcomes["memcheck"] == ("not run", "compute-sanitizer is not on the PATH")
-    assert all(outcome == ("passed", "2 of 2 cases") for part, outcome in outcomes.items() if part != "memcheck")
+    assert outcomes["library"] == ("passed", "1 of 1 cases")
+    assert all(outcomes[part] == ("passed", "2 of 2 cases") for part in ("smoke", "layer", "models", "sweep"))
 
 
 def test_every_row_of_a_rehearsal_is_checked_and_interleaved(rehearsal: Path) -> None:
@@ -83,13 +84,13 @@ def test_every_row_of_a_rehearsal_is_checked_and_interleaved(rehearsal: Path) ->
 def part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """A function that runs gpu-check with programs in place of some parts: (exit status, outcomes by part)."""
 
-    def run(seconds: float = 60, **programs: str) -> tuple[int, dict[str, dict[str, object]]]:
+    def run(seconds: float = 1800, silence: float = 0, **programs: str) -> tuple[int, dict[str, dict[str, object]]]:
         def part_of(part: gpu_check.Part) -> gpu_check.Part:
             def command(task: gpu_check.Task) -> list[str]:
                 head = f"import os, signal, sys, time\nstart = {task.start}\n"
                 return [sys.executable, "-u", "-c", head + textwrap.dedent(programs[part.name])]
 
-            return dataclasses.replace(part, command=command)
+            return dataclasses.replace(part, command=command, silence=part.silence and (silence or part.silence))
 
         parts = [part_of(part) for part in gpu_check.PARTS if part.name in programs]
         monkeypatch.setattr(gpu_check, "PARTS", parts)
@@ -135,19 +136,49 @@ def test_a_killed_child_is_resumed_after_its_case(part, tmp_path: Path) -> None:
     assert outcomes["sweep"]["outcome"] == "passed"
 
 
-def test_a_child_that_hangs_is_ended_with_its_children_and_named(part, tmp_path: Path) -> None:
+def test_a_case_that_hangs_is_ended_with_its_children_and_named(part, tmp_path: Path) -> None:
     hangs = f"""
         import subprocess
+        if start:
+            print('case 6: goes on'); print('1 of 1 cases'); sys.exit()
         child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])
         open({str(tmp_path / "pid")!r}, 'w').write(str(child.pid))
         print('case 5: the one that hangs')
         time.sleep(600)
     """
-    code, outcomes = part(seconds=20, probes=hangs, triton=PASSES)
+    code, outcomes = part(silence=1, sweep=hangs, triton=PASSES)
     assert code == 1
-    assert outcomes["probes"]["blamed"] == ["case 5: the one that hangs: no end within its time"]
+    assert outcomes["sweep"]["blamed"] == ["case 5: the one that hangs: no word for 1 s"]
+    assert "case 6: goes on" in (tmp_path / "log.txt").read_text()
     assert outcomes["triton"]["outcome"] == "passed"
     assert not is_running((tmp_path / "pid").read_text())
+
+
+def test_a_part_that_never_ends_is_ended_by_its_limit(part) -> None:
+    code, outcomes = part(seconds=3, probes="while True: print('case 0: on and on'); time.sleep(0.01)", triton=PASSES)
+    assert code == 1
+    assert outcomes["probes"]["outcome"] == "failed"
+    assert outcomes["probes"]["reason"].startswith("no end within its time in ")
+    assert outcomes["probes"]["seconds"] < 60
+
+
+def test_a_case_that_only_looks_like_one_and_garbled_facts_break_nothing(part) -> None:
+    garbled = "print('case of trouble'); print('facts {oops'); raise RuntimeError('no case at hand')"
+    code, outcomes = part(smoke=garbled, probes=PASSES)
+    assert code == 1
+    assert outcomes["smoke"]["reason"] == "RuntimeError: no case at hand in no case"
+    assert outcomes["probes"]["outcome"] == "passed"
+
+
+def test_a_command_that_cannot_be_started_is_a_failure_of_its_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = [dataclasses.replace(p, command=lambda task: ["/no/such/program"]) for p in gpu_check.PARTS]
+    monkeypatch.setattr(gpu_check, "PARTS", broken)
+    assert gpu_check.main(["--out", str(tmp_path), "--parts", "smoke"]) == 1
+    (smoke,) = json.loads((tmp_path / "run.json").read_text())["parts"]
+    assert smoke["outcome"] == "failed"
+    assert "/no/such/program" in smoke["reason"]
 
 
 def test_a_gpu_that_a_crash_has_taken_away_does_not_undo_the_failure(part) -> None:
@@ -185,6 +216,7 @@ def test_no_process_outlives_the_run(tmp_path: Path) -> None:
     while is_running(child):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+    assert "goes on" not in log.read_text(), "nothing is begun after the end"
 
 
 def test_a_wrong_result_fails_its_part_and_goes_on(part) -> None:
@@ -208,6 +240,7 @@ def test_no_rows_is_a_failure_and_nothing_run_too(part) -> None:
         ("========= ERROR SUMMARY: 0 errors", 0, "passed", 0),
         ("========= Invalid __global__ read\n========= ERROR SUMMARY: 1 error", 9, "failed", 1),
         ("========= Error: Device not supported", 1, "not run", 1),
+        ("Failed to initialize NumPy\n========= ERROR SUMMARY: 5 errors", 9, "failed", 1),
         ("nothing of a sanitizer", 0, "failed", 1),
     ],
 )
@@ -233,7 +266,7 @@ def test_without_pytest_its_part_is_a_line(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--parts", "smoke,everything"], "--parts has everything; wanted some of smoke, layer"),
+        (["--parts", "smoke,everything"], "--parts has everything; wanted some of library, smoke"),
         (["--minutes", "0"], "--minutes is 0.0; wanted more than 0"),
     ],
 )
@@ -247,7 +280,7 @@ def test_arguments_that_are_wrong(arguments: list[str], message: str, capsys: py
 def test_parts_that_time_something_run_alone() -> None:
     timed = {"layer", "models", "probes", "sweep", "triton"}
     stages = gpu_check.stages(part for part in gpu_check.PARTS if part.default)
-    assert [stage[0].name for stage in stages][:3] == ["smoke", "layer", "models"]
+    assert [stage[0].name for stage in stages][:4] == ["library", "smoke", "layer", "models"]
     assert all(len(stage) == 1 for stage in stages if stage[0].name in timed)
     assert sum(max(part.seconds for part in stage) for stage in stages) == 360
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ import se_fused
 from benchmarks import gpu_check
 from benchmarks.gpu import calls, layer, models, plans, smoke, triton_sample
 from benchmarks.shapes import Shape
-from se_fused import verify
+from se_fused import build, verify
 
 CPU = torch.device("cpu")
 
@@ -91,10 +93,32 @@ def test_the_smoke_calls_have_every_plan_layout_and_precision() -> None:
     cases = list(smoke.cases(smoke.PLANS))
     kinds = {(plan, case.precision, case.layout) for plan, case in cases}
     layouts = ("contiguous", "channels_last")
-    assert kinds >= set(itertools.product(smoke.PLANS, verify.PRECISIONS, layouts))
+    anywhere = [plan for plan in smoke.PLANS if "by_channels=0" not in plan]
+    assert kinds >= set(itertools.product(anywhere, [p for p in verify.PRECISIONS if p != "float64"], layouts))
+    assert kinds >= set(itertools.product(["", "two_pass"], ["float64"], layouts))
     assert {case.precision for _, case in cases if case.layout == "strided"} == set(verify.PRECISIONS)
     watched = {(plan, case.precision) for plan, case in cases[:: gpu_check.SANITIZED_STEP]}
-    assert watched == set(itertools.product(smoke.PLANS, verify.PRECISIONS)), "the sanitizer sees each plan and type"
+    assert watched == {(plan, case.precision) for plan, case in cases}, "the sanitizer sees each plan and type"
+
+
+def test_every_plan_serves_most_of_its_smoke_calls() -> None:
+    """By the planner itself, for an H200: a refusal is no comparison."""
+    native = build.load_facts()
+    served: Counter[str] = Counter()
+    refused: Counter[str] = Counter()
+    for plan, case in smoke.cases(smoke.PLANS):
+        n, c, *spatial = case.shape
+        maps, _ = verify.PRECISIONS[case.precision]
+        call = {"n": n, "c": c, "r": case.r or 0, "l": math.prod(spatial), "dtype": str(maps)[6:], "forced": plan}
+        try:
+            for backward in (False, True):
+                native.plan(native.preset("H200"), **call, channels_last=case.layout != "contiguous", backward=backward)
+            served[plan] += 1
+        except ValueError as refusal:
+            if not str(refusal).startswith(smoke.REFUSAL):
+                raise
+            refused[plan] += 1
+    assert all(served[plan] > refused[plan] for plan in smoke.PLANS), (served, refused)
 
 
 def test_the_sweep_tries_both_ways_to_split_channels_last_and_several_samples() -> None:
@@ -106,41 +130,55 @@ def test_the_sweep_tries_both_ways_to_split_channels_last_and_several_samples() 
     assert {"two_pass", "cluster size=8 by_channels=0", "cluster size=8 by_channels=1"} < set(both)
 
 
+def test_rows_that_do_not_fit_into_memory_are_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_memory(*_: object) -> list[dict[str, object]]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(layer, "measure", out_of_memory)
+    monkeypatch.setattr(sys, "argv", ["layer", "--out", str(tmp_path), "--device", "cpu"])
+    with pytest.raises(SystemExit) as end:
+        layer.main()
+    assert end.value.code == 1
+
+
 # Seconds, measured on an H200 machine of 16 cores with a prebuilt library, unless something else is said.
 START = 7  # of a process: import torch, create a context
 SMOKE_CASE = 0.02
-LAYER_ROW, COMPILED_ROW, TRAINING_CASE, INFERENCE_CASE = 0.4, 1.8, 13, 1.8
-SWEEP_ROW, PROBES, GPU_TESTS, MEMCHECK, INSTRUCTION_SETS = 0.7, 15, 51, 18, 23
-TRITON_KERNEL = 1.0  # of one core, here; 12 processes share them
-TRITON_PROCESSES = 12
+LAYER_ROW, COMPILED_ROW, TRAINING_CASE, INFERENCE_CASE = 0.4, 1.8, 8, 1.8
+SWEEP_ROW, PROBES, GPU_TESTS, MEMCHECK, INSTRUCTION_SETS = 0.7, 15, 48, 17, 22
+TRITON_KERNEL = 1.0  # of one core, here
+CORES = 12  # that Triton's processes take, of 16
 
 
-def test_the_parts_fit_into_six_minutes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_compiled_and_measured_fits_into_six_minutes(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [variants for _, variants in layer.rows()]
     compiled = sum("compile" in variants for variants in rows)
     cases = len(models.MODELS) * len(models.BATCHES)
     kernels = triton_kernels()
-    triton_rows = len(list(layer.triton_rows()))
     wanted = {
+        "library": START,  # prebuilt
         "smoke": START + SMOKE_CASE * len(list(smoke.cases(smoke.PLANS))),
         "layer": START + LAYER_ROW * (len(rows) - compiled) + COMPILED_ROW * compiled,
         "models": START + INFERENCE_CASE * 2 * cases + TRAINING_CASE * cases,
-        "tests, memcheck, instruction sets": max(GPU_TESTS, MEMCHECK, INSTRUCTION_SETS),
+        "tests": max(GPU_TESTS, MEMCHECK, INSTRUCTION_SETS),
         "probes": PROBES,
         "sweep": START + SWEEP_ROW * len(plans.rows()),
-        "triton": 2 * START + kernels * TRITON_KERNEL / TRITON_PROCESSES + COMPILED_ROW * triton_rows,
+        "triton": 2 * START + kernels * TRITON_KERNEL / CORES,  # without its times
     }
-    limits = [max(p.seconds for p in stage) for stage in gpu_check.stages(p for p in gpu_check.PARTS if p.default)]
+    stages = gpu_check.stages(part for part in gpu_check.PARTS if part.default)
+    given = {stage[0].name: max(part.seconds for part in stage) for stage in stages}
     with capsys.disabled():
         print(f"\n{kernels} Triton kernels, {compiled} compilations by torch.compile; seconds wanted / given:")
-        for (name, seconds), limit in zip(wanted.items(), limits, strict=True):
-            print(f"  {name}: {seconds:.0f} / {limit:.0f}")
-    given = dict(zip(wanted, limits, strict=True))
-    # What measures until its time is over may want more; what must run whole may not.
-    assert all(wanted[name] <= given[name] for name in ("smoke", "probes"))
-    assert wanted["tests, memcheck, instruction sets"] <= given["tests, memcheck, instruction sets"] + 15
-    assert sum(limits) == 360
-    assert given["layer"] / 2 > START + 72 * LAYER_ROW, "the headline itself takes less than half of its time"
+        for name, seconds in wanted.items():
+            print(f"  {name}: {seconds:.0f} / {given[name]:.0f}")
+    assert given.keys() == wanted.keys()
+    assert sum(given.values()) == 360
+    # What measures until its time is over may want more, but not what is asked of it first.
+    assert given["layer"] >= START + 72 * LAYER_ROW, "the headline"
+    assert START + INFERENCE_CASE * 2 * cases + TRAINING_CASE * len(models.MODELS) <= given["models"]
+    assert given["sweep"] >= START + SWEEP_ROW * 24, "each shape and layout at two batches"
+    assert all(wanted[name] <= given[name] for name in ("library", "smoke", "tests", "probes"))
+    assert wanted["triton"] <= given["triton"] + 5, "parts before it leave some of theirs"
 
 
 def triton_kernels() -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gpu_report
-from benchmarks.gpu import layer, models, part, plans
+from benchmarks.gpu import layer, models, part, plans, smoke
 
 
 @pytest.fixture
@@ -41,7 +41,11 @@ def gpu_run(tmp_path: Path) -> Path:
     ):
         tried.write({"shape": shape, "plan": plan, "ratio_to_planner": value})
     run = {"gpu": "a GPU", "driver": "1", "torch": "2", "commit": "abc", "dirty": False, "date": "2026-01-02T03:04"}
-    run["parts"] = [{"part": "smoke", "reason": "7 of 7 cases"}, {"part": "tests", "reason": "9 passed in 3 s"}]
+    run["parts"] = [{"part": "sweep", "outcome": "passed", "reason": "7 of 9 cases"}]
+    run["parts"].append({"part": "tests", "outcome": "passed", "reason": "9 passed in 3 s"})
+    smoke_rows = part.Rows(tmp_path / "smoke.csv", smoke.FIELDS)
+    for outcome in ("right", "right", "refused: too large"):
+        smoke_rows.write({"outcome": outcome})
     (tmp_path / "run.json").write_text(json.dumps(run))
     return tmp_path
 
@@ -50,14 +54,14 @@ def test_the_tables_of_a_gpu_run_are_a_function_of_its_files(gpu_run: Path) -> N
     results = gpu_report.read(gpu_run)
     text = gpu_report.summary(results)
     mean = "1.50 (1.50 to 1.50)"  # of the case that has torch.compile beside it
-    assert (
-        f"| float16 contiguous, forward | 32 | {mean} | {mean} | **0.50** (0.50 to 0.50) | 0.50 (0.50 to 0.50) |"
-        in text
-    )
+    half = "**0.50** (0.50 to 0.50)"
+    row = ["float16 contiguous, forward", "32", mean, mean, half, half, half.replace("**", "")]
+    assert f"| {' | '.join(row)} |" in text
     assert "| a (3 SE layers) | 1 | **0.90** |  |  |" in text
     assert "5 % faster at 1 of 2 calls" in text
     assert "took 0.75 to 0.75 of the CUDA kernels' time, at the 1 calls" in text
-    assert "a GPU, driver 1, PyTorch 2, commit abc, 2026-01-02; smoke and tests: 7 of 7 cases, 9 passed." in text
+    assert "a GPU, driver 1, PyTorch 2, commit abc, 2026-01-02. 2 calls right and none wrong" in text
+    assert "GPU tests: 9 passed; ended by their time: sweep 7 of 9 cases. Ratios" in text
     assert "| 32x8x7x7 | 2.00 ( to ) |  | 0.50 | 1.50 | **0.50** | **0.75** | 2.00 | 1.50 |  |" in gpu_report.layers(
         results
     )
@@ -69,3 +73,17 @@ def test_a_gpu_run_of_no_commit_is_no_record(gpu_run: Path, change: dict[str, ob
     (gpu_run / "run.json").write_text(json.dumps(run))
     with pytest.raises(ValueError, match="the run is of commit"):
         gpu_report.read(gpu_run)
+
+
+def test_a_gpu_run_that_failed_is_no_record(gpu_run: Path) -> None:
+    run = json.loads((gpu_run / "run.json").read_text())
+    run["parts"].append({"part": "smoke", "outcome": "failed", "reason": "1 wrong"})
+    (gpu_run / "run.json").write_text(json.dumps(run))
+    with pytest.raises(ValueError, match="smoke failed"):
+        gpu_report.read(gpu_run)
+
+
+def test_parts_that_have_not_run_leave_their_tables_out(gpu_run: Path) -> None:
+    for name in ("models_gpu.csv", "plans_gpu.csv", "smoke.csv"):
+        (gpu_run / name).unlink()
+    assert "| 32 |" in gpu_report.summary(gpu_report.read(gpu_run))

@@ -25,6 +25,7 @@ LEAST_CALLS = 8  # in one graph; and so many that a replay takes about as long a
 LEAST_US = 500.0  # of a replay at the speed of a copy, so that the 5 to 10 us to start a graph do not count
 COLD_L2, MOST_SETS = 2, 256  # buffers rotate over so many times the L2, but are no more than this
 Call = Callable[[], object]
+Times = dict[str, list[float]]  # microseconds, by contender, an entry for each round
 
 
 def eager(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
@@ -173,9 +174,9 @@ class Replay:
         return 1e3 * start.elapsed_time(end) / self._count
 
 
-def interleaved(timers: Mapping[str, Callable[[], float]], rounds: int = ROUNDS) -> dict[str, list[float]]:
+def interleaved(timers: Mapping[str, Callable[[], float]], rounds: int = ROUNDS) -> Times:
     """`rounds` times of each timer; within a round each runs once, in an order shuffled anew. One round goes before."""
-    times: dict[str, list[float]] = {name: [] for name in timers}
+    times: Times = {name: [] for name in timers}
     order, shuffle = list(timers), random.Random(0).shuffle
     for round_ in range(-1, rounds):
         shuffle(order)

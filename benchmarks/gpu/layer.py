@@ -121,7 +121,7 @@ def run(part: Part, wanted: list[tuple[Row, tuple[str, ...]]]) -> None:
         try:
             lines = measure(number, row, variants, part)
         except torch.OutOfMemoryError as error:
-            part.say(f"not measured: {row}: {str(error).splitlines()[0]}")
+            part.skip(error)
             continue
         csv.write(*lines)
         part.say("  " + ", ".join(f"{x['variant']} {x['p50_us']} us" for x in lines if x["mode"] == "graph"))

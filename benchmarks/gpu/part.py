@@ -70,6 +70,11 @@ class Part:
         """Whether this process ran every case there is."""
         return self._done == self._of and (self._start, self._step, self._cases) == (0, 1, None)
 
+    def skip(self, reason: object) -> None:
+        """The case at hand has not run."""
+        self._done -= 1
+        self.say(f"skipped: {' '.join(str(reason).split())[:200]}")
+
     def wrong(self, text: str) -> None:
         self._wrong += 1
         self.say(f"wrong: {' '.join(text.split())[:400]}")
