@@ -78,7 +78,7 @@ forward_direct: Callable[..., torch.Tensor | None] = _refuse
 def load() -> None:
     """Load the compiled parts, building them if need be. A failure leaves the reason for `explain` and the log.
 
-    CUDA stays uninitialised: GPUs are counted by NVML, and asked for more when a call first meets them.
+    Where NVML is there, CUDA stays uninitialised: a GPU is asked for more when a call first meets it.
     """
     global _cuda
     names = ["cpu"]
@@ -215,7 +215,7 @@ def select(device: torch.device) -> str:
         if why_not(name, device) is None:
             break
     best = "cuda" if device.type == "cuda" else "cpu"
-    if name != best and device.type not in _said:
+    if name != best and device.type not in _said and not torch.compiler.is_compiling():
         _said.add(device.type)
         server = "reference PyTorch" if name == "reference" else "Triton"
         _log.warning("se_fused: %s serves %s tensors: %s", server, device.type, why_not(best, device))

@@ -62,6 +62,7 @@ _OLDEST = 75
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 GROUPS = {"cpu": ("cpu", "_C"), "cuda": ("cuda",)}
 _TIMEOUT = 1800  # seconds; on two cores the CPU group takes about 40, the CUDA group 30 for each architecture
+_GIVEN_UP = "does_not_load"  # a file in a build that was made here and cannot be loaded
 _log = logging.getLogger("se_fused")
 T = TypeVar("T")
 
@@ -122,14 +123,14 @@ def nvcc() -> str:
 
 @functools.cache
 def gpus() -> list[tuple[int, int]]:
-    """The compute capabilities of this machine's GPUs, by NVML, so that CUDA stays uninitialised here."""
+    """The compute capabilities of this machine's GPUs, by NVML: CUDA stays uninitialised. Empty without NVML."""
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
-        return _gpus_of_torch()
+        return []
     count, handle, major, minor = ctypes.c_uint(), ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
     if nvml.nvmlInit_v2() != 0 or nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0:
-        return _gpus_of_torch()
+        return []
     found = set()
     for i in range(count.value):
         if (
@@ -141,9 +142,13 @@ def gpus() -> list[tuple[int, int]]:
 
 
 def _gpus_of_torch() -> list[tuple[int, int]]:
-    """The same without NVML, by a process of its own."""
+    """The same without NVML, by a process of its own, which takes seconds."""
     program = "import torch; print(*{torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())})"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    command = [sys.executable or "python3", "-c", program]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    except (OSError, subprocess.SubprocessError):
+        return []
     return sorted((int(major), int(minor)) for major, minor in re.findall(r"\((\d+), (\d+)\)", done.stdout))
 
 
@@ -167,7 +172,10 @@ def architectures() -> list[str]:
         if not names:
             raise BuildError(f"TORCH_CUDA_ARCH_LIST is {asked!r}; the CUDA kernels need 7.5 or later")
         return names
-    names = [f"{major}{minor}" for major, minor in gpus() if 10 * major + minor >= _OLDEST]
+    here = gpus() or _gpus_of_torch()
+    names = [f"{major}{minor}" for major, minor in here if 10 * major + minor >= _OLDEST]
+    if here and not names:
+        raise BuildError(f"the CUDA kernels need compute capability 7.5; the GPUs here have {here}")
     return names or [*ARCHITECTURES[:-1], f"{ARCHITECTURES[-1]}+PTX"]
 
 
@@ -330,7 +338,10 @@ def _cache() -> Path:
             import platformdirs
         except ImportError as error:
             raise BuildError("platformdirs is not installed; SE_FUSED_CACHE names a cache folder") from error
-        named = platformdirs.user_cache_dir("se_fused")
+        try:
+            named = platformdirs.user_cache_dir("se_fused")
+        except RuntimeError as error:  # a user without a home
+            raise BuildError(f"no cache folder: {error}; SE_FUSED_CACHE names one") from error
     path = Path(named)
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -369,10 +380,11 @@ def _new(group: str) -> Path:
     """A build made in the cache; where none can be made, a packaged one that serves some of this machine's GPUs."""
     try:
         cache = _cache()
+        nvcc() if group == "cuda" else _compiler()  # before a word of compiling
         kernels = group.upper()
         _log.warning("se_fused: compiling the %s kernels into %s, once; this takes about a minute", kernels, cache)
         return build(cache, group)
-    except BuildError:
+    except (BuildError, OSError):
         packaged = _found(PREBUILT, group, any) if group == "cuda" else None
         if packaged is None:
             raise
@@ -402,6 +414,9 @@ def load(name: str, loader: Callable[[Path], T]) -> T:
     """
     group, file = _group(name), _file_name(name)
     for folder in _existing(group):
+        given_up = folder / _GIVEN_UP
+        if given_up.exists():
+            raise BuildError(f"{given_up.read_text()}; to build it again, remove {folder}")
         try:
             return loader(folder / file)
         except (OSError, ImportError) as error:
@@ -412,7 +427,10 @@ def load(name: str, loader: Callable[[Path], T]) -> T:
     try:
         return loader(folder / file)
     except (OSError, ImportError) as error:
-        raise BuildError(f"{folder / file} was built and does not load: {error}") from error
+        reason = f"{folder / file} was built and does not load: {error}"
+        with contextlib.suppress(OSError):  # or every process to come would compile it
+            (folder / _GIVEN_UP).write_text(reason)
+        raise BuildError(reason) from error
 
 
 def load_facts() -> ModuleType:

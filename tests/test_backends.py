@@ -81,6 +81,18 @@ def test_a_gpu_that_it_runs_on_is_asked_once(library):
     assert loaded.asked == 1
 
 
+def test_a_compiler_meets_the_first_call_that_falls_back(library, monkeypatch):
+    library(OLD_DRIVER.encode())
+    monkeypatch.setattr(backends, "_why_not_triton", lambda device: "there is no triton")
+
+    def which(x):
+        return x + 1 if backends.select(GPU) == "reference" else x
+
+    torch._dynamo.reset()
+    with se_fused.use_backend("auto"):
+        assert float(torch.compile(which, fullgraph=True, backend="eager")(torch.zeros(()))) == 1
+
+
 def test_a_compiler_takes_the_answer_and_does_not_look_inside(library):
     library()
 

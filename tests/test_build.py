@@ -193,24 +193,32 @@ def test_a_library_that_never_loads_is_built_once(places, monkeypatch):
 
     def make(parent, group="cpu"):
         builds.append(parent / build.key(group))
+        builds[-1].mkdir()
         return builds[-1]
 
     def never(path):
         raise OSError("wrong ELF class")
 
     monkeypatch.setattr(build, "build", make)
-    with pytest.raises(build.BuildError, match="was built and does not load: wrong ELF class"):
-        build.load("cpu", never)
-    assert len(builds) == 1
+    for _ in range(3):
+        with pytest.raises(build.BuildError, match="was built and does not load: wrong ELF class"):
+            build.load("cpu", never)
+    assert len(builds) == 1, "neither again nor by the next process"
 
 
 def test_gpus_are_found_without_nvml(monkeypatch):
-    build.gpus.cache_clear()
-    monkeypatch.setattr(build.ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError(name)))
+    monkeypatch.setattr(build, "gpus", list)
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     answer = subprocess.CompletedProcess([], 0, "(9, 0) (8, 6)\n", "")
     monkeypatch.setattr(build.subprocess, "run", lambda command, **_: answer)
-    assert build.gpus() == [(8, 6), (9, 0)]
-    build.gpus.cache_clear()
+    assert build.architectures() == ["86", "90"]
+
+
+def test_for_gpus_that_are_too_old_nothing_is_compiled(monkeypatch):
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.setattr(build, "gpus", lambda: [(7, 0)])
+    with pytest.raises(build.BuildError, match=r"need compute capability 7\.5"):
+        build.architectures()
 
 
 def test_the_cache_folder_needs_a_name_or_platformdirs(monkeypatch, tmp_path):
@@ -220,6 +228,18 @@ def test_the_cache_folder_needs_a_name_or_platformdirs(monkeypatch, tmp_path):
         build._cache()
     monkeypatch.setenv("SE_FUSED_CACHE", str(tmp_path / "named"))
     assert build._cache() == tmp_path / "named"
+
+
+def test_a_user_without_a_home_is_told_so(monkeypatch):
+    import platformdirs
+
+    def nowhere(name):
+        raise RuntimeError("could not determine the home directory")
+
+    monkeypatch.delenv("SE_FUSED_CACHE", raising=False)
+    monkeypatch.setattr(platformdirs, "user_cache_dir", nowhere)
+    with pytest.raises(build.BuildError, match="no cache folder: could not determine the home directory"):
+        build._cache()
 
 
 def test_a_cache_that_others_may_write_to_is_refused(monkeypatch, tmp_path):
