@@ -27,7 +27,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -134,9 +134,9 @@ def _sanitizer_part(tool: str, seconds: float, **more: bool) -> Part:
 # A case of models takes up to 16 s, of the others up to 4.
 PARTS = (
     Part("library", 8, "the libraries, built where they are not there", module("library"), whole=True),
-    Part("smoke", 25, "each algorithm, layout and dtype against float64", module("smoke"), silence=30),
-    Part("layer", 105, "the layer beside eager, torch.compile and a copy", module("layer"), silence=30),
-    Part("models", 102, "whole networks before and after replace", module("models"), silence=60),
+    Part("smoke", 24, "each algorithm, layout and dtype against float64", module("smoke"), silence=10),
+    Part("layer", 108, "the layer beside eager, torch.compile and a copy", module("layer"), silence=30),
+    Part("models", 100, "whole networks before and after replace", module("models"), silence=60),
     Part("tests", 50, "tests/test_cuda.py in parallel processes", gpu_tests, proof=" passed"),
     _sanitizer_part("memcheck", 50, beside=True),
     Part("instruction_sets", 50, "the CPU kernels of each one", module("instruction_sets", device="cpu"), beside=True),
@@ -165,7 +165,8 @@ class Ended:
             return self.ended_for
         if self.code < 0:
             return f"killed by {signal.Signals(-self.code).name}"
-        return self.lines[-1] if any(line.startswith("Traceback") for line in self.lines) else ""
+        raised = self.code and any(line.startswith("Traceback") for line in self.lines)
+        return self.lines[-1] if raised else ""
 
 
 @dataclass
@@ -182,7 +183,9 @@ class Outcome:
     tail: list[str] = field(default_factory=list)  # of the output, where it failed
 
     def fail(self, reason: str, lines: list[str]) -> None:
-        self.outcome, self.reason, self.tail = "failed", reason, lines[-8:]
+        """The first reason stays."""
+        if self.outcome != "failed":
+            self.outcome, self.reason, self.tail = "failed", reason, lines[-8:]
 
     def judge(self, part: Part, ended: Ended) -> None:
         """Take in what a process left. A part that has failed stays so."""
@@ -206,13 +209,13 @@ class Run:
     """One run of some parts: its folder, its log, what is known of the machine."""
 
     def __init__(self, out: Path, device: str = "cuda", cases: int | None = None) -> None:
-        self.out, self.device, self.cases = out, device, cases
-        out.mkdir(parents=True, exist_ok=True)
+        self.out, self.device, self.cases = out.resolve(), device, cases
+        self.out.mkdir(parents=True, exist_ok=True)
         for name in FILES:
-            (out / name).unlink(missing_ok=True)
+            (self.out / name).unlink(missing_ok=True)
         self.outcomes: list[Outcome] = []
         self.facts: dict[str, Any] = {"date": datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds")}
-        self._log = (out / "log.txt").open("w")
+        self._log = (self.out / "log.txt").open("w")
         self._lock = threading.Lock()
         self._begin = time.monotonic()
         self._stopping = threading.Event()
@@ -413,7 +416,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with ThreadPoolExecutor(len(stage)) as pool:
             begun = [pool.submit(run.perform, part, limit) for part in stage]
             try:
-                wait(begun)
+                for each in begun:
+                    each.result()
             except BaseException:  # an interrupt: the processes would go on without us
                 run.stop()
                 raise
@@ -421,5 +425,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no process stays behind
+    for ending in (signal.SIGTERM, signal.SIGHUP):  # so that no process stays behind
+        signal.signal(ending, lambda number, _: sys.exit(128 + number))
     sys.exit(main())

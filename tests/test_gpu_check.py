@@ -184,13 +184,19 @@ def test_a_command_that_cannot_be_started_is_a_failure_of_its_part(
 def test_a_gpu_that_a_crash_has_taken_away_does_not_undo_the_failure(part) -> None:
     code, outcomes = part(smoke="""
         if start:
-            print('not run: there is no GPU'); sys.exit(77)
+            print('wrong: the cuda kernels cannot run here'); sys.exit(1)
         print('case 0: first')
         os.kill(os.getpid(), signal.SIGABRT)
     """)  # fmt: skip
     assert code == 1
     assert outcomes["smoke"]["outcome"] == "failed"
     assert outcomes["smoke"]["reason"] == "killed by SIGABRT in case 0: first"
+
+
+def test_what_python_says_as_it_ends_is_no_failure(part) -> None:
+    code, outcomes = part(probes="print('case 0: fine'); print('Traceback (ignored)'); print('1 of 1 cases')")
+    assert code == 0
+    assert outcomes["probes"]["outcome"] == "passed"
 
 
 def test_no_process_outlives_the_run(tmp_path: Path) -> None:
@@ -299,8 +305,8 @@ def test_a_part_without_a_gpu_says_so(tmp_path: Path) -> None:
         pytest.skip("there is a GPU")
     assert gpu_check.main(["--out", str(tmp_path), "--parts", "smoke", "--minutes", "30"]) == 1
     (smoke,) = json.loads((tmp_path / "run.json").read_text())["parts"]
-    assert smoke["outcome"] == "not run"
-    assert smoke["reason"] == "the cuda kernels cannot run here: there is no NVIDIA GPU"
+    assert smoke["outcome"] == "failed"
+    assert smoke["wrong"] == ["wrong: the cuda kernels cannot run here: there is no NVIDIA GPU"]
 
 
 def test_nothing_optional_is_imported_before_it_is_needed() -> None:

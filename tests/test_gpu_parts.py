@@ -74,7 +74,7 @@ def test_a_replay_keeps_the_results_of_its_last_turn() -> None:
 
 def test_a_replay_is_whole_turns_over_its_buffers_and_not_too_short() -> None:
     for row, _ in layer.rows():
-        sets = calls.COLD_L2 * 60_000_000 // row.bytes() + 2
+        sets = int(calls.COLD_L2 * 60_000_000 / row.bytes()) + 2
         count = calls.replay_calls(row, min(sets, calls.MOST_SETS))
         assert count % min(sets, calls.MOST_SETS) == 0
         assert count >= calls.LEAST_CALLS

@@ -23,7 +23,7 @@ from ..shapes import Shape
 ROUNDS = 11
 LEAST_CALLS = 8  # in one graph; and so many that a replay takes about as long as LEAST_US
 LEAST_US = 500.0  # of a replay at the speed of a copy, so that the 5 to 10 us to start a graph do not count
-COLD_L2, MOST_SETS = 2, 256  # buffers rotate over so many times the L2, but are no more than this
+COLD_L2, MOST_SETS = 2.5, 256  # buffers rotate over so many times the L2, but are no more than this
 Call = Callable[[], object]
 Times = dict[str, list[float]]  # microseconds, by contender, an entry for each round
 
@@ -123,7 +123,7 @@ def layers(names: Sequence[str]) -> dict[str, Callable[..., Tensor]]:
 def cold_sets(row: Row, device: torch.device) -> int:
     """How many sets of buffers a row rotates over."""
     size = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 1 << 20
-    return min(COLD_L2 * size // row.bytes() + 2, MOST_SETS)
+    return min(int(COLD_L2 * size / row.bytes()) + 2, MOST_SETS)  # forward + backward counts x twice
 
 
 def replay_calls(row: Row, sets: int) -> int:

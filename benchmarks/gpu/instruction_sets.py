@@ -19,7 +19,7 @@ from se_fused import verify
 with se_fused.use_backend("cpu"):
     for case, error, worst in verify.run():
         if not error <= verify.tolerance(case.precision):
-            print(f"{case}: {worst} is off by {error:.1e}")
+            print(f"wrong: {case}: {worst} is off by {error:.1e}")
 """
 
 
@@ -35,8 +35,8 @@ def main() -> None:
     ]  # fmt: skip
     for number, name in part.each(names):
         output, _ = processes[number].communicate()
-        for line in output.splitlines():
-            part.wrong(f"{name}: {line}")
+        for line in output.splitlines():  # warnings too
+            part.wrong(f"{name}: {line}") if line.startswith("wrong: ") else part.say(f"  {line}")
         if processes[number].returncode:
             part.wrong(f"{name}: exit {processes[number].returncode}")
     part.finish()

@@ -29,7 +29,8 @@ class Part:
     `wrong: text`   a finding that fails the part
     """
 
-    def __init__(self, description: str) -> None:
+    def __init__(self, description: str, backend: str = "") -> None:
+        """backend: what the part needs; by default the kernels of its device."""
         parser = argparse.ArgumentParser(description=description)
         parser.add_argument("--out", type=Path, required=True, help="folder for the results")
         parser.add_argument("--until", type=float, default=math.inf, help="time (of time.time) to begin no case after")
@@ -43,11 +44,14 @@ class Part:
         self.device = torch.device(arguments.device)
         self.out.mkdir(parents=True, exist_ok=True)
         self._until = arguments.until
-        self._done = self._of = 0
+        self._done = self._of = self._skipped = 0
         self._wrong = 0
-        self.backend = "cuda" if self.device.type == "cuda" else "cpu"
+        self.backend = backend or ("cuda" if self.device.type == "cuda" else "cpu")
         self.say("facts " + json.dumps(facts(self.device)))
         if (reason := backends.why_not(self.backend, self.device)) is not None:
+            # That kernels run is what is asked here; that Triton is not installed is no failure.
+            if self.backend != "triton":
+                self.wrong(f"the {self.backend} kernels cannot run here: {reason}")
             self.give_up(f"the {self.backend} kernels cannot run here: {reason}")
 
     def say(self, text: str) -> None:
@@ -73,6 +77,7 @@ class Part:
     def skip(self, reason: object) -> None:
         """The case at hand has not run."""
         self._done -= 1
+        self._skipped += 1
         self.say(f"skipped: {' '.join(str(reason).split())[:200]}")
 
     def wrong(self, text: str) -> None:
@@ -81,11 +86,13 @@ class Part:
 
     def give_up(self, reason: str) -> NoReturn:
         self.say(f"not run: {reason}")
-        sys.exit(NOT_RUN)
+        sys.exit(1 if self._wrong else NOT_RUN)
 
     def finish(self) -> NoReturn:
         """End the process: with a failure if something was wrong, or no case ran."""
-        self.say(f"{self._done} of {self._of} cases" + (f", {self._wrong} wrong" if self._wrong else ""))
+        counts = {"skipped": self._skipped, "wrong": self._wrong}
+        more = [f", {count} {what}" for what, count in counts.items() if count]
+        self.say(f"{self._done} of {self._of} cases{''.join(more)}")
         sys.exit(1 if self._wrong or not self._done else 0)
 
 

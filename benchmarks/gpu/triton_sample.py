@@ -24,9 +24,7 @@ def check(case: verify.Case, device: str, seed: int) -> tuple[float, str]:
 
 
 def main() -> None:
-    part = Part(__doc__ or "")
-    if (reason := backends.why_not("triton", part.device)) is not None:
-        part.give_up(reason)
+    part = Part(__doc__ or "", backend="triton")
     processes = min(12, os.cpu_count() or 1)
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         begun = [pool.apply_async(check, (case, part.device.type, i)) for i, case in enumerate(sample())]
@@ -35,7 +33,11 @@ def main() -> None:
             if not error <= verify.tolerance(case.precision):
                 part.wrong(f"{case}: {worst} is off by {error:.1e}")
     part.say(f"{len(begun)} cases by {processes} processes")
-    layer.run(part, list(layer.triton_rows()))
+    if (reason := backends.why_not("cuda", part.device)) is None:
+        part.backend = "cuda"
+        layer.run(part, list(layer.triton_rows()))
+    else:
+        part.say(f"not timed beside the CUDA kernels: {reason}")
     part.finish()
 
 
