@@ -22,7 +22,7 @@ import torch
 import triton
 
 import se_fused  # noqa: F401  defines the operators that the library registers for
-from se_fused import build
+from se_fused import build, native
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "csrc" / "cuda" / "registers.csv"
@@ -126,10 +126,10 @@ def check_probes(folder: Path, pool: Executor) -> None:
 def check_library(objects: list[Path], folder: Path, pool: Executor) -> None:
     def compile_host(name: str) -> Path:
         source, flags = recipe[name]
-        run(build._compiler(), *build._FLAGS, *flags, "-c", build.SOURCES / source, "-o", folder / f"{name}.o")
+        run(build.compiler(), *build._FLAGS, *flags, "-c", build.SOURCES / source, "-o", folder / f"{name}.o")
         return folder / f"{name}.o"
 
-    cpu = build.library("cpu")
+    cpu = native.library("cpu")
     recipe, _ = build._cuda_recipe()
     objects = [*objects, *pool.map(compile_host, [name for name, (source, _) in recipe.items() if ".cpp" in source])]
     # As `make prebuild` leaves it; and then as a machine finds it that has the GPU and no compiler.
@@ -137,8 +137,8 @@ def check_library(objects: list[Path], folder: Path, pool: Executor) -> None:
     library = build.PREBUILT / f"{build.key('cuda')}-{SASS_OF}" / "libse_fused_cuda.so"
     library.parent.mkdir(parents=True)
     run(build.nvcc(), "-shared", *objects, "-o", library, *build.link_flags())
-    os.environ["CUDA_HOME"], build.gpus = str(folder), lambda: [(9, 0)]
-    if build.load("cuda", lambda path: (torch.ops.load_library(path), path)[1]) != library:
+    os.environ["CUDA_HOME"], build.gpus = str(folder), lambda: [90]
+    if native.load("cuda", lambda path: (torch.ops.load_library(path), path)[1]) != library:
         sys.exit("a packaged library of these sources was not taken")
     known = set(SYMBOLS.read_text().split())
     for path in (library, cpu):

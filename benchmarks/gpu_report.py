@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import itertools
 import json
@@ -13,10 +12,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .layer_cpu_report import markdown
+from .gpu.layer import LAYOUTS
+from .gpu.runner import rows_of
+from .layer_cpu_report import markdown, times
 
 Line = dict[str, str]
-LAYOUTS = ("contiguous", "channels_last")
 DIRECTIONS = {"forward": "forward", "both": "forward + backward"}
 MODES = {"graph": "in a CUDA graph", "calls": "eager calls", "training": "training step"}
 
@@ -59,22 +59,14 @@ def read(folder: Path) -> Results:
     if failed:
         raise ValueError(f"{folder / 'run.json'}: {', '.join(failed)} failed")
     cases = []
-    lines = _lines(folder / "layer_gpu.csv")
+    lines = rows_of(folder / "layer_gpu.csv")
     if not lines:
         raise ValueError(f"{folder / 'layer_gpu.csv'} has no rows")
     keys = ("case", "shape", "dtype", "layout", "direction")
     for key, group in itertools.groupby(lines, lambda line: tuple(line[name] for name in keys)):
         cases.append(Case(*key[1:], {(line["mode"], line["variant"]): line for line in group}))
-    rest = (_lines(folder / name) for name in ("models_gpu.csv", "plans_gpu.csv", "smoke.csv"))
+    rest = (rows_of(folder / name) for name in ("models_gpu.csv", "plans_gpu.csv", "smoke.csv"))
     return Results(run, cases, *rest)
-
-
-def _lines(file: Path) -> list[Line]:
-    """None where a part has not run."""
-    if not file.exists():
-        return []
-    with file.open(newline="") as stream:
-        return list(csv.DictReader(stream))
 
 
 def best_measured(results: Results) -> list[Case]:
@@ -88,20 +80,13 @@ def best_measured(results: Results) -> list[Case]:
     return list(found.values())
 
 
-def _bold(value: float | None) -> str:
-    """A ratio; a loss, below 1, in bold."""
-    if value is None:
-        return ""
-    return f"{value:.2f}" if value >= 1 else f"**{value:.2f}**"
-
-
 def _mean(values: Iterable[float | None]) -> str:
     """Geometric mean and range, or nothing if one of them was not measured."""
     known = list(values)
     if not known or any(value is None for value in known):
         return ""
     numbers = [value for value in known if value is not None]
-    return f"{_bold(statistics.geometric_mean(numbers))} ({min(numbers):.2f} to {max(numbers):.2f})"
+    return f"{times(statistics.geometric_mean(numbers))} ({min(numbers):.2f} to {max(numbers):.2f})"
 
 
 def summary(results: Results) -> str:
@@ -135,7 +120,7 @@ def _networks(models: Sequence[Line]) -> str:
     for name, n in dict.fromkeys((name, n) for name, n, _ in sorted(ratios, key=lambda k: (k[0], int(k[1])))):
         cells = [ratios.get((name, n, mode)) for mode in MODES]
         layers = next(cell["se_layers"] for cell in cells if cell is not None)
-        rows.append([f"{name} ({layers} SE layers)", n, *(_bold(c and float(c["ratio_to_fused"])) for c in cells)])
+        rows.append([f"{name} ({layers} SE layers)", n, *(times(c and float(c["ratio_to_fused"])) for c in cells)])
     header = ["network: original / fused", "N", *MODES.values()]
     return markdown(header, rows) if rows else ""
 
@@ -147,8 +132,9 @@ def _findings(results: Results) -> str:
         call = line["shape"], line["dtype"], line["layout"], line["direction"]
         fastest[call] = min(fastest.get(call, math.inf), float(line["ratio_to_planner"]))
     beaten = sum(ratio < 0.95 for ratio in fastest.values())
-    found = [f"Another plan than the planner's was more than 5 % faster at {beaten} of {len(fastest)} calls."]
-    found *= bool(fastest)
+    found = []
+    if fastest:
+        found.append(f"Another plan than the planner's was more than 5 % faster at {beaten} of {len(fastest)} calls.")
     triton = [ratio for case in results.cases if (ratio := case.ratio("triton")) is not None]
     if triton:
         found.append(
@@ -190,9 +176,9 @@ def layers(results: Results) -> str:
             fused = case.lines["graph", "fused"]
             rows.append([
                 case.shape, f"{fused['p50_us']} ({fused['p20_us']} to {fused['p80_us']})", fused["gb_s"],
-                f"{case.ratio('copy') or 0:.2f}", _bold(case.ratio("eager")), _bold(case.ratio("compile")),
-                _bold(case.ratio("triton")), case.lines["calls", "fused"]["p50_us"],
-                _bold(case.ratio("eager", "calls")), fused["error"],
+                times(case.ratio("copy")).replace("**", ""), times(case.ratio("eager")), times(case.ratio("compile")),
+                times(case.ratio("triton")), case.lines["calls", "fused"]["p50_us"],
+                times(case.ratio("eager", "calls")), fused["error"],
             ])  # fmt: skip
         header = [
             "x", "fused µs (p20 to p80)", "GB/s", "copy / fused", "eager / fused", "torch.compile / fused",

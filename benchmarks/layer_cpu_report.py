@@ -46,7 +46,7 @@ def _us(line: Line) -> str:
     return f"{t:.1f}" if t < 100 else f"{t:,.0f}"
 
 
-def _times(value: float | None) -> str:
+def times(value: float | None) -> str:
     """A ratio; a loss, below 1, in bold."""
     if value is None:
         return ""
@@ -99,10 +99,10 @@ def _forward(lines: list[Line]) -> str:
         ratios[shape] = [ratio(cell, [best]), ratio(cell, ["eager"])]
         fused = cell["fused"]
         rows.append([
-            shape, _us(fused), f"{_us(cell[best])} ({LABELS[best]})", *map(_times, ratios[shape]),
+            shape, _us(fused), f"{_us(cell[best])} ({LABELS[best]})", *map(times, ratios[shape]),
             f"{float(fused['floor_us']):,.1f}", _share_of_floor(fused),
         ])  # fmt: skip
-    rows += [[f"geometric mean, {label}", "", "", *map(_times, m), "", ""] for label, m in means(ratios).items()]
+    rows += [[f"geometric mean, {label}", "", "", *map(times, m), "", ""] for label, m in means(ratios).items()]
     header = ["x", "fused µs", "best peer µs", "best peer / fused", "eager / fused", "floor µs", "floor / fused"]
     return markdown(header, rows) if rows else ""
 
@@ -115,10 +115,10 @@ def _in_place(lines: list[Line]) -> str:
             continue
         ratios[shape] = [peer, peer / floor]
         rows.append([
-            shape, _us(cell["fused_inplace"]), _times(peer), _us(cell["multiply"]), f"{floor:.0%}", _times(peer / floor)
+            shape, _us(cell["fused_inplace"]), times(peer), _us(cell["multiply"]), f"{floor:.0%}", times(peer / floor)
         ])  # fmt: skip
     rows += [
-        [f"geometric mean, {label}", "", _times(found[0]), "", "", _times(found[1])]
+        [f"geometric mean, {label}", "", times(found[0]), "", "", times(found[1])]
         for label, found in means(ratios).items()
     ]
     header = ["x", "in place µs", "best peer / in place", "floor µs", "floor / in place", "best peer / floor"]
@@ -131,8 +131,8 @@ def _other_formats(lines: list[Line]) -> str:
     columns = [(f, table, peer) for f, table in zip(formats, tables, strict=True) for peer in ("eager", "compile")]
     ratios = {s: [ratio(table.get(s, {}), [peer]) for _, table, peer in columns] for s in map(str, shapes.LAYER)}
     ratios = {s: row for s, row in ratios.items() if any(row)}
-    rows = [[label, *map(_times, row)] for label, row in ratios.items()]
-    rows += [[f"geometric mean, {label}", *map(_times, row)] for label, row in means(ratios).items()]
+    rows = [[label, *map(times, row)] for label, row in ratios.items()]
+    rows += [[f"geometric mean, {label}", *map(times, row)] for label, row in means(ratios).items()]
     header = ["x", *(f"{dtype} {layout}: {LABELS[peer]} / fused" for (dtype, layout), _, peer in columns)]
     return markdown(header, rows) if rows else ""
 
@@ -144,8 +144,8 @@ def _gradients(lines: list[Line], direction: str) -> str:
     for shape, row in ratios.items():
         fused, eager = cells[shape]["fused"], cells[shape]["eager"]
         floor = f"{float(fused['floor_us']):,.1f}"
-        rows.append([shape, _us(fused), _us(eager), *map(_times, row), floor, _share_of_floor(fused)])
-    rows += [[f"geometric mean, {label}", "", "", *map(_times, row), "", ""] for label, row in means(ratios).items()]
+        rows.append([shape, _us(fused), _us(eager), *map(times, row), floor, _share_of_floor(fused)])
+    rows += [[f"geometric mean, {label}", "", "", *map(times, row), "", ""] for label, row in means(ratios).items()]
     header = ["x", "fused µs", "eager µs", "eager / fused", "floor µs", "floor / fused"]
     return markdown(header, rows) if rows else ""
 
@@ -166,7 +166,7 @@ def table(lines: list[Line]) -> str:
     if call:
         parts.append(
             f"A call with nothing to compute ({shapes.CALL}, inference mode): fused {_us(call['fused'])} µs, "
-            f"eager {_us(call['eager'])} µs, eager / fused {_times(ratio(call, ['eager']))}.\n"
+            f"eager {_us(call['eager'])} µs, eager / fused {times(ratio(call, ['eager']))}.\n"
         )
     run = lines[0]
     parts.append(

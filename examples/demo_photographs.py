@@ -60,18 +60,7 @@ def batch_of_eight(images: Tensor, size: int = 224) -> Tensor:
 def build(spec: str, batch: Tensor) -> nn.Module:
     """The network with random weights and the batch norm statistics of `batch`, in eval mode."""
     torch.manual_seed(SEED)
-    model = zoo.build(spec).eval()
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        if not norm.weight.any():
-            nn.init.ones_(norm.weight)
-        norm.train().momentum = 1.0
-    with torch.inference_mode():
-        model(batch)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.eval().momentum = momentum
-    return model
+    return zoo.settled(zoo.build(spec), batch)
 
 
 @dataclass

@@ -45,3 +45,20 @@ def build(name: str, **options: Any) -> nn.Module:
     if not timm.is_model(model):
         raise ValueError(f"build: timm knows no model {model!r}")
     return timm.create_model(model, pretrained=False, **options)
+
+
+def settled(model: nn.Module, batch: torch.Tensor) -> nn.Module:
+    """`model` in eval mode, as far as random weights can be like trained ones: no batch norm of weight zero, with which
+    some blocks start, and the statistics of `batch`, so that the maps have the scale of a trained network's."""
+    model.eval()
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        if not norm.weight.any():
+            nn.init.ones_(norm.weight)
+        norm.train().momentum = 1.0
+    with torch.inference_mode():
+        model(batch)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.eval().momentum = momentum
+    return model

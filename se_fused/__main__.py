@@ -21,8 +21,9 @@ from rich.table import Table
 from torch import nn
 
 import se_fused
-from se_fused import backends, build, measure
+from se_fused import backends, measure, native
 from se_fused import verify as grid
+from se_fused.build import BuildError
 
 VARIABLES = ("SE_FUSED_BACKEND", "SE_FUSED_CPU", "SE_FUSED_CACHE")
 
@@ -49,8 +50,8 @@ def _facts() -> dict[str, Any]:
     # Where the compiled part is not loaded, asking for its facts would compile it.
     missing = backends.why_not("cpu", torch.device("cpu"))
     if missing is None:
-        native = build.load_facts()
-        facts |= {"build": native.build_info(), "cpu_features": native.cpu_features()}
+        compiled = native.load_facts()
+        facts |= {"build": compiled.build_info(), "cpu_features": compiled.cpu_features()}
     else:
         facts |= {"build": missing, "cpu_features": None}
     facts["environment"] = {name: os.environ.get(name) for name in VARIABLES}
@@ -147,12 +148,12 @@ def plan(
         _fail(f"SHAPE is {shape!r}; wanted three to five sizes joined by x, such as 32x256x56x56")
     n, c, *spatial = sizes
     try:
-        native = build.load_facts()
-        chosen = native.plan(
-            native.preset(device), n=n, c=c, r=hidden, l=math.prod(spatial), dtype=dtype,
+        facts = native.load_facts()
+        chosen = facts.plan(
+            facts.preset(device), n=n, c=c, r=hidden, l=math.prod(spatial), dtype=dtype,
             channels_last=channels_last, backward=backward, forced=forced,
         )  # fmt: skip
-    except (ValueError, build.BuildError) as error:
+    except (ValueError, BuildError) as error:
         _fail(str(error))
     typer.echo(str(chosen))
 

@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from . import build
+from . import native
+from .build import BuildError
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 PLAIN = (torch.Tensor, torch.nn.Parameter)  # no subclass that computes otherwise
@@ -89,7 +90,7 @@ def load() -> None:
             _unusable[name] = "not loaded, because SE_FUSED_BACKEND=reference"
             continue
         try:
-            path = build.load(name, _load_operators)
+            path = native.load(name, _load_operators)
             _unusable[name] = None
             if name == "cpu":
                 _connect(path)
@@ -99,7 +100,7 @@ def load() -> None:
                 _cuda.se_fused_device_limits.restype = ctypes.c_char_p
                 _cuda.se_fused_force_plan.argtypes = [ctypes.c_char_p]
                 _cuda.se_fused_force_plan.restype = None
-        except (build.BuildError, OSError) as error:
+        except (BuildError, OSError) as error:
             _unusable[name] = str(error)
 
 
@@ -113,10 +114,10 @@ def _connect(path: Path) -> None:
     global forward_direct
     try:
         address = ctypes.cast(ctypes.CDLL(str(path)).se_fused_cpu_forward, ctypes.c_void_p).value
-        native = build.load_facts()
-        if native.connect(address, PLAIN, torch.empty_like):
-            forward_direct = native.forward
-    except (build.BuildError, ImportError, OSError) as error:
+        module = native.load_facts()
+        if module.connect(address, PLAIN, torch.empty_like):
+            forward_direct = module.forward
+    except (BuildError, ImportError, OSError) as error:
         _log.warning("se_fused: each call on the CPU takes some microseconds more: %s", error)
 
 

@@ -3,37 +3,31 @@
 A build is a folder named by the hash of all that went into it (sources, flags, this file, Python's ABI, machine), so a
 stale one is never loaded. The name of a CUDA build goes on with the architectures that it has code for, so that a build
 made on one machine serves another with such a GPU. setup.py leaves it in the package; the first import, in the user's
-cache folder. This file needs no other file of the package, because setup.py runs it before there is one.
+cache folder (native.py). This file needs no other file of the package, because setup.py runs it before there is one.
 
 There are two groups: "cpu" (the CPU operators and the module _C) and "cuda" (the CUDA operators, where nvcc is found).
 
 Environment: CXX, the compiler; CUDA_HOME, where nvcc is, if not on the PATH; TORCH_CUDA_ARCH_LIST, what to compile for,
 in torch's spellings ("8.0 9.0+PTX", "Ampere;Hopper", "All", "native"); MAX_JOBS, parallel compilations;
-SE_FUSED_CXXFLAGS, more flags; SE_FUSED_CACHE, the cache folder. What is there already and serves is not compiled anew.
+SE_FUSED_CXXFLAGS, more flags.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import hashlib
 import importlib.util
-import logging
 import os
 import platform
 import re
 import shlex
 import shutil
-import stat
 import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import ModuleType
-from typing import TypeVar
 
 _PACKAGE = Path(__file__).resolve().parent
 _BESIDE, _INSIDE = _PACKAGE.parent / "csrc", _PACKAGE / "csrc"
@@ -58,13 +52,10 @@ _NAMED = {
     "Blackwell": "10.0 10.3 12.0 12.1+PTX", "Blackwell+Tegra": "11.0",
     **dict.fromkeys(("All", "Common"), "7.5 8.0 8.6 8.9 9.0 10.0 12.0+PTX"),
 }  # fmt: skip
-_OLDEST = 75
+OLDEST = 75
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 GROUPS = {"cpu": ("cpu", "_C"), "cuda": ("cuda",)}
 _TIMEOUT = 1800  # seconds; on two cores the CPU group takes about 40, the CUDA group 30 for each architecture
-_GIVEN_UP = "does_not_load"  # a file in a build that was made here and cannot be loaded
-_log = logging.getLogger("se_fused")
-T = TypeVar("T")
 
 
 class BuildError(RuntimeError):
@@ -104,7 +95,8 @@ def key(group: str = "cpu") -> str:
     return digest.hexdigest()[:24]
 
 
-def _compiler() -> str:
+def compiler() -> str:
+    """The path of the C++ compiler. Raises BuildError if there is none."""
     name = os.environ.get("CXX", "")
     found = shutil.which(name or "c++") or shutil.which(name or "g++")
     if found is None:
@@ -122,8 +114,9 @@ def nvcc() -> str:
 
 
 @functools.cache
-def gpus() -> list[tuple[int, int]]:
-    """The compute capabilities of this machine's GPUs, by NVML: CUDA stays uninitialised. Empty without NVML."""
+def gpus() -> list[int]:
+    """The compute capabilities of this machine's GPUs (90 for 9.0), by NVML: CUDA stays uninitialised. Empty without
+    NVML."""
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
@@ -137,19 +130,19 @@ def gpus() -> list[tuple[int, int]]:
             nvml.nvmlDeviceGetHandleByIndex_v2(i, ctypes.byref(handle)) == 0
             and nvml.nvmlDeviceGetCudaComputeCapability(handle, ctypes.byref(major), ctypes.byref(minor)) == 0
         ):
-            found.add((major.value, minor.value))
+            found.add(10 * major.value + minor.value)
     return sorted(found)
 
 
-def _gpus_of_torch() -> list[tuple[int, int]]:
+def _gpus_of_torch() -> list[int]:
     """The same without NVML, by a process of its own, which takes seconds."""
-    program = "import torch; print(*{torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())})"
+    program = "import torch; print(*map(torch.cuda.get_device_capability, range(torch.cuda.device_count())))"
     command = [sys.executable or "python3", "-c", program]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     except (OSError, subprocess.SubprocessError):
         return []
-    return sorted((int(major), int(minor)) for major, minor in re.findall(r"\((\d+), (\d+)\)", done.stdout))
+    return sorted({10 * int(major) + int(minor) for major, minor in re.findall(r"\((\d+), (\d+)\)", done.stdout)})
 
 
 def architectures() -> list[str]:
@@ -168,33 +161,20 @@ def architectures() -> list[str]:
                         f"TORCH_CUDA_ARCH_LIST has {name!r}; wanted such as '8.0 9.0+PTX' or 'Ampere;Hopper'"
                     )
                 names.append(name.replace(".", ""))
-        names = [name for name in dict.fromkeys(names) if _number(name) >= _OLDEST]
+        names = [name for name in dict.fromkeys(names) if number(name) >= OLDEST]
         if not names:
             raise BuildError(f"TORCH_CUDA_ARCH_LIST is {asked!r}; the CUDA kernels need 7.5 or later")
         return names
     here = gpus() or _gpus_of_torch()
-    names = [f"{major}{minor}" for major, minor in here if 10 * major + minor >= _OLDEST]
+    names = [str(gpu) for gpu in here if gpu >= OLDEST]
     if here and not names:
-        raise BuildError(f"the CUDA kernels need compute capability 7.5; the GPUs here have {here}")
+        raise BuildError(f"the CUDA kernels need compute capability 7.5; the GPUs here have {max(here) / 10}")
     return names or [*ARCHITECTURES[:-1], f"{ARCHITECTURES[-1]}+PTX"]
 
 
-def _number(architecture: str) -> int:
+def number(architecture: str) -> int:
     """90 of "90", "90a" and "90+PTX"."""
     return int(re.sub(r"\D.*", "", architecture))
-
-
-def runs_on(architectures: list[str], gpu: tuple[int, int]) -> bool:
-    """Whether code for these architectures runs on a GPU: machine code in one major version, PTX on all later ones."""
-    capability = 10 * gpu[0] + gpu[1]
-    for name in architectures:
-        number = _number(name)
-        exact = "a" in name
-        if (number == capability) if exact else (number <= capability and number // 10 == gpu[0]):
-            return True
-        if name.endswith("+PTX") and number <= capability and not exact:
-            return True
-    return False
 
 
 def architecture_flags() -> list[str]:
@@ -234,7 +214,7 @@ def _write_ninja(folder: Path, group: str) -> None:
     objects, libraries = _cuda_recipe() if group == "cuda" else _cpu_recipe()
     with (folder / "build.ninja").open("w") as file:
         ninja = ninja_syntax.Writer(file, width=10_000)
-        compile_command = quote(_compiler(), *_FLAGS, *_more_flags())
+        compile_command = quote(compiler(), *_FLAGS, *_more_flags())
         ninja.rule("cpp", f"{compile_command} $flags -MD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
         if group == "cuda":
             ninja.rule("cu", f"{quote(nvcc(), *NVCC_FLAGS, *architecture_flags())} $flags -c $in -o $out")
@@ -245,7 +225,7 @@ def _write_ninja(folder: Path, group: str) -> None:
             path = ninja_syntax.escape_path(str(SOURCES / source))
             ninja.build(f"{name}.o", Path(source).suffix[1:], path, variables={"flags": quote(*flags)})
         for name, (inputs, flags) in libraries.items():
-            ninja.build(_file_name(name), "link", [f"{i}.o" for i in inputs], variables={"flags": quote(*flags)})
+            ninja.build(file_name(name), "link", [f"{i}.o" for i in inputs], variables={"flags": quote(*flags)})
 
 
 # Objects: the source and flags of each. Libraries: the objects and flags of each.
@@ -280,7 +260,7 @@ def _cuda_recipe() -> _Recipe:
     return objects, {"cuda": (list(objects), link_flags())}
 
 
-def _file_name(library: str) -> str:
+def file_name(library: str) -> str:
     return f"_C{sysconfig.get_config_var('EXT_SUFFIX')}" if library == "_C" else f"libse_fused_{library}.so"
 
 
@@ -301,7 +281,7 @@ def build(parent: Path, group: str = "cpu") -> Path:
     Raises:
         BuildError: without a compiler or torch, or if compilation fails; the message ends with the compiler's.
     """
-    target = parent / (key(group) if group == "cpu" else "-".join([key(group), *architectures()]))
+    target = parent / "-".join([key(group), *(architectures() if group == "cuda" else [])])
     if target.is_dir():
         return target
     try:
@@ -325,133 +305,9 @@ def build(parent: Path, group: str = "cpu") -> Path:
             finished = folder / "finished"
             finished.mkdir()
             for library in GROUPS[group]:
-                (folder / _file_name(library)).rename(finished / _file_name(library))
+                (folder / file_name(library)).rename(finished / file_name(library))
             finished.rename(target)
     return target
-
-
-def _cache() -> Path:
-    """The cache folder, which only this user may write to: what lies there is loaded as code."""
-    named = os.environ.get("SE_FUSED_CACHE")
-    if not named:
-        try:
-            import platformdirs
-        except ImportError as error:
-            raise BuildError("platformdirs is not installed; SE_FUSED_CACHE names a cache folder") from error
-        try:
-            named = platformdirs.user_cache_dir("se_fused")
-        except RuntimeError as error:  # a user without a home
-            raise BuildError(f"no cache folder: {error}; SE_FUSED_CACHE names one") from error
-    path = Path(named)
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = path.stat()
-    except OSError as error:
-        raise BuildError(f"no cache folder at {path}: {error.strerror}; SE_FUSED_CACHE names another") from error
-    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise BuildError(f"others than this user may write to {path}; SE_FUSED_CACHE names another cache folder")
-    return path
-
-
-def _found(parent: Path, group: str, enough: Callable[[Iterable[bool]], bool] = all) -> Path | None:
-    """A build of these sources in `parent`; for "cuda", one with code for all, or any, of this machine's GPUs."""
-    name = key(group)
-    if group == "cpu":
-        return parent / name if (parent / name).is_dir() else None
-    here = [gpu for gpu in gpus() if 10 * gpu[0] + gpu[1] >= _OLDEST]
-    for folder in sorted(parent.glob(f"{name}-*")):
-        if folder.is_dir() and enough(runs_on(folder.name.split("-")[1:], gpu) for gpu in here):
-            return folder
-    return None
-
-
-def _existing(group: str) -> Iterator[Path]:
-    """The builds that serve this machine: in the package, in the cache."""
-    packaged = _found(PREBUILT, group)
-    if packaged is not None:
-        yield packaged
-    with contextlib.suppress(BuildError):  # no cache folder
-        cached = _found(_cache(), group)
-        if cached is not None:
-            yield cached
-
-
-def _new(group: str) -> Path:
-    """A build made in the cache; where none can be made, a packaged one that serves some of this machine's GPUs."""
-    try:
-        cache = _cache()
-        nvcc() if group == "cuda" else _compiler()  # before a word of compiling
-        kernels = group.upper()
-        _log.warning("se_fused: compiling the %s kernels into %s, once; this takes about a minute", kernels, cache)
-        return build(cache, group)
-    except (BuildError, OSError):
-        packaged = _found(PREBUILT, group, any) if group == "cuda" else None
-        if packaged is None:
-            raise
-        return packaged
-
-
-def _group(library: str) -> str:
-    (group,) = (group for group, libraries in GROUPS.items() if library in libraries)
-    return group
-
-
-def library(name: str) -> Path:
-    """The shared library "cpu" or "cuda" or "_C" (the Python module), built if need be.
-
-    Raises:
-        BuildError: if it has to be built and cannot be.
-    """
-    group = _group(name)
-    return (next(_existing(group), None) or _new(group)) / _file_name(name)
-
-
-def load(name: str, loader: Callable[[Path], T]) -> T:
-    """What `loader` makes of `library(name)`. One that does not load is built anew, in the cache.
-
-    Raises:
-        BuildError: if it has to be built and cannot be, or does not load even then.
-    """
-    group, file = _group(name), _file_name(name)
-    for folder in _existing(group):
-        given_up = folder / _GIVEN_UP
-        if given_up.exists():
-            raise BuildError(f"{given_up.read_text()}; to build it again, remove {folder}")
-        try:
-            return loader(folder / file)
-        except (OSError, ImportError) as error:
-            _log.warning("se_fused: %s does not load and is built anew: %s", folder, error)
-        if folder.parent != PREBUILT:
-            shutil.rmtree(folder)
-    folder = _new(group)
-    try:
-        return loader(folder / file)
-    except (OSError, ImportError) as error:
-        reason = f"{folder / file} was built and does not load: {error}"
-        with contextlib.suppress(OSError):  # or every process to come would compile it
-            (folder / _GIVEN_UP).write_text(reason)
-        raise BuildError(reason) from error
-
-
-def load_facts() -> ModuleType:
-    """The module `se_fused._C`.
-
-    Raises:
-        BuildError: if it has to be built and cannot be.
-    """
-    name = "se_fused._C"
-    if name not in sys.modules:
-        sys.modules[name] = load("_C", lambda file: _imported(name, file))
-    return sys.modules[name]
-
-
-def _imported(name: str, file: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 if __name__ == "__main__":  # for a machine that only has to load them: `make prebuild`

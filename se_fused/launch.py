@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, build
+from . import backends, native
 from .reference import SQUEEZES
 
 _OPS = torch.ops.se_fused
@@ -84,12 +84,12 @@ def forward_inplace(
 
 def plan(x: Tensor, r: int, squeeze: str, pre_act: bool, residual: bool, post_act: bool) -> str:
     """What the CUDA backend launches for a forward call (csrc/plan.h), in words."""
-    native = build.load_facts()
+    facts = native.load_facts()
     limits = backends.cuda_limits(x.device.index)
-    device = native.Device(torch.cuda.get_device_name(x.device), *limits[:4], limits[4:])
+    device = facts.Device(torch.cuda.get_device_name(x.device), *limits[:4], limits[4:])
     n, c = x.shape[:2]
     return str(
-        native.plan(
+        facts.plan(
             device, n=n, c=c, r=r, l=x.numel() // (n * c), dtype=str(x.dtype).removeprefix("torch."),
             channels_last=_is_channels_last(x), squeeze=SQUEEZES.index(squeeze),
             pre_act=pre_act, residual=residual, post_act=post_act, forced=backends.forced_plan(),

@@ -31,10 +31,11 @@ class Report:
     def __str__(self) -> str:
         lines = []
         for title, outcome in (("replaced", self.replaced), ("skipped", self.skipped)):
-            names = {name: name or "(the model)" for name in outcome}
-            width = max(map(len, names.values()), default=0)
-            lines += [f"{len(outcome)} {title}"] * bool(outcome)
-            lines += [f"  {names[name]:{width}}  {what}" for name, what in outcome.items()]
+            if outcome:
+                rows = [(name or "(the model)", what) for name, what in outcome.items()]
+                width = max(len(name) for name, _ in rows)
+                lines.append(f"{len(outcome)} {title}")
+                lines += [f"  {name:{width}}  {what}" for name, what in rows]
         return "\n".join(lines) or "no SE layer found"
 
 

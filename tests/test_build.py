@@ -1,4 +1,4 @@
-"""The builder: what a build is named by, how it fails, and that one library serves every CPU."""
+"""The builder: what a build is named by, what it compiles for, how it fails, and that one library serves every CPU."""
 
 import inspect
 import os
@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.utils.cpp_extension
 
-from se_fused import build
+from se_fused import build, native
 
-FACTS = build.load_facts()
+FACTS = native.load_facts()
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -77,7 +77,7 @@ def test_what_cannot_be_built_says_why(monkeypatch, tmp_path, environment, messa
 )
 def test_architectures_are_spelled_as_torch_spells_them(monkeypatch, asked, names):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
-    monkeypatch.setattr(build, "gpus", lambda: [(7, 0), (8, 9)])
+    monkeypatch.setattr(build, "gpus", lambda: [70, 89])
     assert build.architectures() == names
 
 
@@ -106,106 +106,6 @@ def test_an_architecture_that_nobody_knows(monkeypatch, asked, message):
         build.architectures()
 
 
-@pytest.mark.parametrize(
-    ("architectures", "gpu", "runs"),
-    [
-        (["80"], (8, 6), True),
-        (["86"], (8, 0), False),
-        (["80"], (9, 0), False),
-        (["80+PTX"], (9, 0), True),
-        (["90+PTX"], (8, 0), False),
-        (["75", "90"], (9, 0), True),
-        (["90a"], (9, 0), True),
-        (["100a"], (10, 3), False),
-        (["100a+PTX"], (12, 0), False),
-        (["100"], (10, 3), True),
-    ],
-)
-def test_on_which_gpus_code_runs(architectures, gpu, runs):
-    assert build.runs_on(architectures, gpu) is runs
-
-
-@pytest.fixture
-def places(monkeypatch, tmp_path):
-    """An empty package and an empty cache, and an H100."""
-    packaged, cache = tmp_path / "packaged", tmp_path / "cache"
-    packaged.mkdir()
-    cache.mkdir(mode=0o700)
-    monkeypatch.setattr(build, "PREBUILT", packaged)
-    monkeypatch.setattr(build, "gpus", lambda: [(9, 0)])
-    monkeypatch.setenv("SE_FUSED_CACHE", str(cache))
-    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path))  # where no nvcc is
-    return packaged, cache
-
-
-def test_a_packaged_cuda_library_serves_gpus_that_it_has_code_for_and_needs_no_nvcc(places, monkeypatch):
-    packaged, cache = places
-    (packaged / f"{build.key('cuda')}-75-90").mkdir()
-    assert build.library("cuda") == packaged / f"{build.key('cuda')}-75-90" / "libse_fused_cuda.so"
-    monkeypatch.setattr(build, "gpus", lambda: [(8, 0), (9, 0)])
-    assert build.library("cuda").parent.parent == packaged, "it serves one of two, and there is no nvcc for the other"
-    monkeypatch.setattr(build, "gpus", lambda: [(8, 0)])
-    with pytest.raises(build.BuildError, match="no CUDA compiler"):
-        build.library("cuda")
-    (cache / f"{build.key('cuda')}-80").mkdir()
-    assert build.library("cuda").parent.parent == cache
-
-
-def test_a_library_of_other_sources_is_not_taken(places):
-    packaged, _ = places
-    (packaged / ("0" * 24 + "-90")).mkdir()
-    with pytest.raises(build.BuildError, match="no CUDA compiler"):
-        build.library("cuda")
-
-
-@pytest.mark.parametrize("broken", ["packaged", "cached", "both"])
-def test_a_library_that_does_not_load_is_built_anew(places, monkeypatch, broken, caplog):
-    packaged, cache = places
-    good = Path(build.library.__globals__["__file__"]).read_bytes()
-    builds = []
-
-    def make(parent, group="cpu"):
-        folder = parent / build.key(group)
-        folder.mkdir()
-        (folder / "libse_fused_cpu.so").write_bytes(good)
-        builds.append(folder)
-        return folder
-
-    monkeypatch.setattr(build, "build", make)
-    for folder in {"packaged": [packaged], "cached": [cache], "both": [packaged, cache]}[broken]:
-        make(folder)
-        (folder / build.key() / "libse_fused_cpu.so").write_bytes(b"of another libc")
-    builds.clear()
-
-    def loader(path):
-        if path.read_bytes() != good:
-            raise OSError("version `GLIBC_2.99' not found")
-        return path
-
-    assert build.load("cpu", loader).parent == cache / build.key()
-    assert builds == [cache / build.key()]
-    assert "GLIBC_2.99" in caplog.text
-
-
-def test_a_library_that_never_loads_is_built_once(places, monkeypatch):
-    builds = []
-
-    def make(parent, group="cpu"):
-        builds.append(parent / build.key(group))
-        builds[-1].mkdir()
-        return builds[-1]
-
-    def never(path):
-        raise OSError("wrong ELF class")
-
-    monkeypatch.setattr(build, "build", make)
-    for _ in range(3):
-        with pytest.raises(build.BuildError, match="was built and does not load: wrong ELF class"):
-            build.load("cpu", never)
-    assert len(builds) == 1, "neither again nor by the next process"
-
-
 def test_gpus_are_found_without_nvml(monkeypatch):
     monkeypatch.setattr(build, "gpus", list)
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
@@ -216,37 +116,9 @@ def test_gpus_are_found_without_nvml(monkeypatch):
 
 def test_for_gpus_that_are_too_old_nothing_is_compiled(monkeypatch):
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
-    monkeypatch.setattr(build, "gpus", lambda: [(7, 0)])
+    monkeypatch.setattr(build, "gpus", lambda: [70])
     with pytest.raises(build.BuildError, match=r"need compute capability 7\.5"):
         build.architectures()
-
-
-def test_the_cache_folder_needs_a_name_or_platformdirs(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "platformdirs", None)
-    monkeypatch.delenv("SE_FUSED_CACHE", raising=False)
-    with pytest.raises(build.BuildError, match="platformdirs is not installed; SE_FUSED_CACHE names"):
-        build._cache()
-    monkeypatch.setenv("SE_FUSED_CACHE", str(tmp_path / "named"))
-    assert build._cache() == tmp_path / "named"
-
-
-def test_a_user_without_a_home_is_told_so(monkeypatch):
-    import platformdirs
-
-    def nowhere(name):
-        raise RuntimeError("could not determine the home directory")
-
-    monkeypatch.delenv("SE_FUSED_CACHE", raising=False)
-    monkeypatch.setattr(platformdirs, "user_cache_dir", nowhere)
-    with pytest.raises(build.BuildError, match="no cache folder: could not determine the home directory"):
-        build._cache()
-
-
-def test_a_cache_that_others_may_write_to_is_refused(monkeypatch, tmp_path):
-    tmp_path.chmod(0o777)
-    monkeypatch.setenv("SE_FUSED_CACHE", str(tmp_path))
-    with pytest.raises(build.BuildError, match="others than this user may write to"):
-        build._cache()
 
 
 def test_without_a_library_the_reference_serves_and_says_why(tmp_path):
@@ -287,4 +159,4 @@ def test_an_instruction_set_that_is_not_there_is_an_error():
 def test_the_facts_of_the_build():
     assert FACTS.build_info()["target_torch"] == "2.10"
     assert FACTS.cpu_features()[0] == "baseline"
-    assert "libtorch_cuda" not in Path(build.library("cpu")).read_bytes().decode("latin-1")
+    assert "libtorch_cuda" not in Path(native.library("cpu")).read_bytes().decode("latin-1")

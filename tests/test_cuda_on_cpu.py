@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from test_gradients import ORDER_KEEPING, compare
 
 import se_fused
-from se_fused import HardSigmoid, build, launch
+from se_fused import HardSigmoid, launch, native
 from se_fused.reference import ACTIVATIONS, GATES, SQUEEZES
 
 
@@ -63,8 +63,8 @@ def cluster_plans(case, backward):
 
     def serves(plan):
         try:
-            build.load_facts().plan(
-                build.load_facts().preset("H200"), n=case.n, c=case.c, r=case.r or 0, l=positions,
+            native.load_facts().plan(
+                native.load_facts().preset("H200"), n=case.n, c=case.c, r=case.r or 0, l=positions,
                 dtype=str(case.dtype).removeprefix("torch."), backward=backward, forced=plan,
                 channels_last=channels_last, alignment=min(16, address & -address), residual=case.residual == "map",
                 squeeze=SQUEEZES.index(options.get("squeeze", "mean")), pre_act=options.get("pre_act") is not None,

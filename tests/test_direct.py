@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import se_fused
-from se_fused import backends, build
+from se_fused import backends, native
 
 pytestmark = [
     pytest.mark.usefixtures("native"),
@@ -161,7 +161,7 @@ def test_it_fails_without_a_trace(monkeypatch, caplog):
         raise ImportError("no such symbol")
 
     monkeypatch.setattr(backends, "forward_direct", backends._refuse)
-    monkeypatch.setattr(build, "load_facts", broken)
+    monkeypatch.setattr(native, "load_facts", broken)
     with caplog.at_level(logging.WARNING, "se_fused"):
         backends.load()
     assert "no such symbol" in caplog.text

@@ -18,7 +18,7 @@ import se_fused
 from benchmarks import gpu_check
 from benchmarks.gpu import calls, layer, models, plans, smoke, triton_sample
 from benchmarks.shapes import Shape
-from se_fused import build, verify
+from se_fused import native, verify
 
 CPU = torch.device("cpu")
 
@@ -48,11 +48,11 @@ def test_the_variants_compute_the_same_on_buffers_of_their_own(direction: str, l
         5 if direction == "forward" else 6
     )
     with se_fused.use_backend("cpu"):
-        found = {name: inputs[1].call(make) for name, make in calls.layers(["cpu", "eager"]).items()}
-    assert len(tree_leaves(found["cpu"])) == (1 if direction == "forward" else 6)
-    torch.testing.assert_close(tree_leaves(found["cpu"]), tree_leaves(found["eager"]))
-    assert calls.error(found["cpu"], inputs[1]) < 1e-5
-    assert calls.error(found["cpu"], inputs[0]) > 0.1, "the inputs of another set are other inputs"
+        found = {variant: inputs[1].call(calls.layer(variant)) for variant in ("fused", "eager")}
+    assert len(tree_leaves(found["fused"])) == (1 if direction == "forward" else 6)
+    torch.testing.assert_close(tree_leaves(found["fused"]), tree_leaves(found["eager"]))
+    assert calls.error(found["fused"], inputs[1]) < 1e-5
+    assert calls.error(found["fused"], inputs[0]) > 0.1, "the inputs of another set are other inputs"
 
 
 def test_a_nan_is_an_infinite_error() -> None:
@@ -103,7 +103,7 @@ def test_the_smoke_calls_have_every_plan_layout_and_precision() -> None:
 
 def test_every_plan_serves_most_of_its_smoke_calls() -> None:
     """By the planner itself, for an H200: a refusal is no comparison."""
-    native = build.load_facts()
+    facts = native.load_facts()
     served: Counter[str] = Counter()
     refused: Counter[str] = Counter()
     for plan, case in smoke.cases(smoke.PLANS):
@@ -112,7 +112,7 @@ def test_every_plan_serves_most_of_its_smoke_calls() -> None:
         call = {"n": n, "c": c, "r": case.r or 0, "l": math.prod(spatial), "dtype": str(maps)[6:], "forced": plan}
         try:
             for backward in (False, True):
-                native.plan(native.preset("H200"), **call, channels_last=case.layout != "contiguous", backward=backward)
+                facts.plan(facts.preset("H200"), **call, channels_last=case.layout != "contiguous", backward=backward)
             served[plan] += 1
         except ValueError as refusal:
             if not str(refusal).startswith(smoke.REFUSAL):

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gpu_report
-from benchmarks.gpu import layer, models, part, plans, smoke
+from benchmarks.gpu import layer, models, plans, smoke
+from benchmarks.gpu.worker import Rows
 
 
 @pytest.fixture
 def gpu_run(tmp_path: Path) -> Path:
     """The files of a run in which fused takes 2 us, eager 3, torch.compile 1, a copy 1, and Triton 1.5 where it ran."""
-    rows = part.Rows(tmp_path / "layer_gpu.csv", layer.FIELDS)
+    rows = Rows(tmp_path / "layer_gpu.csv", layer.FIELDS)
     for case, ratios in ((0, {"eager": 1.5}), (5, {"eager": 2.0, "compile": 0.5}), (0, {"eager": 2.0, "triton": 0.75})):
         for mode, (name, value) in itertools.product(("graph", "calls"), {"fused": 1.0, "copy": 0.5, **ratios}.items()):
             line = {"case": case, "shape": "32x8x7x7", "dtype": "float16", "layout": "contiguous"}
@@ -27,12 +28,12 @@ def gpu_run(tmp_path: Path) -> Path:
                 "ratio_to_fused": f"{value:.3f}",
             }
             rows.write(line)
-    networks = part.Rows(tmp_path / "models_gpu.csv", models.FIELDS)
+    networks = Rows(tmp_path / "models_gpu.csv", models.FIELDS)
     for variant, value in (("original", "0.900"), ("fused", "1.000")):
         networks.write(
             {"model": "a", "n": 1, "mode": "graph", "variant": variant, "se_layers": 3, "ratio_to_fused": value}
         )
-    tried = part.Rows(tmp_path / "plans_gpu.csv", plans.FIELDS)
+    tried = Rows(tmp_path / "plans_gpu.csv", plans.FIELDS)
     for shape, plan, value in (
         ("1", "planner's", 1.0),
         ("1", "two_pass", 0.9),
@@ -43,7 +44,7 @@ def gpu_run(tmp_path: Path) -> Path:
     run = {"gpu": "a GPU", "driver": "1", "torch": "2", "commit": "abc", "dirty": False, "date": "2026-01-02T03:04"}
     run["parts"] = [{"part": "sweep", "outcome": "passed", "reason": "7 of 9 cases"}]
     run["parts"].append({"part": "tests", "outcome": "passed", "reason": "9 passed in 3 s"})
-    smoke_rows = part.Rows(tmp_path / "smoke.csv", smoke.FIELDS)
+    smoke_rows = Rows(tmp_path / "smoke.csv", smoke.FIELDS)
     for outcome in ("right", "right", "refused: too large"):
         smoke_rows.write({"outcome": outcome})
     (tmp_path / "run.json").write_text(json.dumps(run))

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from se_fused import build
+from se_fused import native
 
-C = build.load_facts()
+C = native.load_facts()
 H200 = C.preset("H200")
 DEVICES = C.device_presets()
 

@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import math
 import random
-import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -16,16 +15,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import se_fused
-from se_fused import backends, verify
+from se_fused import verify
+from se_fused.measure import largest_difference
 
 from ..shapes import Shape
+from ..timing import Times
 
 ROUNDS = 11
 LEAST_CALLS = 8  # in one graph; and so many that a replay takes about as long as LEAST_US
-LEAST_US = 500.0  # of a replay at the speed of a copy, so that the 5 to 10 us to start a graph do not count
+LEAST_US = 500.0  # of a replay at the speed of a copy, so that what starts a graph hardly counts
 COLD_L2, MOST_SETS = 2.5, 256  # buffers rotate over so many times the L2, but are no more than this
 Call = Callable[[], object]
-Times = dict[str, list[float]]  # microseconds, by contender, an entry for each round
 
 
 def eager(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ def error(results: object, inputs: Inputs) -> float:
     found = results if isinstance(results, tuple) else (results,)
     worst = 0.0
     for got, wanted in zip(found, inputs.truth(), strict=True):
-        difference = float((got.detach().double() - wanted).abs().max() / wanted.abs().max())
+        difference = largest_difference(got, wanted) / float(wanted.abs().max())
         worst = max(worst, math.inf if math.isnan(difference) else difference)
     return worst
 
@@ -106,18 +106,15 @@ def tolerance(row: Row) -> float:
     return verify.tolerance(str(row.dtype).removeprefix("torch."))
 
 
-def layers(names: Sequence[str]) -> dict[str, Callable[..., Tensor]]:
-    """By variant: the fused call under a backend of that name, eager, and eager compiled."""
-    found: dict[str, Callable[..., Tensor]] = {}
-    for name in names:
-        if name in backends.BACKENDS:
-            found[name] = se_fused.squeeze_excite
-        elif name == "compile":
-            torch._dynamo.reset()
-            found[name] = torch.compile(eager, dynamic=False)
-        else:
-            found[name] = eager
-    return found
+def layer(variant: str) -> Callable[..., Tensor]:
+    """What makes the call: ours for "fused" and "triton" (under a forced backend), else eager, or eager compiled."""
+    if variant in ("fused", "triton"):
+        return se_fused.squeeze_excite
+    if variant == "compile":
+        torch._dynamo.reset()
+        compiled: Callable[..., Tensor] = torch.compile(eager, dynamic=False)
+        return compiled
+    return eager
 
 
 def cold_sets(row: Row, device: torch.device) -> int:
@@ -216,22 +213,12 @@ def free(device: torch.device) -> None:
 def copier(size: int, device: torch.device) -> Call:
     """What reads and writes `size` bytes in all and does nothing else: an elementwise kernel.
 
-    `copy_` would be a memcpy node in a graph, which on an H200 moves 2.8 TB/s where a kernel moves 4.
+    `copy_` would be a memcpy node in a graph, which moves 2.8 TB/s on an H200 where a kernel moves 4.2 (the probes of
+    benchmarks/results/h200/run.json, 512 MB).
     """
     source = torch.randn(max(1, size // 8), device=device)
     target = torch.empty_like(source)
     return lambda: torch.neg(source, out=target)
-
-
-def spread(values: Sequence[float]) -> tuple[float, float, float]:
-    """p20, p50, p80."""
-    quantiles = statistics.quantiles(values, n=5, method="inclusive")
-    return quantiles[0], statistics.median(values), quantiles[3]
-
-
-def ratio(times: Mapping[str, Sequence[float]], name: str, base: str) -> float:
-    """The median over the rounds of the time of `name` over that of `base` in the same round."""
-    return statistics.median(a / b for a, b in zip(times[name], times[base], strict=True))
 
 
 def clock_mhz() -> str:

@@ -6,9 +6,9 @@ import os
 import subprocess
 import sys
 
-from se_fused import build
+from se_fused import native
 
-from .part import Part
+from .worker import Worker
 
 # Two threads still take every parallel path, and the processes run side by side.
 CHECK = """
@@ -24,8 +24,8 @@ with se_fused.use_backend("cpu"):
 
 
 def main() -> None:
-    part = Part(__doc__ or "")
-    names = build.load_facts().cpu_features()
+    worker = Worker(__doc__ or "")
+    names = native.load_facts().cpu_features()
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", CHECK], env={**os.environ, "SE_FUSED_CPU": name}, text=True,
@@ -33,13 +33,13 @@ def main() -> None:
         )
         for name in names
     ]  # fmt: skip
-    for number, name in part.each(names):
+    for number, name in worker.each(names):
         output, _ = processes[number].communicate()
         for line in output.splitlines():  # warnings too
-            part.wrong(f"{name}: {line}") if line.startswith("wrong: ") else part.say(f"  {line}")
+            worker.wrong(f"{name}: {line}") if line.startswith("wrong: ") else worker.say(f"  {line}")
         if processes[number].returncode:
-            part.wrong(f"{name}: exit {processes[number].returncode}")
-    part.finish()
+            worker.wrong(f"{name}: exit {processes[number].returncode}")
+    worker.finish()
 
 
 if __name__ == "__main__":

@@ -11,9 +11,10 @@ import torch
 import se_fused
 
 from ..shapes import HEADLINE, Shape
+from ..timing import ratio, spread
 from . import calls
 from .calls import Row
-from .part import Part, Rows
+from .worker import Rows, Worker
 
 FIELDS = (
     "case", "shape", "r", "dtype", "layout", "direction", "mode", "variant", "rounds", "p20_us", "p50_us", "p80_us",
@@ -51,21 +52,20 @@ def triton_rows() -> Iterator[tuple[Row, tuple[str, ...]]]:
             yield Row(shape, torch.float16, layout, direction), ("fused", "eager", "triton")
 
 
-def measure(number: int, row: Row, variants: tuple[str, ...], part: Part) -> list[dict[str, object]]:
+def measure(number: int, row: Row, variants: tuple[str, ...], worker: Worker) -> list[dict[str, object]]:
     """The lines of one row; a wrong result of ours is reported. Raises what the layers raise."""
-    device = part.device
+    device = worker.device
     sets = calls.cold_sets(row, device)
     inputs = calls.draw(row, sets, device)
-    backend_of = {"fused": part.backend, "triton": "triton"}
-    layers = calls.layers([backend_of.get(variant, variant) for variant in variants])
-    by_variant = {variant: layers[backend_of.get(variant, variant)] for variant in variants}
-    functions = {v: [partial(each.call, layer) for each in inputs] for v, layer in by_variant.items()}
+    backend_of = {"fused": worker.backend, "triton": "triton"}
+    layers = {variant: calls.layer(variant) for variant in variants}
+    functions = {variant: [partial(each.call, layer) for each in inputs] for variant, layer in layers.items()}
     functions["copy"] = [calls.copier(row.bytes(), device) for _ in range(sets)]
     count = calls.replay_calls(row, sets)
     lines: list[dict[str, object]] = []
     with torch.set_grad_enabled(row.direction == "both"):
         before = calls.clock_mhz()
-        replays, loops = {}, {}
+        replays = {}
         for variant, each in functions.items():
             with se_fused.use_backend(backend_of.get(variant, "auto")):
                 replays[variant] = calls.Replay(each, count, device)
@@ -73,30 +73,32 @@ def measure(number: int, row: Row, variants: tuple[str, ...], part: Part) -> lis
         after = calls.clock_mhz()
         errors = {v: f"{error_of(replay, inputs):.1e}" for v, replay in replays.items() if v != "copy"}
         replays.clear()
-        for variant in by_variant:
-            loops[variant] = in_backend(backend_of.get(variant, "auto"), calls.loop_timer(functions[variant], device))
+        loops = {
+            variant: in_backend(backend_of.get(variant, "auto"), calls.loop_timer(functions[variant], device))
+            for variant in variants
+        }
         loop_times = calls.interleaved(loops, WALL_CLOCK_ROUNDS)
-        plan = plan_of(row, inputs[0]) if part.backend == "cuda" else ""
+        plan = plan_of(row, inputs[0]) if worker.backend == "cuda" else ""
     for mode, found in (("graph", times), ("calls", loop_times)):
         for variant, values in found.items():
-            p20, p50, p80 = calls.spread(values)
+            p20, p50, p80 = spread(values)
             lines.append({
                 "case": number, "shape": row.shape, "r": row.shape.r, "dtype": str(row.dtype)[6:], "layout": row.layout,
                 "direction": row.direction, "mode": mode, "variant": variant, "rounds": len(values),
                 "p20_us": f"{p20:.2f}", "p50_us": f"{p50:.2f}", "p80_us": f"{p80:.2f}",
-                "ratio_to_fused": f"{calls.ratio(found, variant, 'fused'):.3f}", "bytes": row.bytes(),
+                "ratio_to_fused": f"{ratio(found, variant, 'fused'):.3f}", "bytes": row.bytes(),
                 "gb_s": f"{row.bytes() / p50 / 1e3:.0f}", "error": errors.get(variant, ""),
                 "tolerance": f"{calls.tolerance(row):.1e}", "mhz_before": before, "mhz_after": after,
                 "plan": plan if variant == "fused" else "",
             })  # fmt: skip
     for variant in set(errors) & set(backend_of):
         if not float(errors[variant]) <= calls.tolerance(row):
-            part.wrong(f"{row}: {variant} is off by {errors[variant]}")
+            worker.wrong(f"{row}: {variant} is off by {errors[variant]}")
     return lines
 
 
 def in_backend(name: str, timer: Callable[[], float]) -> Callable[[], float]:
-    """`timer` under a forced backend, which a graph does not need: it has its launches."""
+    """`timer`, which forces the backend while it runs. A graph needs no such thing: its launches are recorded."""
 
     def once() -> float:
         with se_fused.use_backend(name):
@@ -116,24 +118,24 @@ def plan_of(row: Row, inputs: calls.Inputs) -> str:
     return "; ".join(line.strip() for line in text.splitlines() if "blocks" in line)
 
 
-def run(part: Part, wanted: list[tuple[Row, tuple[str, ...]]]) -> None:
+def run(worker: Worker, wanted: list[tuple[Row, tuple[str, ...]]]) -> None:
     """Measure rows into layer_gpu.csv."""
-    csv = Rows(part.out / "layer_gpu.csv", FIELDS)
-    for number, (row, variants) in part.each(wanted, lambda one: f"{one[0]}, {', '.join(one[1])}"):
+    csv = Rows(worker.out / "layer_gpu.csv", FIELDS)
+    for number, (row, variants) in worker.each(wanted, lambda one: f"{one[0]}, {', '.join(one[1])}"):
         try:
-            lines = measure(number, row, variants, part)
+            lines = measure(number, row, variants, worker)
         except torch.OutOfMemoryError as error:
-            part.skip(error)
+            worker.skip(error)
             continue
         csv.write(*lines)
-        part.say("  " + ", ".join(f"{x['variant']} {x['p50_us']} us" for x in lines if x["mode"] == "graph"))
-        calls.free(part.device)
+        worker.say("  " + ", ".join(f"{x['variant']} {x['p50_us']} us" for x in lines if x["mode"] == "graph"))
+        calls.free(worker.device)
 
 
 def main() -> None:
-    part = Part(__doc__ or "")
-    run(part, list(rows() if part.device.type == "cuda" else rows((1,))))
-    part.finish()
+    worker = Worker(__doc__ or "")
+    run(worker, list(rows() if worker.device.type == "cuda" else rows((1,))))
+    worker.finish()
 
 
 if __name__ == "__main__":

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from se_fused import build
+from se_fused import native
 
-from .part import Part
+from .worker import Worker
 
 
 def main() -> None:
-    part = Part(__doc__ or "")
-    for _, name in part.each(["cpu"] if part.device.type == "cpu" else ["cpu", "cuda"]):
-        part.say(f"  {build.library(name).parent.name}")
-    part.finish()
+    worker = Worker(__doc__ or "")
+    for _, name in worker.each(["cpu"] if worker.device.type == "cpu" else ["cpu", "cuda"]):
+        worker.say(f"  {native.library(name).parent.name}")
+    worker.finish()
 
 
 if __name__ == "__main__":

@@ -15,36 +15,21 @@ from torch.nn import functional as F
 
 import se_fused
 from examples import zoo
+from se_fused.measure import largest_difference
 
+from ..timing import Times, ratio, spread
 from . import calls
-from .part import Part, Rows
+from .worker import Rows, Worker
 
 FIELDS = (
     "model", "n", "layout", "dtype", "mode", "variant", "se_layers", "rounds", "p20_ms", "p50_ms", "p80_ms",
     "ratio_to_fused", "error", "mhz_before", "mhz_after",
 )  # fmt: skip
 MODELS = ("mobilenetv3_large_100", "efficientnet_b0", "seresnet50", "regnety_016")
-BATCHES = (1, 32, 128)
-MODES = ("graph", "calls", "training")
+BATCHES = (32, 128, 1)  # batches before latency
 ROUNDS, TRAINING_ROUNDS = 9, 7
 SIDE = 224
 GRADIENT_TOLERANCE = 1e-6  # seen: 4e-14, and 3e-8 where PyTorch's hard sigmoid multiplies by a float32 1/6
-
-
-def build(name: str) -> nn.Module:
-    """Random weights from a fixed seed, with the batch norm statistics of a random batch, so that maps keep a scale."""
-    torch.manual_seed(0)
-    model = zoo.build(f"timm:{name}").eval()
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    for norm in norms:
-        if norm.weight is not None and not norm.weight.any():
-            nn.init.ones_(norm.weight)
-        norm.train().momentum = 1.0
-    with torch.no_grad():
-        model(torch.randn(8, 3, SIDE, SIDE))
-    for norm in norms:
-        norm.eval().momentum = 0.1
-    return model
 
 
 def training_step(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
@@ -90,17 +75,13 @@ class Pair:
 
 
 def pair(name: str) -> Pair:
-    original = build(name)
+    torch.manual_seed(0)
+    original = zoo.settled(zoo.build(f"timm:{name}"), torch.randn(8, 3, SIDE, SIDE))
     report = se_fused.replace(copy.deepcopy(original))
     return Pair(name, {"original": original, "fused": report.model}, tuple(report.replaced))
 
 
-def relative(got: Tensor, wanted: Tensor) -> float:
-    """The largest difference over the largest magnitude."""
-    return float((got.double() - wanted.double()).abs().max() / wanted.double().abs().max())
-
-
-def infer(pair: Pair, mode: str, x: Tensor, part: Part) -> tuple[calls.Times, dict[str, str]]:
+def infer(pair: Pair, mode: str, x: Tensor, worker: Worker) -> tuple[Times, dict[str, str]]:
     """Times, and errors against the original in float32, of the very outputs that were timed where mode is "graph"."""
     placed = pair.on(x.device)
     with torch.no_grad():
@@ -114,72 +95,76 @@ def infer(pair: Pair, mode: str, x: Tensor, part: Part) -> tuple[calls.Times, di
         else:
             times = calls.interleaved({v: calls.loop_timer(f, x.device, count=3) for v, f in functions.items()}, ROUNDS)
             outputs = {v: f[0]() for v, f in functions.items()}
-    found = {v: relative(y, truth) for v, y in outputs.items() if isinstance(y, Tensor)}
+    largest = float(truth.abs().max())
+    found = {v: largest_difference(y, truth) / largest for v, y in outputs.items() if isinstance(y, Tensor)}
     # Both round in every layer, each in its own way: the fused one may not be further from float32 than that.
     if not found["fused"] <= 2 * found["original"] + 1e-4:
-        part.wrong(f"{pair.name}, N = {len(x)}: off by {found['fused']:.1e}, the original by {found['original']:.1e}")
+        worker.wrong(f"{pair.name}, N = {len(x)}: off by {found['fused']:.1e}, the original by {found['original']:.1e}")
     return times, {v: f"{error:.1e}" for v, error in found.items()}
 
 
-def train(pair: Pair, x: Tensor, part: Part) -> tuple[calls.Times, dict[str, str]]:
+def train(pair: Pair, x: Tensor, worker: Worker) -> tuple[Times, dict[str, str]]:
     """Times of a step, and the difference of the SE layers' gradients, relative to their norm."""
     wanted, got = (pair.gradients(model, x[:2]) for model in pair.on(x.device).values())
     difference = float((got - wanted).norm() / wanted.norm())
     if not difference <= GRADIENT_TOLERANCE:
-        part.wrong(f"{pair.name}, N = {len(x)}: the SE layers' gradients differ by {difference:.1e} of their norm")
+        worker.wrong(f"{pair.name}, N = {len(x)}: the SE layers' gradients differ by {difference:.1e} of their norm")
     steps = {v: training_step(model, x) for v, model in pair.on(x.device).items()}
     timers = {v: calls.loop_timer([step], x.device, count=2) for v, step in steps.items()}
     return calls.interleaved(timers, TRAINING_ROUNDS), {"original": "", "fused": f"{difference:.1e}"}
 
 
-def measure(pair: Pair, mode: str, n: int, part: Part) -> list[dict[str, object]]:
+def measure(pair: Pair, mode: str, n: int, worker: Worker) -> list[dict[str, object]]:
     """The lines of one network, batch and mode, original and fused taking turns."""
-    x = torch.randn(n, 3, SIDE, SIDE, device=part.device, generator=torch.Generator(part.device).manual_seed(n))
+    x = torch.randn(n, 3, SIDE, SIDE, device=worker.device, generator=torch.Generator(worker.device).manual_seed(n))
     x = x.contiguous(memory_format=torch.channels_last)
     before = calls.clock_mhz()
-    times, errors = train(pair, x, part) if mode == "training" else infer(pair, mode, x, part)
+    times, errors = train(pair, x, worker) if mode == "training" else infer(pair, mode, x, worker)
     after = calls.clock_mhz()
-    inference = "float16" if part.device.type == "cuda" else "float32"
+    inference = "float16" if worker.device.type == "cuda" else "float32"
     lines: list[dict[str, object]] = []
     for variant, values in times.items():
-        p20, p50, p80 = (f"{value / 1e3:.4f}" for value in calls.spread(values))
+        p20, p50, p80 = (f"{value / 1e3:.4f}" for value in spread(values))
         lines.append({
             "model": pair.name, "n": n, "layout": "channels_last", "mode": mode, "variant": variant,
             "dtype": "bfloat16 autocast" if mode == "training" else inference, "se_layers": len(pair.layers),
             "rounds": len(values), "p20_ms": p20, "p50_ms": p50, "p80_ms": p80,
-            "ratio_to_fused": f"{calls.ratio(times, variant, 'fused'):.3f}",
+            "ratio_to_fused": f"{ratio(times, variant, 'fused'):.3f}",
             "error": errors[variant], "mhz_before": before, "mhz_after": after,
         })  # fmt: skip
     return lines
 
 
 def main() -> None:
-    part = Part(__doc__ or "")
+    worker = Worker(__doc__ or "")
     for name in ("timm", "torchvision"):  # timm imports torchvision
         if importlib.util.find_spec(name) is None:
-            part.give_up(f"{name} is not installed")
+            worker.give_up(f"{name} is not installed")
     torch.backends.cudnn.allow_tf32 = False  # for the float32 truth
-    rows = Rows(part.out / "models_gpu.csv", FIELDS)
-    batches = BATCHES if part.device.type == "cuda" else (1,)
-    wanted = [(name, n, mode) for name in MODELS for n, mode in itertools.product(batches, MODES)]
-    # Inference first, because a training step of a new network takes 10 s to set up; batches before latency.
-    wanted.sort(key=lambda case: (case[2] == "training", case[2] == "training" and case[1] != 32, case[1] == 1))
+    rows = Rows(worker.out / "models_gpu.csv", FIELDS)
+    batches = BATCHES if worker.device.type == "cuda" else (1,)
+    # Inference first, because the first training step of a network takes seconds.
+    wanted = [
+        (name, n, mode)
+        for modes in (("graph", "calls"), ("training",))
+        for n, name, mode in itertools.product(batches, MODELS, modes)
+    ]
     built: dict[str, Pair] = {}
-    for _, (name, n, mode) in part.each(wanted, lambda case: f"{case[0]}, N = {case[1]}, {case[2]}"):
+    for _, (name, n, mode) in worker.each(wanted, lambda case: f"{case[0]}, N = {case[1]}, {case[2]}"):
         if name not in built:
             built[name] = pair(name)
-            part.say(f"  {name}: {len(built[name].layers)} SE layers replaced")
+            worker.say(f"  {name}: {len(built[name].layers)} SE layers replaced")
             if not built[name].layers:
-                part.wrong(f"{name}: no SE layer was replaced")
+                worker.wrong(f"{name}: no SE layer was replaced")
         try:
-            lines = measure(built[name], mode, n, part)
+            lines = measure(built[name], mode, n, worker)
         except torch.OutOfMemoryError as error:
-            part.skip(error)
+            worker.skip(error)
             continue
         rows.write(*lines)
-        part.say("  " + ", ".join(f"{x['variant']} {x['p50_ms']} ms" for x in lines))
-        calls.free(part.device)
-    part.finish()
+        worker.say("  " + ", ".join(f"{x['variant']} {x['p50_ms']} ms" for x in lines))
+        calls.free(worker.device)
+    worker.finish()
 
 
 if __name__ == "__main__":

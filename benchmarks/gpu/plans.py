@@ -9,10 +9,11 @@ import torch
 
 import se_fused
 
+from ..timing import Times, ratio, spread
 from . import calls
 from .calls import Row
 from .layer import BATCHES, LAYOUTS, shapes
-from .part import Part, Rows
+from .worker import Rows, Worker
 
 FIELDS = ("shape", "r", "dtype", "layout", "direction", "plan", "p20_us", "p50_us", "p80_us", "ratio_to_planner")
 SIZES = (1, 2, 4, 8, 16)
@@ -37,18 +38,18 @@ def plans_of(row: Row) -> list[str]:
     return ["two_pass", *sizes, *together]
 
 
-def measure(row: Row, part: Part) -> dict[str, list[float]]:
+def measure(row: Row, worker: Worker) -> Times:
     """By plan, times in microseconds a call; plans that cannot serve the call are left out."""
-    device = part.device
+    device = worker.device
     sets = calls.cold_sets(row, device)
     inputs = calls.draw(row, sets, device)
     functions = [partial(each.call, se_fused.squeeze_excite) for each in inputs]
     count = calls.replay_calls(row, sets)
     replays = {}
     with torch.set_grad_enabled(row.direction == "both"):
-        for plan in ["", *(plans_of(row) if part.backend == "cuda" else [])]:
+        for plan in ["", *(plans_of(row) if worker.backend == "cuda" else [])]:
             try:
-                with se_fused.use_backend(part.backend, plan):
+                with se_fused.use_backend(worker.backend, plan):
                     replay = calls.Replay(functions, count, device)
             except ValueError:
                 assert plan, "the planner's own choice cannot serve the call"
@@ -56,29 +57,29 @@ def measure(row: Row, part: Part) -> dict[str, list[float]]:
             replays[plan or PLANNERS] = replay
             error = calls.error(replay.results[0], inputs[0])
             if not error <= calls.tolerance(row):
-                part.wrong(f"{row}: plan {plan!r} is off by {error:.1e}")
+                worker.wrong(f"{row}: plan {plan!r} is off by {error:.1e}")
         return calls.interleaved({plan: replay.time for plan, replay in replays.items()})
 
 
 def main() -> None:
-    part = Part(__doc__ or "")
-    csv = Rows(part.out / "plans_gpu.csv", FIELDS)
+    worker = Worker(__doc__ or "")
+    csv = Rows(worker.out / "plans_gpu.csv", FIELDS)
     ran, slower = 0, 0
-    for _, row in part.each(rows()):
-        times = measure(row, part)
+    for _, row in worker.each(rows()):
+        times = measure(row, worker)
+        ratios = {plan: ratio(times, plan, PLANNERS) for plan in times}
         for plan, values in times.items():
-            p20, p50, p80 = (f"{value:.2f}" for value in calls.spread(values))
+            p20, p50, p80 = (f"{value:.2f}" for value in spread(values))
             line = (row.shape, row.shape.r, str(row.dtype)[6:], row.layout, row.direction, plan, p20, p50, p80)
-            ratio = f"{calls.ratio(times, plan, PLANNERS):.3f}"
-            csv.write(dict(zip(FIELDS, (*line, ratio), strict=True)))
-        best = min(times, key=lambda plan: calls.ratio(times, plan, PLANNERS))
-        if calls.ratio(times, best, PLANNERS) < 0.95:
+            csv.write(dict(zip(FIELDS, (*line, f"{ratios[plan]:.3f}"), strict=True)))
+        best = min(ratios, key=lambda plan: ratios[plan])
+        if ratios[best] < 0.95:
             slower += 1
-            part.say(f"  {best} takes {calls.ratio(times, best, PLANNERS):.2f} of the planner's time")
+            worker.say(f"  {best} takes {ratios[best]:.2f} of the planner's time")
         ran += 1
-        calls.free(part.device)
-    part.say(f"another plan is 5 % faster than the planner's at {slower} of {ran} rows")
-    part.finish()
+        calls.free(worker.device)
+    worker.say(f"another plan is 5 % faster than the planner's at {slower} of {ran} rows")
+    worker.finish()
 
 
 if __name__ == "__main__":

@@ -16,10 +16,9 @@ from se_fused import backends, build
 from .. import gpu_probes
 from ..shapes import Shape
 from . import calls
-from .part import Part, Rows
 from .plans import SIZES
+from .worker import Worker
 
-FIELDS = ("probe", "of", "value", "unit")
 COPIES = tuple(1 << power for power in range(20, 30, 3))  # 1 MB to 512 MB
 # Nothing to compute: what is left is the launch, and from one size to the next what the exchange takes.
 TINY = calls.Row(Shape(1, 64, 1, 16, r=8), torch.float16, "contiguous", "forward")
@@ -71,19 +70,20 @@ def _clusters() -> dict[int, int]:
 
 
 def main() -> None:
-    part = Part(__doc__ or "")
-    rows = Rows(part.out / "probes.csv", FIELDS)
-    of_a_gpu = [resident_clusters, empty_calls, exchanges_and_slabs] if part.device.type == "cuda" else []
-    for _, probe in part.each([bandwidths, *of_a_gpu], lambda probe: probe.__name__):
+    worker = Worker(__doc__ or "")
+    rows: list[dict[str, str]] = []
+    of_a_gpu = [resident_clusters, empty_calls, exchanges_and_slabs] if worker.device.type == "cuda" else []
+    for _, probe in worker.each([bandwidths, *of_a_gpu], lambda probe: probe.__name__):
         try:
-            for name, what, value, unit in probe(part.device):
-                rows.write({"probe": name, "of": what, "value": f"{value:.4g}", "unit": unit})
-                part.say(f"  {name}, {what}: {value:.4g} {unit}")
+            for name, what, value, unit in probe(worker.device):
+                rows.append({"probe": name, "of": what, "value": f"{value:.4g}", "unit": unit})
+                worker.say(f"  {name}, {what}: {value:.4g} {unit}")
         except build.BuildError as error:  # no nvcc
-            part.skip(error)
+            worker.skip(error)
         except gpu_probes.ProbeError as error:
-            part.wrong(f"{probe.__name__}: {error}")
-    part.finish()
+            worker.wrong(f"{probe.__name__}: {error}")
+        worker.facts({"probes": rows})
+    worker.finish()
 
 
 if __name__ == "__main__":

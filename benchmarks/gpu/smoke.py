@@ -11,11 +11,12 @@ import torch
 import se_fused
 from se_fused import backends, verify
 
-from .part import Part, Rows
+from .plans import SIZES
+from .worker import Rows, Worker
 
 FIELDS = ("plan", "case", "error", "of", "tolerance", "outcome")
 PLANS = (
-    "", "two_pass", *(f"cluster size={size}" for size in (1, 2, 4, 8, 16)), "cluster samples=4",
+    "", "two_pass", *(f"cluster size={size}" for size in SIZES), "cluster samples=4",
     "cluster size=2 by_channels=0", "cluster size=2 by_channels=1",
 )  # fmt: skip
 # Whole vectors; rows of odd length with every option; rows of 49; three dimensions; the one-FC form; a large map.
@@ -28,8 +29,6 @@ CALLS = (
     {"shape": (2, 40, 6, 5), "r": None, "bias": False, "options": {"pre_act": "relu", "gate": "tanh"}},
     {"shape": (2, 96, 56, 56), "r": 4, "options": {"act": "gelu"}},
 )  # fmt: skip
-
-
 # How the planner begins a refusal of a cluster (csrc/plan/cluster.cpp).
 REFUSAL = "se_fused: no plan: cluster: "
 
@@ -45,19 +44,19 @@ def cases(plans: tuple[str, ...]) -> Iterator[tuple[str, verify.Case]]:
 
 
 def main() -> None:
-    part = Part("Every algorithm against float64.")
-    clusters = part.backend == "cuda" and any(backends.cuda_limits(torch.cuda.current_device())[4:])
+    worker = Worker("Every algorithm against float64.")
+    clusters = worker.backend == "cuda" and any(backends.cuda_limits(torch.cuda.current_device())[4:])
     plans = PLANS if clusters else PLANS[:2]
-    if part.backend == "cpu":
+    if worker.backend == "cpu":
         plans = ("",)  # the CPU has no plans
-    rows = Rows(part.out / "smoke.csv", FIELDS)
+    rows = Rows(worker.out / "smoke.csv", FIELDS)
     served: Counter[str] = Counter()
     refused: Counter[str] = Counter()
-    for number, (plan, case) in part.each(cases(plans), lambda one: f"plan {one[0]!r}, {one[1]}"):
+    for number, (plan, case) in worker.each(cases(plans), lambda one: f"plan {one[0]!r}, {one[1]}"):
         row = {"plan": plan or "planner's", "case": str(case), "tolerance": f"{verify.tolerance(case.precision):.1e}"}
         try:
-            with se_fused.use_backend(part.backend, plan):
-                error, worst = verify.error(case, part.device.type, number)
+            with se_fused.use_backend(worker.backend, plan):
+                error, worst = verify.error(case, worker.device.type, number)
         except ValueError as error:
             reason = str(error).partition("\n")[0]
             if not (plan.startswith("cluster") and reason.startswith(REFUSAL)):
@@ -67,14 +66,14 @@ def main() -> None:
             continue
         right = error <= verify.tolerance(case.precision)
         if not right:
-            part.wrong(f"plan {plan!r}, {case}: {worst} is off by {error:.1e}")
+            worker.wrong(f"plan {plan!r}, {case}: {worst} is off by {error:.1e}")
         rows.write({**row, "error": f"{error:.1e}", "of": worst, "outcome": "right" if right else "wrong"})
         served[plan] += 1
-    part.say(f"{served.total()} compared, {refused.total()} refused: too large for the cluster, or not to be divided")
-    for plan in plans if part.all_ran() else ():
+    worker.say(f"{served.total()} compared, {refused.total()} refused: too large for the cluster, or not to be divided")
+    for plan in plans if worker.all_ran() else ():
         if served[plan] <= refused[plan]:
-            part.wrong(f"plan {plan!r} served {served[plan]} cases and refused {refused[plan]}")
-    part.finish()
+            worker.wrong(f"plan {plan!r} served {served[plan]} cases and refused {refused[plan]}")
+    worker.finish()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import se_fused
 from se_fused import backends, verify
 
 from . import layer
-from .part import Part
+from .worker import Worker
 
 STEP = 17  # prime to the numbers of calls, layouts and precisions, so that each is among the cases
 
@@ -24,21 +24,21 @@ def check(case: verify.Case, device: str, seed: int) -> tuple[float, str]:
 
 
 def main() -> None:
-    part = Part(__doc__ or "", backend="triton")
+    worker = Worker(__doc__ or "", backend="triton")
     processes = min(12, os.cpu_count() or 1)
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        begun = [pool.apply_async(check, (case, part.device.type, i)) for i, case in enumerate(sample())]
-        for number, case in part.each(sample()):
+        begun = [pool.apply_async(check, (case, worker.device.type, i)) for i, case in enumerate(sample())]
+        for number, case in worker.each(sample()):
             error, worst = begun[number].get()
             if not error <= verify.tolerance(case.precision):
-                part.wrong(f"{case}: {worst} is off by {error:.1e}")
-    part.say(f"{len(begun)} cases by {processes} processes")
-    if (reason := backends.why_not("cuda", part.device)) is None:
-        part.backend = "cuda"
-        layer.run(part, list(layer.triton_rows()))
+                worker.wrong(f"{case}: {worst} is off by {error:.1e}")
+    worker.say(f"{len(begun)} cases by {processes} processes")
+    if (reason := backends.why_not("cuda", worker.device)) is None:
+        worker.backend = "cuda"
+        layer.run(worker, list(layer.triton_rows()))
     else:
-        part.say(f"not timed beside the CUDA kernels: {reason}")
-    part.finish()
+        worker.say(f"not timed beside the CUDA kernels: {reason}")
+    worker.finish()
 
 
 if __name__ == "__main__":

@@ -17,14 +17,15 @@ import torch
 
 from se_fused import backends
 
+from .runner import NOT_RUN
+
 T = TypeVar("T")
-NOT_RUN = 77  # automake's exit status of a test that was skipped
 
 
-class Part:
+class Worker:
     """A part's arguments, and its way to the parent: lines on standard output, of which three kinds are understood.
 
-    `facts {...}`   what the machine is, as JSON
+    `facts {...}`   what run.json is to hold: what the machine is, and what was found, as JSON
     `case K: text`  what runs next; if the process dies or hangs, the parent blames it, and may go on at K + 1
     `wrong: text`   a finding that fails the part
     """
@@ -47,15 +48,19 @@ class Part:
         self._done = self._of = self._skipped = 0
         self._wrong = 0
         self.backend = backend or ("cuda" if self.device.type == "cuda" else "cpu")
-        self.say("facts " + json.dumps(facts(self.device)))
+        self.facts(machine(self.device))
         if (reason := backends.why_not(self.backend, self.device)) is not None:
-            # That kernels run is what is asked here; that Triton is not installed is no failure.
-            if self.backend != "triton":
-                self.wrong(f"the {self.backend} kernels cannot run here: {reason}")
-            self.give_up(f"the {self.backend} kernels cannot run here: {reason}")
+            text = f"the {self.backend} kernels cannot run here: {reason}"
+            if self.backend == "triton":  # which need not be installed; that the other kernels run is what is asked
+                self.give_up(text)
+            self.wrong(text)
+            self.finish()
 
     def say(self, text: str) -> None:
         print(text, flush=True)
+
+    def facts(self, found: dict[str, Any]) -> None:
+        self.say("facts " + json.dumps(found))
 
     def each(self, items: Iterable[T], text: Callable[[T], object] = str) -> Iterator[tuple[int, T]]:
         """The cases of this process, numbered, and each announced before it runs, until the time is over."""
@@ -85,8 +90,9 @@ class Part:
         self.say(f"wrong: {' '.join(text.split())[:400]}")
 
     def give_up(self, reason: str) -> NoReturn:
+        """End the process, for want of what this machine may lack."""
         self.say(f"not run: {reason}")
-        sys.exit(1 if self._wrong else NOT_RUN)
+        sys.exit(NOT_RUN)
 
     def finish(self) -> NoReturn:
         """End the process: with a failure if something was wrong, or no case ran."""
@@ -96,7 +102,7 @@ class Part:
         sys.exit(1 if self._wrong or not self._done else 0)
 
 
-def facts(device: torch.device) -> dict[str, Any]:
+def machine(device: torch.device) -> dict[str, Any]:
     """What the results depend on, of this process and its device."""
     found: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__}
     try:
