@@ -96,7 +96,7 @@ FAULTS = {
         "forward_cluster.cu",
         "kS == 1 || f.n - n0 > kS ? kS : static_cast<int>(f.n - n0)",
         "kS",
-        "a read of .* out of bounds",
+        "a read of .* out of bounds, near x",
     ),
     "a share of a position that is packed too far apart": (
         "cluster.cuh",

@@ -40,8 +40,10 @@ void check_access(const void* p, size_t bytes, bool write) {
     return;
   }
   std::string near = "no buffer";
+  uintptr_t nearest = 4096;
   for (const Buffer& buffer : buffers) {
-    if (begin < buffer.end + 4096 && end + 4096 > buffer.begin) near = "near " + buffer.name;
+    const uintptr_t distance = begin >= buffer.end ? begin - buffer.end : end <= buffer.begin ? buffer.begin - end : 0;
+    if (distance < nearest) nearest = distance, near = "near " + buffer.name;
   }
   fail(std::string(write ? "a write" : "a read") + " of " + std::to_string(bytes) + " bytes out of bounds, " + near);
 }
