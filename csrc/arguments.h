@@ -47,15 +47,6 @@ struct Codes {
   int64_t squeeze, pre_act, post_act;
 };
 
-// The memory of `t`, which must have `numel` elements of `dtype`; null for none.
-void* data(const char* name, const View& t, int64_t numel, DType dtype) {
-  if (!t) return nullptr;
-  require(t.numel() == numel, name, " has ", t.numel(), " elements; wanted ", numel);
-  require(t.dtype == dtype, name, " is of another dtype than was wanted");
-  require(t.data || numel == 0, name, " has no memory");
-  return t.data;
-}
-
 // Dense strides in the order that `channels_last` says; sizes of 1 may have any.
 bool is_dense(const View& t, bool channels_last = false) {
   int64_t expected = 1;
@@ -69,6 +60,21 @@ bool is_dense(const View& t, bool channels_last = false) {
     if (!dense(dim)) return false;
   }
   return !channels_last || dense(0);
+}
+
+// The memory of `t`, which must have `numel` elements of `dtype`; null for none.
+void* data(const char* name, const View& t, int64_t numel, DType dtype) {
+  if (!t) return nullptr;
+  require(t.numel() == numel, name, " has ", t.numel(), " elements; wanted ", numel);
+  require(t.dtype == dtype, name, " is of another dtype than was wanted");
+  require(t.data || numel == 0, name, " has no memory");
+  return t.data;
+}
+
+// As `data`, of a row-major tensor.
+void* row_major(const char* name, const View& t, int64_t numel, DType dtype) {
+  require(!t || numel == 0 || is_dense(t), name, " is not row-major");
+  return data(name, t, numel, dtype);
 }
 
 // The memory of a map like x, which must be dense in the order that `channels_last` says; null for none.
@@ -127,6 +133,25 @@ void fill(Problem& p, const Inputs& in, const Codes& codes, bool channels_last) 
   p.b1 = weight("b1", b1, p.r, 0, p.weight_dtype);
   p.w2 = weight("w2", w2, p.c, depth, p.weight_dtype);
   p.b2 = weight("b2", b2, p.c, 0, p.weight_dtype);
+}
+
+// The memory of y, which is that of x or apart from all that is read after some of it is written.
+void* result(const View& y, const Inputs& in, bool channels_last) {
+  auto* begin = static_cast<char*>(map("y", y, in.x, channels_last));
+  require(begin, "no y");
+  auto apart = [&](const char* name, const View& t, bool element_by_element) {
+    if (!t || (element_by_element && t.data == y.data)) return;
+    const auto* other = static_cast<const char*>(t.data);
+    const bool before = other + t.numel() * element_bytes(t.dtype) <= begin;
+    require(before || begin + y.numel() * element_bytes(y.dtype) <= other, "y overlaps ", name);
+  };
+  apart("x", in.x, true);
+  apart("residual", in.residual, true);
+  apart("w1", in.w1, false);
+  apart("b1", in.b1, false);
+  apart("w2", in.w2, false);
+  apart("b2", in.b2, false);
+  return begin;
 }
 
 }  // namespace

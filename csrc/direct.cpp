@@ -64,6 +64,21 @@ void (*run)(const Forward*) = nullptr;
 std::vector<PyTypeObject*> plain;  // these and `empty_like` live as long as torch does
 PyObject* empty_like = nullptr;
 
+bool is_zero(PyObject* number) { return number && PyLong_Check(number) && PyLong_AsLongLong(number) == 0; }
+
+// A view keeps its address when its storage was freed; what starts its storage then has none.
+bool has_storage(py::handle tensor) {
+  static PyObject* const offset = PyUnicode_InternFromString("storage_offset");
+  static PyObject* const storage = PyUnicode_InternFromString("untyped_storage");
+  static PyObject* const bytes = PyUnicode_InternFromString("nbytes");
+  const auto start = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), offset));
+  if (is_zero(start.ptr())) return true;
+  const auto memory = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), storage));
+  if (!memory) return false;
+  const auto size = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(memory.ptr(), bytes));
+  return size && !is_zero(size.ptr());
+}
+
 // What a subclass of Tensor computes is its own affair; and DLPack does not tell of lazy negation.
 bool view(py::handle object, View& out) {
   if (object.is_none()) return true;
@@ -74,7 +89,7 @@ bool view(py::handle object, View& out) {
   PyObject* negative = PyObject_CallMethodNoArgs(object.ptr(), is_neg);
   const bool as_stored = negative == Py_False;
   Py_XDECREF(negative);
-  return as_stored && describe_tensor(object.ptr(), out);
+  return as_stored && has_storage(object) && describe_tensor(object.ptr(), out);
 }
 
 }  // namespace
@@ -101,18 +116,19 @@ py::object forward(py::handle x, py::handle w1, py::handle b1, py::handle w2, py
   const bool channels_last = !is_dense(in.x);
   if (channels_last && !is_dense(in.x, true)) return py::none();
   Forward f{};
+  py::object y;
   try {
     fill(f, in, {act, gate, slope, offset, squeeze, pre_act, post_act}, channels_last);
+    y = inplace ? py::reinterpret_borrow<py::object>(x) : py::handle(empty_like)(x);
+    View out;
+    if (!view(y, out)) {
+      PyErr_Clear();
+      return py::none();
+    }
+    f.y = result(out, in, channels_last);
   } catch (const std::runtime_error&) {
     return py::none();  // wrong, or in need of a conversion: found on the other way
   }
-  py::object y = inplace ? py::reinterpret_borrow<py::object>(x) : py::handle(empty_like)(x);
-  View out;
-  if (!view(y, out)) {
-    PyErr_Clear();
-    return py::none();
-  }
-  f.y = map("y", out, in.x, channels_last);
   const py::gil_scoped_release others;
   run(&f);
   return y;

@@ -42,11 +42,10 @@ void forward_out(const Tensor& x, const OptionalTensor& w1, const OptionalTensor
   Forward f{};
   const Inputs in{view(x), view(w1), view(b1), view(w2), view(b2), view(residual)};
   fill(f, in, {act, gate, slope, offset, squeeze, pre_act, post_act}, channels_last);
-  f.y = map("y", view(y), in.x, channels_last);
-  require(f.y, "no y");
-  f.z = data("z", view(z), f.n * f.c, accumulator(f));
-  f.p1 = data("p1", view(p1), f.n * f.r, accumulator(f));
-  f.p2 = data("p2", view(p2), f.n * f.c, accumulator(f));
+  f.y = result(view(y), in, channels_last);
+  f.z = row_major("z", view(z), f.n * f.c, accumulator(f));
+  f.p1 = row_major("p1", view(p1), f.n * f.r, accumulator(f));
+  f.p2 = row_major("p2", view(p2), f.n * f.c, accumulator(f));
   Backend::run(f, x);
 }
 
@@ -61,16 +60,16 @@ void backward_out(const Tensor& g, const Tensor& x, const OptionalTensor& w1, co
   const Inputs in{view(x), view(w1), view(b1), view(w2), view(b2), view(residual)};
   fill(f, in, {act, gate, slope, offset, squeeze, pre_act, post_act}, channels_last);
   f.g = map("g", view(g), in.x, channels_last);
-  f.z = data("z", view(z), f.n * f.c, accumulator(f));
-  f.p1 = data("p1", view(p1), f.n * f.r, accumulator(f));
-  f.p2 = data("p2", view(p2), f.n * f.c, accumulator(f));
+  f.z = row_major("z", view(z), f.n * f.c, accumulator(f));
+  f.p1 = row_major("p1", view(p1), f.n * f.r, accumulator(f));
+  f.p2 = row_major("p2", view(p2), f.n * f.c, accumulator(f));
   require(f.g && f.z && f.p2 && (f.p1 || f.r == 0), "no g, z, p1 or p2");
   f.residual_is_x = residual_is_x;
   f.dx = map("dx", view(dx), in.x, channels_last);
-  f.dw1 = data("dw1", view(dw1), f.r * f.c, f.weight_dtype);
-  f.db1 = data("db1", view(db1), f.r, f.weight_dtype);
-  f.dw2 = data("dw2", view(dw2), f.c * (f.r ? f.r : f.c), f.weight_dtype);
-  f.db2 = data("db2", view(db2), f.c, f.weight_dtype);
+  f.dw1 = row_major("dw1", view(dw1), f.r * f.c, f.weight_dtype);
+  f.db1 = row_major("db1", view(db1), f.r, f.weight_dtype);
+  f.dw2 = row_major("dw2", view(dw2), f.c * (f.r ? f.r : f.c), f.weight_dtype);
+  f.db2 = row_major("db2", view(db2), f.c, f.weight_dtype);
   f.dresidual = map("dresidual", view(dresidual), in.x, channels_last);
   Backend::run(f, x);
 }

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from . import memory
 from .reference import ACTIVATIONS, GATES, SQUEEZES, HardSigmoid
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -25,6 +26,8 @@ def _refuse(error: type[Exception], argument: str, got: str, wanted: str, caller
 def _describe(value: Any) -> str:
     if not isinstance(value, Tensor):
         return f"{value!r}" if value is None or isinstance(value, (str, int, float)) else f"a {type(value).__name__}"
+    if value.is_nested:
+        return "a nested tensor"
     layout = "" if value.layout == torch.strided else f"{value.layout} "
     return f"a {layout}tensor of shape {list(value.shape)}, {value.dtype}, on {value.device}"
 
@@ -32,15 +35,14 @@ def _describe(value: Any) -> str:
 def _check_map(name: str, t: Any) -> None:
     wanted = "a dense floating-point tensor [N, C, *spatial] with 1 to 3 spatial dimensions"
     if not isinstance(t, Tensor) or t.layout != torch.strided or t.is_nested or t.dtype not in _DTYPES:
-        got = "a nested tensor" if isinstance(t, Tensor) and t.is_nested else _describe(t)
-        _refuse(TypeError, name, got, f"{wanted}, of {', '.join(map(str, _DTYPES))}")
+        _refuse(TypeError, name, _describe(t), f"{wanted}, of {', '.join(map(str, _DTYPES))}")
     if not 3 <= t.dim() <= 5 or t.shape[1] == 0:
         _refuse(ValueError, name, _describe(t), f"{wanted}, and C >= 1")
 
 
 def _check_parameter(name: str, t: Any, shape: tuple[int, ...], like: Tensor, *, kernel: bool = False) -> None:
     """`like`: w2, whose dtype and device the others share. `kernel`: a 1x1 convolution's trailing ones are allowed."""
-    if not isinstance(t, Tensor):
+    if not isinstance(t, Tensor) or t.is_nested:
         _refuse(TypeError, name, _describe(t), f"a tensor of shape {list(shape)}")
     got = t.shape
     if got != shape and not (kernel and len(got) <= 5 and got == shape + (1,) * (len(got) - 2)):
@@ -58,11 +60,17 @@ def _check_parameter(name: str, t: Any, shape: tuple[int, ...], like: Tensor, *,
         _refuse(TypeError, name, _describe(t), f"a dense tensor of {like.dtype}, the dtype of w2")
 
 
-def check(x: Any, w1: Any, b1: Any, w2: Any, b2: Any, residual: Any, inplace: bool) -> None:
+def check(
+    x: Any, w1: Any, b1: Any, w2: Any, b2: Any, residual: Any, squeeze: str, inplace: Any
+) -> None:
     """Raise TypeError or ValueError naming the first argument that `se_fused.squeeze_excite` does not take."""
+    if not isinstance(inplace, bool):
+        _refuse(TypeError, "inplace", _describe(inplace), "True or False")
     _check_map("x", x)
     c = x.shape[1]
-    if not isinstance(w2, Tensor):
+    if squeeze != "mean" and 0 in x.shape[2:]:
+        _refuse(ValueError, "x", _describe(x), f"at least one position, because squeeze is {squeeze!r}")
+    if not isinstance(w2, Tensor) or w2.is_nested:
         _refuse(TypeError, "w2", _describe(w2), "a tensor of shape [C, R]")
     if w2.layout is not torch.strided or (
         w2.dtype is not x.dtype and not (w2.dtype is torch.float32 and x.dtype in _HALF)
@@ -73,7 +81,7 @@ def check(x: Any, w1: Any, b1: Any, w2: Any, b2: Any, residual: Any, inplace: bo
         _refuse(ValueError, "w2", f"on {w2.device}", f"{x.device}, the device of x")
     r = c
     if w1 is not None:
-        if not isinstance(w1, Tensor):
+        if not isinstance(w1, Tensor) or w1.is_nested:
             _refuse(TypeError, "w1", _describe(w1), f"a tensor of shape [R, {c}], or None for the one-FC form")
         r = w1.shape[0] if w1.dim() else 0
         if r == 0:
@@ -90,17 +98,36 @@ def check(x: Any, w1: Any, b1: Any, w2: Any, b2: Any, residual: Any, inplace: bo
         _check_map("residual", residual)
         if residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device:
             _refuse(ValueError, "residual", _describe(residual), f"the shape, dtype and device of x: {_describe(x)}")
-    if not inplace:
-        return
-    if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
-        _refuse(
-            ValueError,
-            "x",
-            "a tensor that overlaps itself (expanded)",
-            "memory of its own for each element, to write to",
-        )
-    if needs_grad(x, w1, b1, w2, b2, residual):
+    tensors = {"x": x, "w1": w1, "b1": b1, "w2": w2, "b2": b2, "residual": residual}
+    given = {name: t for name, t in tensors.items() if t is not None}
+    readable = memory.has_addresses(*given.values())
+    for name, t in given.items() if readable else ():
+        if not memory.is_there(t):
+            _refuse(ValueError, name, f"{_describe(t)}, whose storage was freed", "a tensor that has its memory")
+    if inplace:
+        _check_written(given, readable)
+
+
+def _check_written(tensors: dict[str, Tensor], readable: bool) -> None:
+    """As what PyTorch's `out=` refuses: x, written in place, must not change what is read after it."""
+    x = tensors["x"]
+    if needs_grad(*tensors.values()):
         _refuse(ValueError, "inplace", "True", "False, because an input requires grad: backward needs x as it was")
+    if readable and writes_a_past_inference(x):
+        _refuse(ValueError, "x", "an inference tensor outside inference mode", "a tensor that may be written to")
+    if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)) or (
+        readable and memory.overlaps_itself(x)
+    ):
+        _refuse(ValueError, "x", "a tensor that overlaps itself", "memory of its own for each element, to write to")
+    for name, t in tensors.items() if readable else ():
+        if name != "x" and not (name == "residual" and memory.same(t, x)) and memory.overlap(t, x):
+            wanted = "memory apart from x, which is written in place"
+            _refuse(ValueError, name, "in the memory of x", wanted + (", or x itself" if name == "residual" else ""))
+
+
+def writes_a_past_inference(x: Tensor) -> bool:
+    """Whether `x` was made in inference mode, which is over: PyTorch lets nobody write to it then."""
+    return x.is_inference() and not torch.is_inference_mode_enabled()
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

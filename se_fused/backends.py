@@ -21,9 +21,9 @@ import torch
 
 from . import native
 from .build import BuildError
+from .memory import PLAIN
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
-PLAIN = (torch.Tensor, torch.nn.Parameter)  # no subclass that computes otherwise
 _log = logging.getLogger("se_fused")
 
 
@@ -53,7 +53,9 @@ def _check_name(name: str, origin: str) -> str:
     return name
 
 
-_forced = _check_name(os.environ.get("SE_FUSED_BACKEND", "auto"), "SE_FUSED_BACKEND")
+# Name and plan that each `with use_backend` that is open asked for, the latest last; the environment's come first.
+_asked: list[list[str]] = [[_check_name(os.environ.get("SE_FUSED_BACKEND") or "auto", "SE_FUSED_BACKEND"), ""]]
+_forced, _forced_plan = _asked[-1]  # what holds now
 # None: usable. A text: why not, the same for every call.
 _unusable: dict[str, str | None] = {
     "cuda": "there is no NVIDIA GPU",
@@ -62,7 +64,6 @@ _unusable: dict[str, str | None] = {
     "reference": None,
 }
 _said: set[str] = set()
-_forced_plan = ""
 _cuda: ctypes.CDLL | None = None  # the compiled CUDA part, for what is no operator
 # Of each GPU that was asked: its limits, or why the CUDA part does not run on it.
 _gpus: dict[int, list[int] | str] = {}
@@ -151,6 +152,11 @@ def _ask_gpu(index: int) -> list[int] | str:
     return _gpus[index]
 
 
+def is_forced() -> bool:
+    """Whether a backend was asked for."""
+    return _forced != "auto"
+
+
 def forced_plan() -> str:
     """What `use_backend` asks of the plans of the cuda backend."""
     return _forced_plan
@@ -236,7 +242,7 @@ def explain(device: torch.device, plan: Callable[[], str] | None = None) -> Expl
 
 @contextmanager
 def use_backend(name: str, plan: str = "") -> Iterator[None]:
-    """Force a backend inside a `with` block, for every thread of the process.
+    """Force a backend inside a `with` block, for every thread of the process. Of blocks that overlap the latest holds.
 
     Args:
         name: "auto", "cuda", "triton", "cpu" or "reference" (`se_fused.reference` under PyTorch's autograd).
@@ -249,16 +255,19 @@ def use_backend(name: str, plan: str = "") -> Iterator[None]:
     """
     if plan and name != "cuda":
         raise ValueError(f"use_backend: plan must be empty for {name!r}; got {plan!r}")
-    before = _forced, _forced_plan
-    _force(_check_name(name, "use_backend: name"), plan)
+    asked = [_check_name(name, "use_backend: name"), plan]
+    _asked.append(asked)
+    _force_the_latest()
     try:
         yield
     finally:
-        _force(*before)
+        # Blocks of several threads may end in any order.
+        del _asked[next(i for i, other in enumerate(_asked) if other is asked)]
+        _force_the_latest()
 
 
-def _force(name: str, plan: str) -> None:
+def _force_the_latest() -> None:
     global _forced, _forced_plan
-    _forced, _forced_plan = name, plan
+    _forced, _forced_plan = _asked[-1]
     if _cuda is not None:
-        _cuda.se_fused_force_plan(plan.encode())
+        _cuda.se_fused_force_plan(_forced_plan.encode())

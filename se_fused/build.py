@@ -63,7 +63,11 @@ class BuildError(RuntimeError):
 
 
 def _more_flags() -> list[str]:
-    return shlex.split(os.environ.get("SE_FUSED_CXXFLAGS", ""))
+    given = os.environ.get("SE_FUSED_CXXFLAGS", "")
+    try:
+        return shlex.split(given)
+    except ValueError as error:
+        raise BuildError(f"SE_FUSED_CXXFLAGS is {given!r}: {error}") from error
 
 
 def _instruction_sets() -> dict[str, list[str]]:

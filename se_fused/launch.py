@@ -38,19 +38,19 @@ def _is_channels_last(t: Tensor) -> bool:
     return not t.is_contiguous() and t.movedim(1, -1).is_contiguous()
 
 
-def _dense(t: Tensor | None, channels_last: bool) -> Tensor | None:
+def _dense(t: Tensor | None, channels_last: bool = False) -> Tensor | None:
+    """`t` as a backend reads it: in one of two orders, its numbers as they lie in memory."""
     if t is None:
         return None
+    if t._is_zerotensor():
+        t = t.clone()
+    t = t.resolve_neg()
     return t.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else t.contiguous()
 
 
 def _fillable(t: Tensor, channels_last: bool) -> Tensor:
     """`t`, or where it is dense in some third order (a transposed map), a contiguous stand-in to be copied from."""
     return t if channels_last or t.is_contiguous() else torch.empty_like(t, memory_format=torch.contiguous_format)
-
-
-def _flat(w: Tensor | None) -> Tensor | None:
-    return w if w is None else w.contiguous()
 
 
 def forward(
@@ -61,7 +61,7 @@ def forward(
     channels_last = _is_channels_last(y)
     out = _fillable(y, channels_last)
     _forward_out(
-        _dense(x, channels_last), _flat(w1), _flat(b1), _flat(w2), _flat(b2), _dense(residual, channels_last),
+        _dense(x, channels_last), _dense(w1), _dense(b1), _dense(w2), _dense(b2), _dense(residual, channels_last),
         *options, channels_last, out, *saved,
     )  # fmt: skip
     return y if out is y else y.copy_(out)
@@ -75,7 +75,7 @@ def forward_inplace(
     out = _dense(x, channels_last)
     assert out is not None
     _forward_out(
-        out, _flat(w1), _flat(b1), _flat(w2), _flat(b2), _dense(residual, channels_last),
+        out, _dense(w1), _dense(b1), _dense(w2), _dense(b2), _dense(residual, channels_last),
         *options, channels_last, out, None, None, None,
     )  # fmt: skip
     if out.data_ptr() != x.data_ptr():
@@ -124,15 +124,13 @@ def backward(g: Tensor, *args: Any) -> tuple[Tensor, ...]:
     grads = empty_grads(inputs, needs)
     maps = [grads[i] for i in (0, 5) if needs[i]]
     channels_last = _is_channels_last(maps[0] if maps else inputs[0])
-    outs: list[Tensor | None] = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
-    for i in (0, 5):
-        outs[i] = _fillable(grads[i], channels_last) if needs[i] else None
+    outs = [_fillable(grads[i], channels_last and i in (0, 5)) if need else None for i, need in enumerate(needs)]
     _backward_out(
         _dense(g, channels_last),
         _dense(inputs[0], channels_last),
-        *map(_flat, inputs[1:5]),
+        *map(_dense, inputs[1:5]),
         _dense(inputs[5], channels_last),
-        *saved,
+        *map(_dense, saved),
         *options,
         channels_last,
         residual_is_x,

@@ -18,9 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._device import DeviceContext
 
 from . import backends, launch, reference
-from .arguments import autocast, check, decode, encode, needs_grad
+from .arguments import autocast, check, decode, encode, needs_grad, writes_a_past_inference
+from .memory import PLAIN
 from .reference import HardSigmoid
 
 _INPUTS = "Tensor x, Tensor? w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? residual"
@@ -86,8 +88,10 @@ def _differentiate(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Tensor | None, 
         return (None,) * 6 + nothing
     tensors = ctx.saved_tensors  # read once, as checkpointing demands
     inputs, saved, needs = tensors[:6], tensors[6:], list(ctx.needs_input_grad[:6])
-    if torch.is_grad_enabled():
-        return _differentiable_gradients(g, inputs, needs, ctx.options) + nothing
+    if torch.is_grad_enabled() or _is_batched(g):
+        return _gradients_of_reference(g, inputs, needs, ctx.options) + nothing
+    if not saved:  # a program that was exported without gradients, and is trained
+        _, *saved = torch.ops.se_fused.squeeze_excite_train.default(*inputs, *ctx.options)
     *_, post_act = ctx.options
     into_x = ctx.residual_is_x and needs[0]
     g_is_dresidual = post_act == 0 and not into_x
@@ -100,21 +104,24 @@ def _differentiate(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Tensor | None, 
     return tuple(grads) + nothing
 
 
-def _differentiable_gradients(
+def _is_batched(g: Tensor) -> bool:
+    """Whether `torch.autograd.grad(is_grads_batched=True)` gave several gradients in one, by either form of vmap."""
+    return torch._C._functorch.is_batchedtensor(g) or torch._C._functorch.is_legacy_batchedtensor(g)
+
+
+def _gradients_of_reference(
     g: Tensor, inputs: tuple[Tensor | None, ...], needs: list[bool], options: tuple[Any, ...]
 ) -> tuple[Tensor | None, ...]:
-    """The gradients under `create_graph=True`: the reference's, which can be differentiated again, to any order."""
-    x, w1, b1, w2, b2, residual = inputs
-    assert x is not None
-    assert w2 is not None
-    y = reference.squeeze_excite(x, w1, b1, w2, b2, residual=residual, **decode(*options))
-    wanted = [t for t, need in zip(inputs, needs, strict=True) if need and t is not None]
-    found = iter(torch.autograd.grad(y, wanted, g, create_graph=True))
-    # Where residual is x, autograd.grad gives the whole gradient for both; x keeps it.
-    grads = [next(found) if need else None for need in needs]
-    if residual is x and needs[0]:
-        grads[5] = None
-    return tuple(grads)
+    """The gradients by PyTorch's operators: under `create_graph=True` they can be differentiated, to any order."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # One input may come from another (w2 = w1.t(), residual = x): autograd.grad would count that way twice, so each
+        # is differentiated by an alias of its own.
+        aliases = [t if t is None else t.view_as(t) for t in inputs]
+        y = reference.squeeze_excite(*aliases[:5], residual=aliases[5], **decode(*options))  # type: ignore[arg-type]
+        wanted = [t for t, need in zip(aliases, needs, strict=True) if need and t is not None]
+        found = iter(torch.autograd.grad(y, wanted, g, create_graph=again))
+    return tuple(next(found) if need else None for need in needs)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -122,9 +129,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.mark_non_differentiable(*output[1:])
 
 
-torch.library.register_autograd(
-    "se_fused::squeeze_excite_train", _differentiate, setup_context=_setup_context, lib=_LIBRARY
-)
+def _setup_inference(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _keep(ctx, inputs, ())
+
+
+for _name, _setup in (("squeeze_excite_train", _setup_context), ("squeeze_excite", _setup_inference)):
+    torch.library.register_autograd(f"se_fused::{_name}", _differentiate, setup_context=_setup, lib=_LIBRARY)
 
 
 class _Train(torch.autograd.Function):
@@ -150,7 +160,7 @@ def _observed() -> bool:
 
 def _unobserved(*tensors: Tensor | None) -> bool:
     """Whether nothing but autograd has to see the operators: no observer, and no tensor subclass."""
-    return not _observed() and all(t is None or type(t) in backends.PLAIN for t in tensors)
+    return not _observed() and all(t is None or type(t) in PLAIN for t in tensors)
 
 
 def _under_transform() -> bool:
@@ -171,7 +181,6 @@ def _direct(
         type(x) is not Tensor
         or not (x.is_cpu and backends.kernels_serve_cpu())
         or _observed()
-        or torch._C._len_torch_function_stack() > 0
         or torch.autograd.profiler._is_profiler_enabled
         or _under_transform()
     ):
@@ -181,10 +190,48 @@ def _direct(
             return None
     except AttributeError:
         return None  # no tensor
+    if inplace and writes_a_past_inference(x):
+        return None
     y = backends.forward_direct(x, w1, b1, w2, b2, residual, inplace, *options)
     if inplace and y is not None:
         torch.autograd.graph.increment_version(x)
     return y
+
+
+def _direct_under_a_mode(*args: Any, inplace: bool) -> Tensor | None:
+    """As `_direct`, where `torch.set_default_device` is all that watches PyTorch's functions: it concerns creation."""
+    if torch._C._len_torch_function_stack() > 1 or type(torch._C._get_function_stack_at(0)) is not DeviceContext:
+        return None
+    # Else it would be asked for each attribute of each tensor, 60 us in all.
+    with torch._C.DisableTorchFunction():
+        return _direct(*args, inplace=inplace)
+
+
+def _decomposes(device: torch.device) -> bool:
+    """Whether the call is to be plain PyTorch for whoever records it.
+
+    TorchScript and ONNX do not know the operators. Inductor fuses the formula with what stands around it, and is faster
+    that way wherever that was measured: on CPUs (benchmarks/results/compiled.csv) and on an H200
+    (benchmarks/results/h200/, in a graph). Elsewhere, and where a backend is forced, the operator stays.
+    """
+    if torch._C._get_tracing_state() is not None:
+        return True
+    if not torch.compiler.is_compiling():
+        return False
+    measured = device.type == "cpu" or (device.type == "cuda" and torch.version.hip is None)
+    return (measured and not backends.is_forced()) or torch.onnx.is_in_onnx_export()
+
+
+def _check(*arguments: Any) -> None:
+    """`check`, of which nothing gets into a trace."""
+    state = torch._C._get_tracing_state()
+    if state is None:
+        return check(*arguments)
+    torch._C._set_tracing_state(None)
+    try:
+        check(*arguments)
+    finally:
+        torch._C._set_tracing_state(state)
 
 
 def _mixed(x: Any, w2: Any, residual: Any) -> bool:
@@ -240,31 +287,33 @@ def squeeze_excite(
         BackendUnavailable: if a backend was forced that cannot serve the call.
     """
     options = encode(act, gate, squeeze, pre_act, post_act)
-    done = _direct(x, w1, b1, w2, b2, residual, *options, inplace=inplace)
+    direct = _direct if torch._C._len_torch_function_stack() == 0 else _direct_under_a_mode
+    done = direct(x, w1, b1, w2, b2, residual, *options, inplace=inplace)
     if done is not None:
         return done
     if _mixed(x, w2, residual):
         x, w1, b1, w2, b2, residual = autocast(x, w1, b1, w2, b2, residual)  # type: ignore[assignment]
-    check(x, w1, b1, w2, b2, residual, inplace)
+    _check(x, w1, b1, w2, b2, residual, squeeze, inplace)
     # An empty map has nothing to compute fast, and the reference knows what its mean and maximum are.
-    if backends.select(x.device) == "reference" or _under_transform() or x.numel() == 0:
+    if _decomposes(x.device) or backends.select(x.device) == "reference" or _under_transform() or x.numel() == 0:
         return reference.squeeze_excite(
             x, w1, b1, w2, b2, act=act, gate=gate, squeeze=squeeze,
             pre_act=pre_act, residual=residual, post_act=post_act, inplace=inplace,
         )  # fmt: skip
-    arguments = (x, w1, b1, w2, b2, residual, *options)
-    if inplace:
-        torch.ops.se_fused.squeeze_excite_.default(*arguments)
-        torch.autograd.graph.increment_version(x)
-        y = x
-    elif needs_grad(x, w1, b1, w2, b2, residual):
-        if _unobserved(x, w1, b1, w2, b2, residual):
-            y = _Train.apply(*arguments)  # type: ignore[no-untyped-call]
-        else:
-            y = torch.ops.se_fused.squeeze_excite_train.default(*arguments)[0]
-    else:
-        y = torch.ops.se_fused.squeeze_excite.default(*arguments)
-    return y
+    tensors = (x, w1, b1, w2, b2, residual)
+    ops, unobserved = torch.ops.se_fused, _unobserved(*tensors)
+    if needs_grad(*tensors):
+        return _Train.apply(*tensors, *options) if unobserved else ops.squeeze_excite_train.default(*tensors, *options)[0]
+    unobserved = (
+        unobserved
+        and not torch.autograd.profiler._is_profiler_enabled
+        and torch._C._len_torch_function_stack() == 0
+    )
+    if not inplace:
+        return launch.forward(*tensors, *options) if unobserved else ops.squeeze_excite.default(*tensors, *options)
+    (launch.forward_inplace if unobserved else ops.squeeze_excite_.default)(*tensors, *options)
+    torch.autograd.graph.increment_version(x)
+    return x
 
 
 def explain(
@@ -290,7 +339,7 @@ def explain(
         TypeError, ValueError, BackendUnavailable: as the call itself would.
     """
     encode(act, gate, squeeze, pre_act, post_act)
-    check(x, w1, b1, w2, b2, residual, inplace)
+    check(x, w1, b1, w2, b2, residual, squeeze, inplace)
 
     def plan() -> str:
         own_residual = residual is not None and residual is not x

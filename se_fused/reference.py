@@ -103,13 +103,15 @@ def squeeze_excite(
     Arguments are not checked. The interior is float32, or float64 for float64 `x`.
     """
     device = x.device.type
-    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+    # A context that is not needed would stand in every traced graph.
+    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    with torch.autocast(device, enabled=False) if casts else nullcontext():
         u = _activation(pre_act, x.to(torch.promote_types(x.dtype, torch.float32)))
         h = _squeeze(u, squeeze)
         if w1 is not None:
             h = _activation(act, _linear(h, w1, b1))
         s = _activation(gate, _linear(h, w2, b2))
-        v = u * s.reshape(s.shape + (1,) * (x.dim() - 2))
+        v = u * s[(..., *(None,) * (x.dim() - 2))]
         if residual is not None:
             v = v + residual
         y = _activation(post_act, v).to(x.dtype)
