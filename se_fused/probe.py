@@ -9,8 +9,11 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import random
+import sys
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,6 +105,38 @@ def random_map(*shape: int) -> Tensor:
     return x + torch.copysign(torch.full_like(x, 0.5), x)
 
 
+@contextmanager
+def undisturbed(layer: nn.Module) -> Iterator[None]:
+    """For running `layer` or a copy: afterwards random states, number of threads and its classes are as before.
+
+    Meanwhile there is one thread: OpenMP's pool, once started, would hang in every process forked later.
+    """
+    classes = {cls for module in layer.modules() for cls in type(module).__mro__ if not _is_pytorchs(cls)}
+    before = {cls: dict(vars(cls)) for cls in classes - {object}}
+    draws, threads = random.getstate(), torch.get_num_threads()
+    numpy = sys.modules.get("numpy.random")
+    numpy_draws = numpy.get_state() if numpy else None
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        random.setstate(draws)
+        if numpy:
+            numpy.set_state(numpy_draws)
+        for cls, attributes in before.items():
+            for name in vars(cls).keys() - attributes.keys():
+                delattr(cls, name)
+            for name, value in attributes.items():
+                if vars(cls).get(name, before) is not value:
+                    setattr(cls, name, value)
+
+
+def _is_pytorchs(cls: type) -> bool:
+    return cls.__module__.split(".")[0] == "torch"
+
+
 def bare_copy(layer: nn.Module) -> nn.Module:
     """A float64 copy on the CPU with random parameters, in eval mode, without hooks and reparametrisation.
 
@@ -123,16 +158,27 @@ def bare_copy(layer: nn.Module) -> nn.Module:
                 dtype = torch.float64 if value.is_floating_point() else value.dtype
                 memo[id(value)] = value.detach().clone().to("cpu", dtype)
     bare = copy.deepcopy(layer, memo)
-    for module in bare.modules():
+    for module in list(bare.modules()):
         if parametrize.is_parametrized(module):
-            assert isinstance(module.parametrizations, nn.ModuleDict)
-            for name in list(module.parametrizations):
-                parametrize.remove_parametrizations(module, name)
+            _lay_bare(module)
     return bare.eval()
 
 
+def _lay_bare(module: nn.Module) -> None:
+    """Make the parametrized parameters of `module` plain ones, random again.
+
+    `remove_parametrizations` would take their properties from the class, which is the original's too.
+    """
+    lists = module._modules.pop("parametrizations")
+    assert isinstance(lists, nn.ModuleDict)
+    module.__class__ = type(module).__bases__[0]
+    for name, parametrization in lists.items():
+        largest = max(parametrization.parameters(recurse=False), key=Tensor.numel)
+        module.register_parameter(name, nn.Parameter(numbers(*largest.shape)))
+
+
 def trial_maps(shapes: list[tuple[int, ...]]) -> Iterator[Tensor]:
-    """Maps of the ranks and numbers of channels that the weights allow, the likelier first; then one with C at the end.
+    """Maps of the ranks and numbers of channels that the weights allow, the likelier first; then those with C at the end.
 
     No two sizes are equal and H > W, so that no mistaken axis or kernel size goes unseen; N fits the grid in W1 z.
     """
@@ -145,7 +191,8 @@ def trial_maps(shapes: list[tuple[int, ...]]) -> Iterator[Tensor]:
     for c in sorted(set(sizes), reverse=True):
         for rank in sorted((1, 2, 3), key=lambda rank: (rank != likely, rank != 3)):
             yield random_map(n, c, *spatial[rank - 1 :: -1])
-        yield random_map(n, c, *spatial[1::-1]).movedim(1, -1).contiguous()
+        for rank in (2, 1):
+            yield random_map(n, c, *spatial[rank - 1 :: -1]).movedim(1, -1).contiguous()
 
 
 class _Plant(TorchDispatchMode):

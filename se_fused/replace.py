@@ -6,9 +6,9 @@ what it was with another `forward`. So parameters, state_dict keys, attributes, 
 
 from __future__ import annotations
 
+import copyreg
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -18,57 +18,57 @@ from torch import Tensor, nn
 from .modules import SqueezeExcite
 from .ops import squeeze_excite
 from .recognise import Recognised, recognise
-
-
-@dataclass(frozen=True)
-class Report:
-    """What `replace` did. Every SE layer of `model` is named in `replaced` or, with the reason, in `skipped`."""
-
-    model: nn.Module
-    replaced: dict[str, Recognised]
-    skipped: dict[str, str]
-
-    def __str__(self) -> str:
-        lines = []
-        for title, outcome in (("replaced", self.replaced), ("skipped", self.skipped)):
-            if outcome:
-                rows = [(name or "(the model)", what) for name, what in outcome.items()]
-                width = max(len(name) for name, _ in rows)
-                lines.append(f"{len(outcome)} {title}")
-                lines += [f"  {name:{width}}  {what}" for name, what in rows]
-        return "\n".join(lines) or "no SE layer found"
+from .report import Report
+from .swap import Swap
 
 
 class FusedSE(nn.Module):
-    """Comes before the class of a replaced layer, whose `forward` remains for calls that were not proven equal:
-    with further arguments, or with a map of another rank."""
+    """Comes before the class of a replaced layer, whose `forward` remains for calls that were not proven equal."""
 
-    _se_recognised: Recognised
-    _se_inplace: bool
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        se = self._se_recognised
-        if kwargs or len(args) != 1 or not isinstance(args[0], Tensor) or args[0].dim() not in se.dims:
-            return super().forward(*args, **kwargs)
-        x = args[0]
-        return squeeze_excite(
-            x,
-            *se.weights(self),
-            residual=x if se.residual else None,
-            inplace=self._se_inplace and not torch.is_grad_enabled(),
-            **se.options(),
-        )
+    _se: Swap
 
     def extra_repr(self) -> str:
-        return ", ".join(filter(None, (super().extra_repr(), f"fused: {self._se_recognised}")))
+        return ", ".join(filter(None, (super().extra_repr(), f"fused: {self._se.recognised}")))
 
     def __prepare_scriptable__(self) -> nn.Module:
         raise RuntimeError("TorchScript cannot compile a fused SE layer: call se_fused.restore on the model first")
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, so that pickle and deepcopy cannot find it by name.
-        state = super().__reduce_ex__(2)[2]
-        return _blank, (_original_class(self),), state
+        original, swap = _original_class(self), self._se
+        state = {name: value for name, value in super().__reduce_ex__(2)[2].items() if name != "_se"}
+        if swap.change(self) is not None:
+            return copyreg.__newobj__, (original,), state  # type: ignore[attr-defined]
+        return _blank, (original, swap.recognised, swap.inplace), state
+
+    def __setstate__(self, state: Any) -> None:
+        recognised, inplace = self.__dict__.pop("_se")
+        super().__setstate__(state)
+        self._se = Swap(self, _original_class(self), recognised, inplace)
+
+
+def _fused_forward(original: type[Any]) -> Callable[..., Any]:
+    # The signature stays the original's: torch.fx, transformers and others read it.
+    @functools.wraps(original.forward)
+    def forward(self: FusedSE, *args: Any, **kwargs: Any) -> Any:
+        # Compilers and tracers see the layer as it was written: Inductor fuses it with what stands around it, and
+        # TorchScript and ONNX know its operators.
+        if not (torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None):
+            swap = self._se
+            x = swap.map_of(args, kwargs)
+            weights = None if x is None else swap.weights(self)
+            if weights is not None:
+                assert x is not None
+                return squeeze_excite(
+                    x,
+                    *weights,
+                    residual=x if swap.recognised.residual else None,
+                    inplace=swap.inplace and not torch.is_grad_enabled(),
+                    **swap.options,
+                )
+        return original.forward(self, *args, **kwargs)
+
+    return forward
 
 
 _classes: dict[type[Any], type[FusedSE]] = {}
@@ -76,7 +76,8 @@ _classes: dict[type[Any], type[FusedSE]] = {}
 
 def _fused_class(original: type[Any]) -> type[FusedSE]:
     if original not in _classes:
-        _classes[original] = type(f"Fused{original.__name__}", (FusedSE, original), {"__module__": original.__module__})
+        members = {"__module__": original.__module__, "forward": _fused_forward(original)}
+        _classes[original] = type(f"Fused{original.__name__}", (FusedSE, original), members)
     return _classes[original]
 
 
@@ -89,9 +90,55 @@ def _original_class(layer: nn.Module) -> type[Any]:
     return original
 
 
-def _blank(original: type[Any]) -> FusedSE:
+def _blank(original: type[Any], recognised: Recognised, inplace: bool) -> FusedSE:
+    """A layer of which all is to come by its __setstate__."""
     cls = _fused_class(original)
-    return cls.__new__(cls)
+    layer = cls.__new__(cls)
+    layer.__dict__["_se"] = recognised, inplace
+    return layer
+
+
+class _Examination:
+    """One walk over a model: what it holds, and what of that is wanted."""
+
+    def __init__(self, model: nn.Module, include: Sequence[str] | None, exclude: Sequence[str] | None) -> None:
+        self.names: dict[nn.Module, list[str]] = {}
+        for name, module in model.named_modules(remove_duplicate=False):
+            self.names.setdefault(module, []).append(name)
+        self.include, self.exclude = include, exclude
+        self.outcome: dict[nn.Module, Recognised | str] = {}
+        self.seen: dict[nn.Module, bool] = {}
+
+    def unwanted(self, layer: nn.Module) -> str | None:
+        inside = [name for module in layer.modules() for name in self.names[module]]
+        for pattern in self.exclude or ():
+            if any(fnmatchcase(name, pattern) for name in inside):
+                return f"excluded by {pattern!r}"
+        if self.include is None:
+            return None
+        if any(fnmatchcase(name, pattern) for name in self.names[layer] for pattern in self.include):
+            return None
+        return "no pattern of include matches"
+
+    def examine(self, layer: nn.Module) -> bool:
+        """Whether `layer` or one inside it has an outcome: the outermost that can be replaced, else the innermost."""
+        if layer not in self.seen:
+            self.seen[layer] = self._examine(layer)
+        return self.seen[layer]
+
+    def _examine(self, layer: nn.Module) -> bool:
+        if isinstance(layer, (FusedSE, SqueezeExcite)):
+            self.outcome[layer] = "already fused"
+            return True
+        fused_inside = any(isinstance(module, (FusedSE, SqueezeExcite)) for module in layer.modules())
+        found = None if fused_inside else recognise(layer)
+        if isinstance(found, Recognised):
+            found = self.unwanted(layer) or found
+        if not isinstance(found, Recognised) and any([self.examine(child) for child in layer.children()]):
+            return True
+        if found is not None:
+            self.outcome[layer] = found
+        return found is not None
 
 
 def replace(
@@ -105,9 +152,12 @@ def replace(
     """Make every SE layer in `model` call `se_fused.squeeze_excite`, after a proof by numbers that this is the same.
 
     Nothing else of the model changes; `restore` undoes it. Where one layer stands inside another one that also is SE (a
-    wrapper x + SE(x)), the outermost is replaced. A layer computes as before where the call is not the one proven
-    equal: given further arguments (a mask) or a map of another rank. Hooks on modules inside a layer that are
-    registered later are not called until `restore`.
+    wrapper x + SE(x)), the outermost is replaced.
+
+    A replaced layer computes as the original does where a call or the layer is not what was proven equal: given a map
+    of another rank, or further arguments that are not the defaults; once its inside has changed (a swapped activation,
+    an adapter, a pruned or quantised weight, a hook on a module inside; it says so once); and wherever torch.compile,
+    torch.export, torch.jit.trace or an ONNX exporter looks at it.
 
     Args:
         model: any module, also an SE layer itself.
@@ -119,47 +169,26 @@ def replace(
 
     Returns:
         The `Report`. `Report.model` is `model`.
+
+    Raises:
+        TypeError: for another kind of argument than these.
     """
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(module, []).append(name)
-    includes, excludes = _patterns(include), _patterns(exclude)
-    outcome: dict[nn.Module, Recognised | str] = {}
-
-    def unwanted(layer: nn.Module) -> str | None:
-        inside = [name for module in layer.modules() for name in names[module]]
-        for pattern in excludes or ():
-            if any(fnmatchcase(name, pattern) for name in inside):
-                return f"excluded by {pattern!r}"
-        if includes is None or any(fnmatchcase(name, pattern) for name in names[layer] for pattern in includes):
-            return None
-        return "no pattern of include matches"
-
-    @functools.cache
-    def examine(layer: nn.Module) -> bool:
-        """Whether `layer` or one inside it gets named in the report."""
-        if isinstance(layer, (FusedSE, SqueezeExcite)):
-            outcome[layer] = "already fused"
-            return True
-        fused_inside = any(isinstance(module, (FusedSE, SqueezeExcite)) for module in layer.modules())
-        found = None if fused_inside else recognise(layer)
-        if isinstance(found, Recognised):
-            found = unwanted(layer) or found
-        if not isinstance(found, Recognised):
-            inside = [examine(child) for child in layer.children()]
-            if any(inside):
-                return True
-        if found is not None:
-            outcome[layer] = found
-        return found is not None
-
-    examine(model)
-    if not dry_run:
-        for layer, found in outcome.items():
-            if isinstance(found, Recognised):
-                layer._se_recognised, layer._se_inplace = found, inplace  # type: ignore[assignment]
-                layer.__class__ = _fused_class(type(layer))
-    named = [(name, outcome[layer]) for layer, its_names in names.items() if layer in outcome for name in its_names]
+    if not isinstance(model, nn.Module):
+        got = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise TypeError(f"replace: model is {got}; wanted a torch.nn.Module")
+    examination = _Examination(model, _patterns("include", include), _patterns("exclude", exclude))
+    examination.examine(model)
+    outcome = examination.outcome
+    for layer, found in outcome.items():
+        if isinstance(found, Recognised) and not dry_run:
+            original = type(layer)
+            try:
+                layer.__class__ = _fused_class(original)
+            except TypeError as error:
+                outcome[layer] = f"its class cannot be changed: {error}"
+            else:
+                layer._se = Swap(layer, original, found, inplace)  # type: ignore[assignment]
+    named = [(name, outcome[layer]) for layer, names in examination.names.items() if layer in outcome for name in names]
     return Report(
         model,
         {name: found for name, found in named if isinstance(found, Recognised)},
@@ -167,8 +196,13 @@ def replace(
     )
 
 
-def _patterns(given: str | Sequence[str] | None) -> Sequence[str] | None:
-    return (given,) if isinstance(given, str) else given
+def _patterns(argument: str, given: Any) -> Sequence[str] | None:
+    patterns = (given,) if isinstance(given, str) else given
+    if patterns is not None and not (
+        isinstance(patterns, Sequence) and all(isinstance(pattern, str) for pattern in patterns)
+    ):
+        raise TypeError(f"replace: {argument} is {given!r}; wanted a pattern, a list of patterns, or None")
+    return patterns
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -180,6 +214,6 @@ def restore(model: nn.Module) -> nn.Module:
     layers = [module for module in model.modules() if isinstance(module, FusedSE)]
     originals = [_original_class(layer) for layer in layers]
     for layer, original in zip(layers, originals, strict=True):
-        del layer._se_recognised, layer._se_inplace
+        del layer._se
         layer.__class__ = original
     return model

@@ -1,0 +1,52 @@
+"""What `replace` did to a model, as an object and as text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from .recognise import Recognised
+
+_NAMES_IN_FULL = 4
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `replace` did. Every SE layer of `model` is named once, by its dotted name ("": `model` itself).
+
+    `replaced` tells what a layer computes; `skipped` why a layer was left as it is; `near` why a module that is no
+    layer to replace holds one all the same, as a block with SE written into its forward.
+    """
+
+    model: nn.Module
+    replaced: dict[str, Recognised]
+    skipped: dict[str, str]
+    near: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        groups: dict[str, Mapping[str, object]] = {
+            "replaced": self.replaced,
+            "skipped": self.skipped,
+            "near misses": self.near,
+        }
+        count = sum(map(len, groups.values()))
+        if count == 0:
+            return "no SE layer found"
+        lines = [f"{len(self.replaced)} of {count} SE layer{'s' * (count > 1)} replaced"]
+        for title, outcome in groups.items():
+            if outcome:
+                lines.append(f"{title}: {len(outcome)}")
+            names: dict[str, list[str]] = {}
+            for name, what in outcome.items():
+                names.setdefault(str(what), []).append(name or "(the model)")
+            for what, those in names.items():
+                lines += [f"  {what}", f"      {_listed(those)}"]
+        return "\n".join(lines)
+
+
+def _listed(names: list[str]) -> str:
+    if len(names) <= _NAMES_IN_FULL:
+        return ", ".join(names)
+    return f"{names[0]}, {names[1]}, ..., {names[-1]} ({len(names)} layers)"
