@@ -137,6 +137,16 @@ for _name, _setup in (("squeeze_excite_train", _setup_context), ("squeeze_excite
     torch.library.register_autograd(f"se_fused::{_name}", _differentiate, setup_context=_setup, lib=_LIBRARY)
 
 
+def _inplace_under_autograd(*args: Any) -> None:
+    if needs_grad(*args[:6]):
+        raise RuntimeError("se_fused: squeeze_excite_ writes over x, which its gradient would need; call squeeze_excite")
+    with torch._C._AutoDispatchBelowAutograd():
+        torch.ops.se_fused.squeeze_excite_.default(*args)
+
+
+_LIBRARY.impl("squeeze_excite_", _inplace_under_autograd, "Autograd")
+
+
 class _Train(torch.autograd.Function):
     """squeeze_excite_train and its gradient without the dispatcher, which takes longer than a small map."""
 

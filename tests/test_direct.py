@@ -200,7 +200,7 @@ def test_the_profiler_sees_the_operator(answers):
     assert answers == []
 
 
-def test_a_trace_keeps_the_operator(answers):
+def test_a_trace_gets_the_formula(answers):
     tensors, other = Case().tensors(), Case(seed=1).tensors()["x"]
     with torch.no_grad():
         traced = torch.jit.trace(

@@ -1,0 +1,255 @@
+"""Inputs that share memory, strides or history: the results are the reference's, and what cannot be right is refused."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from cases import Case, assert_close, call, truth
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
+
+import se_fused
+from se_fused import memory, reference
+
+pytestmark = pytest.mark.usefixtures("native")
+NAMES = ("x", "w1", "b1", "w2", "b2", "residual")
+
+
+def _reversed(t):
+    axes = tuple(reversed(range(t.dim())))
+    return t.permute(axes).contiguous().permute(axes)
+
+
+# How a tensor can lie in memory.
+LAYOUTS = {
+    "as made": lambda t: t,
+    "reversed": _reversed,
+    "every second": lambda t: t.repeat_interleave(2, -1)[..., ::2],
+    "expanded": lambda t: t[:1].expand(t.shape),
+    "negated": lambda t: torch._neg_view(-t),
+}
+# How inputs come from leaves. C = R, so that a weight can be the other.
+HISTORIES = {
+    "apart": lambda t: t,
+    "w2 is w1 transposed": lambda t: {**t, "w2": t["w1"].t()},
+    "w2 is w1": lambda t: {**t, "w2": t["w1"]},
+    "b2 is b1": lambda t: {**t, "b2": t["b1"]},
+    "residual is x": lambda t: {**t, "residual": t["x"]},
+    "residual comes from x": lambda t: {**t, "residual": t["x"] * 2},
+    "x comes from w1": lambda t: {**t, "x": t["x"] + t["w1"].sum()},
+    "w1 comes from x": lambda t: {**t, "w1": t["w1"] * t["x"].mean()},
+}
+
+
+def _under(hooks):
+    def run(f, tensors):
+        with hooks():
+            return f(*tensors)
+
+    return run
+
+
+WAYS = {
+    "plain": lambda f, tensors: f(*tensors),
+    "save_on_cpu": _under(torch.autograd.graph.save_on_cpu),
+    "hooks that change strides": _under(
+        lambda: torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().clone(), _reversed)
+    ),
+    "checkpoint": lambda f, tensors: checkpoint(f, *tensors, use_reentrant=False),
+}
+
+
+def gradients(function, leaves, history, way, g, order, options):
+    """Of all leaves: of y against g, or at order 2 of the squares of those."""
+    leaves = {name: t.detach().requires_grad_() for name, t in leaves.items()}
+    tensors = list(HISTORIES[history](leaves).values())
+
+    def run(*values):
+        return call(function, dict(zip(NAMES, values, strict=True)), options)
+
+    wanted = list(leaves.values())
+    found = torch.autograd.grad(WAYS[way](run, tensors), wanted, g, create_graph=order == 2, allow_unused=True)
+    if order == 2:
+        penalty = sum(f.square().sum() for f in found if f is not None)
+        found = torch.autograd.grad(penalty, wanted, allow_unused=True)
+    return dict(zip(leaves, found, strict=True))
+
+
+@given(
+    layouts=st.tuples(*[st.sampled_from(list(LAYOUTS))] * 7),
+    history=st.sampled_from(list(HISTORIES)),
+    way=st.sampled_from(list(WAYS)),
+    order=st.sampled_from([1, 2]),
+    options=st.fixed_dictionaries(
+        {
+            "act": st.sampled_from(["relu", "silu"]),
+            "squeeze": st.sampled_from(["mean", "max"]),
+            "post_act": st.sampled_from([None, "tanh"]),
+        }
+    ),
+)
+@settings(max_examples=400)
+def test_gradients_whatever_the_strides_and_the_history(layouts, history, way, order, options):
+    case = Case(n=2, c=6, r=6, spatial=(3, 4), dtype=torch.float64, residual="map")
+    leaves = {name: LAYOUTS[layout](t) for (name, t), layout in zip(case.tensors().items(), layouts, strict=False)}
+    # Of an expanded leaf PyTorch itself keeps no gradient of its own for each element of memory.
+    g = LAYOUTS[layouts[6]](torch.randn_like(leaves["x"].contiguous()))
+    got, wanted = (
+        gradients(f, leaves, history, way, g, order, options) for f in (se_fused.squeeze_excite, reference.squeeze_excite)
+    )
+    for name, right in wanted.items():
+        assert (got[name] is None) == (right is None), name
+        if right is not None:
+            assert_close(got[name], right, torch.float64, f"gradient of {name}", factor=100)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_transposed_weight_gets_its_own_gradient_in_its_own_strides(dtype):
+    """Also in the operator's own memory: what torch.compile allocates follows its fake."""
+    tensors = Case(c=16, r=4, dtype=dtype).tensors()
+    w1 = _reversed(tensors["w1"]).requires_grad_()
+    (got,) = torch.autograd.grad(call(se_fused.squeeze_excite, {**tensors, "w1": w1}, {}).sum(), w1)
+    (wanted,) = torch.autograd.grad(call(reference.squeeze_excite, {**tensors, "w1": w1}, {}).sum(), w1)
+    assert_close(got, wanted.double(), dtype, factor=8)
+    assert got.stride() == w1.stride()
+
+
+@pytest.mark.parametrize("vectorize", [False, True])
+def test_batched_gradients(vectorize):
+    tensors = Case(c=4, r=2, spatial=(2, 2), dtype=torch.float64).tensors()
+
+    def jacobian(function):
+        return torch.autograd.functional.jacobian(
+            lambda x, w: call(function, {**tensors, "x": x, "w1": w}, {}), (tensors["x"], tensors["w1"]), vectorize=vectorize
+        )
+
+    torch.testing.assert_close(jacobian(se_fused.squeeze_excite), jacobian(reference.squeeze_excite))
+
+
+# In place: a flat memory, and in it x and another tensor anywhere.
+
+
+@st.composite
+def views(draw):
+    """x [2, 3, 2, 2] and a residual like it or a w2 [3, 3], each by strides and an offset of its own in 64 elements."""
+
+    def view(shape):
+        steps = draw(st.lists(st.sampled_from([0, 1, 2, 3, 4, 6, 8, 12, 24]), min_size=len(shape), max_size=len(shape)))
+        room = 63 - sum((size - 1) * step for size, step in zip(shape, steps, strict=True))
+        assume(room >= 0)
+        return shape, steps, draw(st.integers(0, room))
+
+    return view((2, 3, 2, 2)), draw(st.sampled_from(["residual", "w2"])), view((2, 3, 2, 2)), view((3, 3))
+
+
+def places(shape, steps, offset):
+    grid = torch.full(shape, offset)
+    for axis, (size, step) in enumerate(zip(shape, steps, strict=True)):
+        grid += (torch.arange(size) * step).view(-1, *(1,) * (len(shape) - axis - 1))
+    return grid.flatten().tolist()
+
+
+@given(views(), st.booleans())
+@settings(max_examples=600)
+def test_in_place_is_right_or_refused_wherever_inputs_lie(drawn, exact):
+    x_view, name, residual_view, w2_view = drawn
+    other_view = w2_view if name == "w2" else x_view if exact else residual_view
+    flat = torch.randn(64)
+    x, other = flat.as_strided(*x_view), flat.as_strided(*other_view)
+    tensors = {**dict.fromkeys(NAMES), "x": x, "w2": torch.randn(3, 3), name: other}
+    mine, its = places(*x_view), places(*other_view)
+    legal = len(set(mine)) == len(mine) and (not set(mine) & set(its) or (name == "residual" and mine == its))
+    copies = {key: t if t is None else t.clone() for key, t in tensors.items()}
+    before = flat.clone()
+    with torch.no_grad():
+        if legal:
+            y = call(se_fused.squeeze_excite, tensors, {}, inplace=True)
+            assert y is x
+            assert_close(x, truth(copies, {}), torch.float32)
+            rest = sorted(set(range(64)) - set(mine))
+            assert torch.equal(flat[rest], before[rest])
+        else:
+            with pytest.raises(ValueError, match=rf"squeeze_excite: (x is a tensor that overlaps|{name} is in the memory)"):
+                call(se_fused.squeeze_excite, tensors, {}, inplace=True)
+            assert torch.equal(flat, before)
+
+
+def test_in_place_takes_what_lies_between_the_elements_of_x():
+    both = torch.randn(2, 6, 4, 4)
+    x, residual = both[:, :3], both[:, 3:]
+    tensors = {**dict.fromkeys(NAMES), "x": x, "w2": torch.randn(3, 3), "residual": residual}
+    expected = truth(tensors, {})
+    with torch.inference_mode():
+        assert_close(call(se_fused.squeeze_excite, tensors, {}, inplace=True), expected, torch.float32)
+
+
+def test_in_place_of_a_negated_view():
+    tensors = Case().tensors()
+    tensors["x"] = torch._neg_view(tensors["x"])
+    expected = truth(tensors, {})
+    with torch.no_grad():
+        y = call(se_fused.squeeze_excite, tensors, {}, inplace=True)
+    assert y is tensors["x"]
+    assert_close(y, expected, torch.float32)
+
+
+def test_in_place_on_an_inference_tensor_after_inference():
+    with torch.inference_mode():
+        tensors = Case().tensors()
+    with torch.no_grad(), pytest.raises(ValueError, match="x is an inference tensor outside inference mode"):
+        call(se_fused.squeeze_excite, tensors, {}, inplace=True)
+    with torch.inference_mode():
+        expected = truth(tensors, {})
+        assert_close(call(se_fused.squeeze_excite, tensors, {}, inplace=True), expected, torch.float32)
+
+
+def test_freed_storage_is_named():
+    """In a process of its own, which reading it would end."""
+    program = f"""
+import itertools, sys
+sys.path.insert(0, {os.path.dirname(__file__)!r})
+import torch, se_fused
+from cases import Case, call
+for name, offset, grad in itertools.product(["x", "w1", "b2", "residual"], [0, 64], [False, True]):
+    tensors = Case(residual="map").tensors()
+    flat = torch.randn(offset + tensors[name].numel())
+    tensors[name] = flat[offset:].view(tensors[name].shape)
+    flat.untyped_storage().resize_(0)
+    try:
+        with torch.set_grad_enabled(grad):
+            call(se_fused.squeeze_excite, {{**tensors, "w2": tensors["w2"].requires_grad_(grad)}}, {{}})
+    except ValueError as error:
+        assert f"squeeze_excite: {{name}} is a tensor" in str(error) and "whose storage was freed" in str(error), error
+        print("named")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["named"] * 16
+
+
+def test_the_kernels_refuse_what_the_call_would():
+    """The bare operators, which nothing checks in Python."""
+    flat = torch.randn(65)
+    x, y = flat[:64].view(1, 4, 4, 4), flat[1:].view(1, 4, 4, 4)
+    out = torch.ops.se_fused.forward_out.default
+    options = (0, 9, 0.0, 0.0, 0, 0, 0)
+    with pytest.raises(RuntimeError, match="y overlaps x"):
+        out(x, None, None, torch.randn(4, 4), None, None, *options, False, y, None, None, None)
+    with pytest.raises(RuntimeError, match="y overlaps w2"):
+        out(x.clone(), None, None, flat[1:17].view(4, 4), None, None, *options, False, y, None, None, None)
+    with pytest.raises(RuntimeError, match="z is not row-major"):
+        z = torch.empty(4, 2).t()
+        out(torch.randn(2, 4, 2, 2), None, None, torch.randn(4, 4), None, None, *options, False,
+            torch.empty(2, 4, 2, 2), z, torch.empty(2, 0), torch.empty(2, 4))  # fmt: skip
+
+
+def test_overlap_counts_bytes():
+    half = torch.zeros(16, dtype=torch.float16)
+    as_float = half.view(torch.float32)
+    assert memory.overlap(half[:2], as_float[:1])
+    assert not memory.overlap(half[:2], as_float[1:])
+    assert memory.overlaps_itself(torch.zeros(8).as_strided((3, 3), (2, 1)))
+    assert not memory.overlaps_itself(torch.zeros(16).as_strided((3, 2), (2, 3)))
