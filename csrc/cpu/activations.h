@@ -112,43 +112,44 @@ SE_INLINE V value(V v, [[maybe_unused]] const Options& o) {
   if constexpr (kActivation == Activation::kIdentity) return v;
 }
 
+// g activation'(v). PyTorch's backward selects where an activation is made of straight pieces, so that 0 is left of an
+// infinite g, and multiplies elsewhere, so that NaN is.
 template <Activation kActivation, class V>
-SE_INLINE V derivative(V v, [[maybe_unused]] const Options& o) {
+SE_INLINE V gradient(V v, V g, [[maybe_unused]] const Options& o) {
   using A = typename Traits<V>::Element;
-  const V one = splat<V>(1);
-  if constexpr (kActivation == Activation::kRelu) return select<V>(v <= 0, V{}, one);
-  if constexpr (kActivation == Activation::kRelu6) return select<V>((v <= 0) | (v >= 6), V{}, one);
+  if constexpr (kActivation == Activation::kRelu) return select<V>(v <= 0, V{}, g);
+  if constexpr (kActivation == Activation::kRelu6) return select<V>((v <= 0) | (v >= 6), V{}, g);
   if constexpr (kActivation == Activation::kSilu) {
     const V s = sigmoid(v);
-    return s * (1 + v * (1 - s));
+    return g * (s * (1 + v * (1 - s)));
   }
   if constexpr (kActivation == Activation::kHardswish)
-    return select<V>(v <= -3, V{}, select<V>(v >= 3, one, v / 3 + A(0.5)));
+    return select<V>(v <= -3, V{}, select<V>(v >= 3, g, g * (v / 3 + A(0.5))));
   if constexpr (kActivation == Activation::kGelu)
-    return A(0.5) * (1 + erf_(v * A(kSqrtHalf))) + v * exp_(A(-0.5) * v * v) * A(0.5 * kSqrtTwoOverPi);
+    return g * (A(0.5) * (1 + erf_(v * A(kSqrtHalf))) + v * exp_(A(-0.5) * v * v) * A(0.5 * kSqrtTwoOverPi));
   if constexpr (kActivation == Activation::kGeluTanh) {
     const V t = tanh_(A(kSqrtTwoOverPi) * (v + A(kGeluCubic) * v * v * v));
     const V inner = A(kSqrtTwoOverPi) * (1 + A(3 * kGeluCubic) * v * v);
-    return A(0.5) * (1 + t) + A(0.5) * v * (1 - t * t) * inner;
+    return g * (A(0.5) * (1 + t) + A(0.5) * v * (1 - t * t) * inner);
   }
-  if constexpr (kActivation == Activation::kLeakyRelu) return select<V>(v > 0, one, splat<V>(kLeakySlope));
+  if constexpr (kActivation == Activation::kLeakyRelu) return select<V>(v > 0, g, A(kLeakySlope) * g);
   if constexpr (kActivation == Activation::kMish) {
     const V e = exp_(select<V>(v > 40, splat<V>(40), v)), n = e * (e + 2), t = n / (n + 2);
-    return t + v * (e / (e + 1)) * (1 - t * t);
+    return g * (t + v * (e / (e + 1)) * (1 - t * t));
   }
   if constexpr (kActivation == Activation::kSigmoid) {
     const V s = sigmoid(v);
-    return s * (1 - s);
+    return g * (s * (1 - s));
   }
   if constexpr (kActivation == Activation::kTanh) {
     const V t = tanh_(v);
-    return 1 - t * t;
+    return g * (1 - t * t);
   }
   if constexpr (kActivation == Activation::kHardSigmoid) {
     const V line = A(o.slope) * v + A(o.offset);
-    return select<V>((line < 0) | (line > 1), V{}, splat<V>(o.slope));
+    return A(o.slope) * select<V>((line >= 0) & (line <= 1), g, V{});
   }
-  if constexpr (kActivation == Activation::kIdentity) return one;
+  if constexpr (kActivation == Activation::kIdentity) return g;
 }
 
 template <Activation kActivation>
@@ -176,17 +177,14 @@ void activate(Activation activation, const Options& o, A* v, int64_t n) {
   });
 }
 
-// g *= activation'(v), in place.
+// g = g activation'(v), in place.
 template <class A>
 void chain(Activation activation, const Options& o, const A* v, A* g, int64_t n) {
   if (activation == Activation::kIdentity) return;
   with_activation(activation, [&](auto tag) {
     lanes<A>(n, [&](int64_t i, auto type) {
       using V = decltype(type);
-      const V d = derivative<decltype(tag)::kValue>(load<V>(v + i), o);
-      // Where the derivative is 0 so is the gradient, whatever g: relu's backward in PyTorch selects, it does not
-      // multiply.
-      store(g + i, select<V>(d == 0, V{}, load<V>(g + i) * d));
+      store(g + i, gradient<decltype(tag)::kValue>(load<V>(v + i), load<V>(g + i), o));
     });
   });
 }

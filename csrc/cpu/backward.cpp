@@ -101,7 +101,8 @@ void excite_shares(const Backward& f, const Buffers<A>& b, int64_t n0, int64_t n
   for (int64_t n = n0; n < n1; ++n) {
     for (int64_t i = n * f.c + c0; i < n * f.c + c1; ++i) {
       const A dz = half * b.mean_share[i];
-      if (f.options.squeeze != Squeeze::kMean) b.max_share[i] = dz / b.max_share[i];
+      // A NaN maximum has no ties in PyTorch, so that its mask * dz / ties is NaN along the whole row.
+      if (f.options.squeeze != Squeeze::kMean) b.max_share[i] = b.max[i] == b.max[i] ? dz / b.max_share[i] : b.max[i];
       b.mean_share[i] = f.options.squeeze == Squeeze::kMax ? A(0) : dz / static_cast<A>(f.l);
     }
   }

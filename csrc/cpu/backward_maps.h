@@ -156,9 +156,9 @@ void distribute(const Backward& f, const BackwardBuffers<A>& b, int64_t offset, 
         using V = decltype(type);
         V d = load<V>(dv + i) * s.template at<V>(i) + mean_share.template at<V>(i);
         if (with_max) {
-          // A NaN maximum makes the whole row NaN, as PyTorch's mask * dz / ties does: nothing equals it, so 0 / 0.
-          const V share = max_share.template at<V>(i), m = max.template at<V>(i);
-          d += select<V>(load<V>(u + i) == m, share, select<V>(m != m, m, V{}));
+          // A product, as PyTorch's: an infinite or NaN dz makes the other positions NaN.
+          const V ties = select<V>(load<V>(u + i) == max.template at<V>(i), splat<V>(1), V{});
+          d += ties * max_share.template at<V>(i);
         }
         store(out + i, d);
       });

@@ -52,22 +52,24 @@ __device__ A hardswish(A v) {
   return v * clamp<A>(v + 3, 0, 6) / 6;
 }
 
+// g activation'(v). PyTorch's backward selects where an activation is made of straight pieces, so that 0 is left of an
+// infinite g, and multiplies elsewhere, so that NaN is.
 template <class A>
-__device__ A relu_slope(A v) {
-  return v <= 0 ? A(0) : A(1);
+__device__ A relu_gradient(A v, A g) {
+  return v <= 0 ? A(0) : g;
 }
 template <class A>
-__device__ A relu6_slope(A v) {
-  return v <= 0 || v >= 6 ? A(0) : A(1);
+__device__ A relu6_gradient(A v, A g) {
+  return v <= 0 || v >= 6 ? A(0) : g;
 }
 template <class A>
-__device__ A silu_slope(A v) {
+__device__ A silu_gradient(A v, A g) {
   const A s = sigmoid(v);
-  return s * (1 + v * (1 - s));
+  return g * (s * (1 + v * (1 - s)));
 }
 template <class A>
-__device__ A hardswish_slope(A v) {
-  return v <= -3 ? A(0) : v >= 3 ? A(1) : v / 3 + A(0.5);
+__device__ A hardswish_gradient(A v, A g) {
+  return v <= -3 ? A(0) : v >= 3 ? g : g * (v / 3 + A(0.5));
 }
 
 template <class A>
@@ -90,38 +92,38 @@ __noinline__ __device__ A activate_one(Activation activation, const Options& o, 
 }
 
 template <class A>
-__noinline__ __device__ A slope_one(Activation activation, const Options& o, A v) {
+__noinline__ __device__ A chain_one(Activation activation, const Options& o, A v, A g) {
   switch (activation) {
-    case Activation::kIdentity: return 1;
-    case Activation::kRelu: return relu_slope(v);
-    case Activation::kRelu6: return relu6_slope(v);
-    case Activation::kSilu: return silu_slope(v);
-    case Activation::kHardswish: return hardswish_slope(v);
+    case Activation::kIdentity: return g;
+    case Activation::kRelu: return relu_gradient(v, g);
+    case Activation::kRelu6: return relu6_gradient(v, g);
+    case Activation::kSilu: return silu_gradient(v, g);
+    case Activation::kHardswish: return hardswish_gradient(v, g);
     case Activation::kGelu:
-      return A(0.5) * (1 + std::erf(v * A(kSqrtHalf))) + v * std::exp(A(-0.5) * v * v) * A(0.5 * kSqrtTwoOverPi);
+      return g * (A(0.5) * (1 + std::erf(v * A(kSqrtHalf))) + v * std::exp(A(-0.5) * v * v) * A(0.5 * kSqrtTwoOverPi));
     case Activation::kGeluTanh: {
       const A inner = gelu_tanh_inner(v), slope = A(kSqrtTwoOverPi) * (1 + A(3 * kGeluCubic) * v * v);
-      return A(0.5) * (1 + inner) + A(0.5) * v * (1 - inner * inner) * slope;
+      return g * (A(0.5) * (1 + inner) + A(0.5) * v * (1 - inner * inner) * slope);
     }
-    case Activation::kLeakyRelu: return v > 0 ? A(1) : A(kLeakySlope);
+    case Activation::kLeakyRelu: return v > 0 ? g : A(kLeakySlope) * g;
     case Activation::kMish: {
       const A e = std::exp(v > 40 ? A(40) : v), factor = mish_factor(e);
-      return factor + v * (e / (e + 1)) * (1 - factor * factor);
+      return g * (factor + v * (e / (e + 1)) * (1 - factor * factor));
     }
     case Activation::kSigmoid: {
       const A s = sigmoid(v);
-      return s * (1 - s);
+      return g * (s * (1 - s));
     }
     case Activation::kTanh: {
       const A s = std::tanh(v);
-      return 1 - s * s;
+      return g * (1 - s * s);
     }
     case Activation::kHardSigmoid: {
-      const A at = A(o.slope) * v + A(o.offset);
-      return at < 0 || at > 1 ? A(0) : A(o.slope);
+      const A line = A(o.slope) * v + A(o.offset);
+      return A(o.slope) * (line >= 0 && line <= 1 ? g : A(0));
     }
   }
-  return 1;
+  return g;
 }
 
 template <int V, class A, class Function>
@@ -149,40 +151,26 @@ __device__ void activate(Activation activation, const Options& o, A (&v)[V]) {
   each(v, [&](A t) { return activate_one(activation, o, t); });
 }
 
-// v = activation'(v)
-template <int V, class A>
-__device__ void differentiate(Activation activation, const Options& o, A (&v)[V]) {
-  if constexpr (kInlined<V, A>) {
-    switch (activation) {
-      case Activation::kRelu: return each(v, relu_slope<A>);
-      case Activation::kRelu6: return each(v, relu6_slope<A>);
-      case Activation::kSilu: return each(v, silu_slope<A>);
-      case Activation::kHardswish: return each(v, hardswish_slope<A>);
-      default: break;
-    }
-  }
-  each(v, [&](A t) { return slope_one(activation, o, t); });
+template <int V, class A, class Gradient>
+__device__ void each(const A (&v)[V], A (&g)[V], Gradient&& gradient) {
+#pragma unroll
+  for (int i = 0; i < V; ++i) g[i] = gradient(v[i], g[i]);
 }
 
-// g *= activation'(v). Where the derivative is 0 so is the gradient, whatever g: relu's backward in PyTorch selects, it
-// does not multiply.
+// g = g activation'(v)
 template <int V, class A>
 __device__ void chain(Activation activation, const Options& o, const A (&v)[V], A (&g)[V]) {
   if (activation == Activation::kIdentity) return;
-  A derivative[V];
-#pragma unroll
-  for (int i = 0; i < V; ++i) derivative[i] = v[i];
-  differentiate(activation, o, derivative);
-#pragma unroll
-  for (int i = 0; i < V; ++i) g[i] = derivative[i] == 0 ? A(0) : g[i] * derivative[i];
-}
-
-template <class A>
-__device__ A chain_one(Activation activation, const Options& o, A v, A g) {
-  const A at[1] = {v};
-  A one[1] = {g};
-  chain(activation, o, at, one);
-  return one[0];
+  if constexpr (kInlined<V, A>) {
+    switch (activation) {
+      case Activation::kRelu: return each(v, g, relu_gradient<A>);
+      case Activation::kRelu6: return each(v, g, relu6_gradient<A>);
+      case Activation::kSilu: return each(v, g, silu_gradient<A>);
+      case Activation::kHardswish: return each(v, g, hardswish_gradient<A>);
+      default: break;
+    }
+  }
+  each(v, g, [&](A at, A from) { return chain_one(activation, o, at, from); });
 }
 
 }  // namespace se::cuda

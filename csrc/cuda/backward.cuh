@@ -132,7 +132,8 @@ struct Channels {
     mean_share[i] = f.options.squeeze == Squeeze::kMax ? A(0) : dz / static_cast<A>(f.l);
     if (!has_max(f)) return;
     max[i] = maximum;
-    max_share[i] = dz / ties;
+    // A NaN maximum has no ties in PyTorch, so that its mask * dz / ties is NaN along the whole row.
+    max_share[i] = maximum == maximum ? dz / ties : maximum;
   }
 };
 
@@ -153,9 +154,9 @@ __device__ void distribute(const Backward& f, const M& maps, const Channels<A>& 
     A max[V];
     expand(channels.max, max);
     expand(channels.max_share, along);
-    // A NaN maximum makes the whole row NaN, as PyTorch's mask * dz / ties does: nothing equals it, so 0 / 0.
+    // A product, as PyTorch's: an infinite or NaN dz makes the other positions NaN.
 #pragma unroll
-    for (int i = 0; i < V; ++i) du[i] += u[i] == max[i] ? along[i] : max[i] != max[i] ? max[i] : A(0);
+    for (int i = 0; i < V; ++i) du[i] += (u[i] == max[i] ? A(1) : A(0)) * along[i];
   }
   if (f.options.pre_act != Activation::kIdentity) chain(f.options.pre_act, f.options, raw, du);
   if (f.residual_is_x) {

@@ -91,37 +91,41 @@ def activation(v, code: tl.constexpr, slope: tl.constexpr, offset: tl.constexpr)
 
 @triton.jit
 def chain(g, v, code: tl.constexpr, slope: tl.constexpr, offset: tl.constexpr):
-    """g activation'(v), elementwise; 0 wherever the derivative is, whatever g: PyTorch's relu selects there too."""
-    if code == IDENTITY:
-        d = tl.full(v.shape, 1.0, v.dtype)
-    elif code == RELU:
-        d = tl.where(v <= 0, 0.0, tl.full(v.shape, 1.0, v.dtype))
+    """g activation'(v), elementwise.
+
+    PyTorch's backward selects where an activation is made of straight pieces, so that 0 is left of an infinite g, and
+    multiplies elsewhere, so that NaN is.
+    """
+    if code == RELU:
+        out = tl.where(v <= 0, 0.0, g)
     elif code == RELU6:
-        d = tl.where((v <= 0) | (v >= 6), 0.0, tl.full(v.shape, 1.0, v.dtype))
+        out = tl.where((v <= 0) | (v >= 6), 0.0, g)
     elif code == SILU:
         s = sigmoid(v)
-        d = s * (1 + v * (1 - s))
+        out = g * (s * (1 + v * (1 - s)))
     elif code == HARDSWISH:
-        d = tl.where(v <= -3, 0.0, tl.where(v >= 3, 1.0, v / 3 + 0.5))
+        out = tl.where(v <= -3, 0.0, tl.where(v >= 3, g, g * (v / 3 + 0.5)))
     elif code == GELU:
-        d = 0.5 * (1 + tl.erf(v * _SQRT_HALF)) + v * tl.exp(-0.5 * v * v) * (0.5 * _SQRT_TWO_OVER_PI)
+        out = g * (0.5 * (1 + tl.erf(v * _SQRT_HALF)) + v * tl.exp(-0.5 * v * v) * (0.5 * _SQRT_TWO_OVER_PI))
     elif code == GELU_TANH:
         t = tanh((v + v * v * v * _GELU_CUBIC) * _SQRT_TWO_OVER_PI)
         inner = (1 + v * v * (3 * _GELU_CUBIC)) * _SQRT_TWO_OVER_PI
-        d = 0.5 * (1 + t) + 0.5 * v * (1 - t * t) * inner
+        out = g * (0.5 * (1 + t) + 0.5 * v * (1 - t * t) * inner)
     elif code == LEAKY_RELU:
-        d = tl.where(v > 0, 1.0, tl.full(v.shape, _LEAKY_SLOPE, v.dtype))
+        out = tl.where(v > 0, g, g * _LEAKY_SLOPE)
     elif code == MISH:
         e, t = _mish_tanh(v)
-        d = t + v * (e / (e + 1)) * (1 - t * t)
+        out = g * (t + v * (e / (e + 1)) * (1 - t * t))
     elif code == SIGMOID:
         s = sigmoid(v)
-        d = s * (1 - s)
+        out = g * (s * (1 - s))
     elif code == TANH:
         t = tanh(v)
-        d = 1 - t * t
-    else:
-        tl.static_assert(code == HARD_SIGMOID)
+        out = g * (1 - t * t)
+    elif code == HARD_SIGMOID:
         line = slope * v + offset
-        d = tl.where((line < 0) | (line > 1), 0.0, tl.full(v.shape, slope, v.dtype))
-    return g if code == IDENTITY else tl.where(d == 0, 0.0, g * d)
+        out = tl.where((line >= 0) & (line <= 1), g, 0.0) * slope
+    else:
+        tl.static_assert(code == IDENTITY)
+        out = g
+    return out

@@ -128,7 +128,8 @@ def _distribute(
             others = tl.load(ties + split * n * c + at, valid, 0.0)
             count = tl.where(other > top, others, tl.where(other == top, count + others, count))
             top = max_keep_nan(top, other)
-        share = dz / count
+        # A NaN maximum has no ties in PyTorch, so that its mask * dz / ties is NaN along the whole row.
+        share = tl.where(top == top, dz / count, top)
     for l0 in range(begin, end, BL):
         offset, inside = tile(n0, c0, l0, n, c, l, LAST, ALIGN, BN, BC, BL)
         raw, u, v = blend(x, residual, s, offset, inside, codes, RESIDUAL)
@@ -140,9 +141,8 @@ def _distribute(
             if codes[SQUEEZE] != MAX:
                 du += (dz / l)[:, :, None]
             if codes[SQUEEZE] != MEAN:
-                # A NaN maximum makes the whole row NaN, as PyTorch's mask * dz / ties does: nothing equals it: 0 / 0.
-                m = top[:, :, None]
-                du += tl.where(u == m, share[:, :, None], tl.where(m != m, m, 0.0))
+                # A product, as PyTorch's: an infinite or NaN dz makes the other positions NaN.
+                du += (u == top[:, :, None]).to(A) * share[:, :, None]
             d = chain(du, raw, codes[PRE_ACT], codes[SLOPE], codes[OFFSET])
             if TO_X:
                 d += dv
