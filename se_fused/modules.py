@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import math
+import operator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .arguments import encode
+from .arguments import _refuse, encode
 from .ops import squeeze_excite
 from .reference import HardSigmoid
+
+
+def _size(name: str, value: Any) -> int:
+    wanted = "an int of 1 or more"
+    try:
+        size = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        size = None
+    if size is None:
+        _refuse(TypeError, name, repr(value), wanted, "SqueezeExcite")
+    if size < 1:
+        _refuse(ValueError, name, repr(value), wanted, "SqueezeExcite")
+    return size
 
 
 class SqueezeExcite(nn.Module):
@@ -26,7 +41,8 @@ class SqueezeExcite(nn.Module):
     Parameters: `w1` [R, C], `b1` [R], `w2` [C, R], `b2` [C]; initialised as by `nn.Linear`.
 
     Raises:
-        ValueError: for sizes below 1 or an unknown name.
+        TypeError: for a size that is no int, or a `bias` or `inplace` that is no bool.
+        ValueError: for a size below 1 or an unknown name.
     """
 
     def __init__(
@@ -46,11 +62,12 @@ class SqueezeExcite(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, size in (("channels", channels), ("reduction", reduction), ("hidden", hidden)):
-            if size is not None and size < 1:
-                raise ValueError(f"SqueezeExcite: {name} is {size}; wanted 1 or more")
+        channels, reduction = _size("channels", channels), _size("reduction", reduction)
+        r = max(1, channels // reduction) if hidden is None else _size("hidden", hidden)
+        for name, value in (("bias", bias), ("inplace", inplace)):
+            if not isinstance(value, bool):
+                _refuse(TypeError, name, repr(value), "True or False", "SqueezeExcite")
         encode(act, gate, squeeze, pre_act, post_act, caller="SqueezeExcite")
-        r = max(1, channels // reduction) if hidden is None else hidden
         self.w1 = nn.Parameter(torch.empty(r, channels, device=device, dtype=dtype))
         self.w2 = nn.Parameter(torch.empty(channels, r, device=device, dtype=dtype))
         self.b1 = nn.Parameter(torch.empty(r, device=device, dtype=dtype)) if bias else None

@@ -3,6 +3,7 @@
 import copy
 import io
 
+import numpy as np
 import pytest
 import torch
 from cases import Case, assert_close, call, truth
@@ -99,10 +100,34 @@ def test_bad_options_are_named(options, message):
         se_fused.SqueezeExcite(8, **options)
 
 
-@pytest.mark.parametrize("sizes", [{"channels": 0}, {"channels": 8, "reduction": 0}, {"channels": 8, "hidden": -1}])
-def test_the_layer_refuses_sizes_below_one(sizes):
-    with pytest.raises(ValueError, match="wanted 1 or more"):
-        se_fused.SqueezeExcite(**sizes)
+BAD_SIZES = [
+    ({"channels": 0}, ValueError, "channels is 0; wanted an int of 1 or more"),
+    ({"reduction": 0}, ValueError, "reduction is 0; wanted"),
+    ({"hidden": -1}, ValueError, "hidden is -1; wanted"),
+    ({"channels": "16"}, TypeError, "channels is '16'; wanted an int of 1 or more"),
+    ({"channels": 16.0}, TypeError, "channels is 16.0; wanted"),
+    ({"channels": None}, TypeError, "channels is None; wanted"),
+    ({"channels": True}, TypeError, "channels is True; wanted"),
+    ({"reduction": None}, TypeError, "reduction is None; wanted"),
+    ({"reduction": 0.25}, TypeError, "reduction is 0.25; wanted"),
+    ({"hidden": [4]}, TypeError, r"hidden is \[4\]; wanted"),
+    ({"hidden": np.ones(1)}, TypeError, "hidden is array"),
+    ({"bias": "no"}, TypeError, "bias is 'no'; wanted True or False"),
+    ({"bias": None}, TypeError, "bias is None; wanted"),
+    ({"inplace": "yes"}, TypeError, "inplace is 'yes'; wanted True or False"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "message"), BAD_SIZES, ids=[message for *_, message in BAD_SIZES])
+def test_the_layer_names_what_is_no_size_and_no_switch(options, error, message):
+    with pytest.raises(error, match="SqueezeExcite: " + message):
+        se_fused.SqueezeExcite(**{"channels": 8, **options})
+
+
+def test_the_layer_takes_numpys_integers():
+    module = se_fused.SqueezeExcite(np.int64(8), reduction=np.int32(2))
+    assert module(X).shape == X.shape
+    assert module.w1.shape == (4, 8)
 
 
 def test_in_place_is_refused_where_autograd_records():
