@@ -250,7 +250,8 @@ def _mixed(x: Any, w2: Any, residual: Any) -> bool:
         return False
     if x.dtype is w2.dtype and (not isinstance(residual, Tensor) or residual.dtype is x.dtype):
         return False
-    return torch.is_autocast_enabled(x.device.type)
+    device = x.device.type  # of which "meta" knows no autocast, and asking raises
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def squeeze_excite(

@@ -244,6 +244,13 @@ def test_autocast_brings_mixed_dtypes_together():
     assert_close(y, truth(tensors, {}), torch.float32)
 
 
+def test_float_weights_beside_a_half_map_on_a_device_without_autocast():
+    tensors = {name: t.to("meta") for name, t in changed(residual=None, x=X.half()).items() if t is not None}
+    with se_fused.use_backend("auto"):
+        y = call(se_fused.squeeze_excite, {**tensors, "residual": None}, {})
+    assert (y.dtype, y.shape) == (torch.float16, X.shape)
+
+
 def test_half_weights_beside_a_float_map_need_autocast():
     tensors = {name: t.bfloat16() if name.startswith(("w", "b")) else t for name, t in good().items()}
     with pytest.raises(TypeError, match=r"w2 is .*bfloat16"):
