@@ -189,6 +189,7 @@ def _direct(
     """
     if (
         type(x) is not Tensor
+        or type(inplace) is not bool
         or not (x.is_cpu and backends.kernels_serve_cpu())
         or _observed()
         or torch.autograd.profiler._is_profiler_enabled
