@@ -5,7 +5,8 @@ from .backends import BackendUnavailable, Explanation, use_backend
 from .modules import SqueezeExcite
 from .ops import explain, squeeze_excite
 from .reference import HardSigmoid
-from .replace import Report, replace, restore
+from .replace import replace, restore
+from .report import Report
 
 __version__ = "0.1.0"
 __all__ = [

@@ -1,0 +1,313 @@
+"""Finds SE in modules that are no SE layer to replace: written into a block, without its product, grouped, ...
+
+A copy of the module runs on the meta device, where nothing is computed, and each operator is seen on the way: what
+comes from the map x, what was pooled, which fully connected layers that went through, and whether it multiplies a map.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_N = 2
+# Larger than the kernels and strides of common blocks.
+_SPATIAL = (37, 41, 43, 47, 53, 59, 61)
+_CHANNEL_GUESSES = 4
+# SE names its layers fc1, or fc.0: deeper weights belong to a module inside, which is asked itself.
+_DEPTH = 2
+_LAYERS = {"convolution", "mm", "bmm", "addmm", "baddbmm"}
+_REDUCTIONS = {"mean", "sum", "amax", "max", "var", "std", "var_mean", "linalg_vector_norm"}
+_GATES = {"sigmoid", "hardsigmoid", "tanh"}
+# Operators that are no views but give the same numbers.
+_COPIES = {"clone", "_to_copy", "_unsafe_view"}
+_WINDOWS = "it pools windows of a fixed size"
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A fully connected layer: `inputs` to `outputs` channels."""
+
+    inputs: int
+    outputs: int
+    groups: int = 1
+
+
+@dataclass(frozen=True)
+class _Map:
+    """A tensor made from x; `plain` where it is x itself, in whatever shape, or x pooled in part."""
+
+    plain: bool
+
+
+@dataclass(frozen=True)
+class _Pooled:
+    """A tensor made from a map of `channels` channels by pooling and `layers`; `last` changed its numbers last."""
+
+    channels: int
+    plain: bool
+    layers: tuple[_Layer, ...] = ()
+    last: str = ""
+
+    @property
+    def is_gate(self) -> bool:
+        """Whether the layers give as many channels as the pooled map has."""
+        return bool(self.layers) and self.layers[0].inputs == self.layers[-1].outputs == self.channels
+
+
+class _Flow(TorchDispatchMode):
+    """Follows x through a run. `gate` is what a map was multiplied by, `cast` the dtype that x was cast to."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        # Holds the tensors too, so that no id is used twice.
+        self._tags: dict[int, tuple[Tensor, _Map | _Pooled]] = {id(x): (x, _Map(plain=True))}
+        self._one_channel = False
+        self.gate: _Pooled | None = None
+        self.cast: torch.dtype | None = None
+        self.in_block = self.spatial_gate = self.windows = False
+
+    def tag(self, value: object) -> _Map | _Pooled | None:
+        return self._tags[id(value)][1] if id(value) in self._tags else None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = [t for t in _pytree.tree_leaves((args, kwargs)) if id(t) in self._tags]
+        results = [t for t in _pytree.tree_leaves(out) if isinstance(t, Tensor)]
+        if given and results:
+            tag = self._follow(func, args, given, results[0])
+            for t in results:
+                self._tags[id(t)] = t, tag
+        return out
+
+    def _follow(self, func: Any, args: tuple[Any, ...], given: list[Tensor], out: Tensor) -> _Map | _Pooled:
+        name = func.overloadpacket.__name__.rstrip("_")
+        dtypes = {t.dtype for t in args if isinstance(t, Tensor)}
+        if name in _LAYERS and len(dtypes) > 1:
+            # The meta device lets this pass.
+            raise TypeError(f"one layer of {' and '.join(sorted(str(d).removeprefix('torch.') for d in dtypes))}")
+        kept = func.is_view or name in _COPIES
+        maps = [t for t in given if isinstance(self.tag(t), _Map)]
+        pooled = [tag for t in given if isinstance(tag := self.tag(t), _Pooled)]
+        if name == "_to_copy" and out.is_floating_point() and out.dtype != given[0].dtype:
+            self.cast = out.dtype
+        if name in ("mul", "addcmul") and maps:
+            self._multiply(maps, pooled, out)
+        if maps:
+            x, tag = maps[0], self.tag(maps[0])
+            assert isinstance(tag, _Map)
+            if name in _LAYERS:
+                one_channel = name == "convolution" and args[1].shape[0] == 1
+                self._one_channel |= one_channel
+                self.in_block |= not one_channel
+            if out.numel() < x.numel() and (name in _REDUCTIONS or "pool" in name):
+                return self._pool(name, args, x, tag, out)
+            return _Map(plain=tag.plain and kept and out.numel() == x.numel())
+        # Where branches meet, as mean and maximum do, the longest has the layers.
+        gate = max(pooled, key=lambda tag: len(tag.layers))
+        if name.startswith("upsample"):
+            return _Map(plain=False)
+        layer = _layer(name, args, given[0])
+        if layer is not None:
+            return replace(gate, layers=(*gate.layers, layer), last="layer")
+        return gate if kept else replace(gate, last=name)
+
+    def _pool(self, name: str, args: tuple[Any, ...], x: Tensor, tag: _Map, out: Tensor) -> _Map | _Pooled:
+        sizes = [size for size in out.shape if size != 1]
+        if sizes not in [[size for size in (_N, c) if size != 1] for c in (*x.shape[1:2], *x.shape[-1:])]:
+            return tag
+        if name.startswith(("avg_pool", "max_pool")):
+            self.windows |= list(args[1]) != list(x.shape[-len(args[1]) :])
+        return _Pooled(out.numel() // _N, tag.plain)
+
+    def _multiply(self, maps: list[Tensor], pooled: list[_Pooled], out: Tensor) -> None:
+        sizes = [t.numel() for t in maps]
+        for gate in pooled:
+            if gate.is_gate and gate.channels in out.shape[1:] and max(sizes) == out.numel():
+                self.gate = gate
+                self.in_block |= not (gate.plain and all(self.tag(t) == _Map(plain=True) for t in maps))
+        self.spatial_gate |= self._one_channel and any(min(sizes) * c == out.numel() for c in out.shape[1:] if c > 1)
+
+
+def _layer(name: str, args: tuple[Any, ...], pooled: Tensor) -> _Layer | None:
+    """The fully connected layer that an operator applies to what was pooled."""
+    if name == "convolution":
+        weight, groups = args[1], args[8]
+        pointwise = weight is not pooled and math.prod(weight.shape[2:]) == 1
+        return _Layer(weight.shape[1] * groups, weight.shape[0], groups) if pointwise else None
+    if name in _LAYERS:
+        a, b = args[-2:]
+        return _Layer(b.shape[-2], b.shape[-1]) if a is pooled else _Layer(a.shape[-1], a.shape[-2])
+    return None
+
+
+def near_miss(module: nn.Module) -> str | None:
+    """Why `module`, which is no SE layer that `replace` can replace, holds one all the same; None if it does not.
+
+    `module` is only read; the random state of PyTorch is as before. What SE layers inside it do counts as its own: ask
+    about the inner modules first. A module that needs more than a map, or fails on every map tried, gives None.
+    """
+    run = _run(module)
+    if run is None:
+        return None
+    flow, x, y, note = run
+    if flow.gate is None:
+        return _gate_alone(flow, x, y)
+    layers = flow.gate.layers
+    what = _described(layers)
+    if flow.in_block:
+        return f"SE written into the block: {what} on a pooled map, then a product"
+    unusual = len(layers) > 2 or any(layer.groups > 1 for layer in layers)
+    reasons = [
+        "it has a spatial gate beside the channel gate (scSE)" if flow.spatial_gate else "",
+        what if unusual else "",
+        _WINDOWS if flow.windows else note,
+        "" if isinstance(y, Tensor) and y.shape == x.shape else "its result is not one map of the shape of x",
+    ]
+    stated = [reason for reason in reasons if reason]
+    return "; ".join(stated) or float64_refusal(module) or f"it is not only {what}, a gate and a product"
+
+
+def float64_refusal(module: nn.Module) -> str | None:
+    """Why `module`, SE in its own dtype, is not in float64, in which `recognise` examines it; None if nothing differs.
+
+    `module` is only read.
+    """
+    run = _run(module)
+    if run is None or run[0].gate is None:
+        return None
+    x = run[1].double()
+    flow, why = _Flow(x), None
+    try:
+        _follow_through(flow, _meta_copy(module, torch.float64), x)
+    except Exception as error:
+        why = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0].rstrip(": ")
+    if flow.cast is not None:
+        why = f"it casts to {str(flow.cast).removeprefix('torch.')}"
+    return None if why is None else f"it does not run in float64: {why}"
+
+
+def _gate_alone(flow: _Flow, x: Tensor, y: object) -> str | None:
+    tag = flow.tag(y)
+    if not isinstance(y, Tensor) or not isinstance(tag, _Pooled) or not tag.is_gate:
+        return None
+    # A classifier's head gives [N, C] without a gate, a pooling branch (ASPP) is one layer and then an activation.
+    is_map = y.dim() > 2 and y.numel() in (_N * tag.channels, x.numel())
+    if tag.last in _GATES or (is_map and (tag.last == "layer" or len(tag.layers) > 1)):
+        return "it returns the gate only, its parent multiplies"
+    return None
+
+
+def _described(layers: tuple[_Layer, ...]) -> str:
+    groups = max(layer.groups for layer in layers)
+    count = ("one", "two", "three")[len(layers) - 1] if len(layers) <= 3 else str(len(layers))
+    sizes = [f"R={layer.outputs}" for layer in layers[:-1]] + [f"C={layers[-1].outputs}"]
+    if groups > 1:
+        sizes.append(f"{groups} groups")
+    kind = f"{'grouped ' * (groups > 1)}fully connected layer{'s' * (len(layers) > 1)}"
+    return f"{count} {kind} [{', '.join(sizes)}]"
+
+
+def _run(module: nn.Module) -> tuple[_Flow, Tensor, object, str] | None:
+    """x, and a run of a copy of `module` on it: the first x that it takes, with a note on what is unusual about x."""
+    if isinstance(module, (torch.jit.ScriptModule, torch._dynamo.OptimizedModule, nn.ModuleList, nn.ModuleDict)) or (
+        type(module).__module__.startswith("torch.nn.") and not module._modules
+    ):
+        return None
+    shapes = list(_weights(module, _DEPTH))
+    if not _leads_back(shapes):
+        return None
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+    try:
+        bare = _meta_copy(module)
+    except Exception:  # foreign code may fail in any way
+        return None
+    for sizes, note in _trials(module, shapes):
+        x = torch.empty(sizes, dtype=dtype, device="meta")
+        flow = _Flow(x)
+        try:
+            return flow, x, _follow_through(flow, bare, x), note
+        except Exception:
+            continue
+    return None
+
+
+def _follow_through(flow: _Flow, bare: nn.Module, x: Tensor) -> object:
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.device("meta"),
+        flow,
+    ):
+        return bare(x)
+
+
+def _weights(module: nn.Module, depth: int) -> Iterator[tuple[int, ...]]:
+    """[outputs, inputs, *kernel] of the weights down to `depth` names below `module`, in order of registration."""
+    groups = getattr(module, "groups", 1)
+    for p in module._parameters.values():
+        if p is not None and not nn.parameter.is_lazy(p) and p.dim() > 1:
+            grouped = groups if isinstance(groups, int) and p.dim() > 2 else 1
+            yield (p.shape[0], p.shape[1] * grouped, *p.shape[2:])
+    for name, child in module._modules.items():
+        reparametrised = name == "parametrizations" or isinstance(child, parametrize.ParametrizationList)
+        if child is not None and (depth > 0 or reparametrised):
+            yield from _weights(child, depth if reparametrised else depth - 1)
+
+
+def _leads_back(shapes: list[tuple[int, ...]]) -> bool:
+    """Whether one, two or three weights of kernel size 1 lead from some number of channels back to it."""
+    steps: dict[int, set[int]] = {}
+    for outputs, inputs, *kernel in shapes:
+        if math.prod(kernel) == 1:
+            steps.setdefault(inputs, set()).add(outputs)
+    return any(
+        start in ends or any(start in two or any(start in steps.get(r, ()) for r in two) for two in second)
+        for start, ends in steps.items()
+        for second in [[steps.get(r, set()) for r in ends]]
+    )
+
+
+def _trials(module: nn.Module, shapes: list[tuple[int, ...]]) -> Iterator[tuple[tuple[int, ...], str]]:
+    """Shapes of x that `module` may take, the likelier first."""
+    channels = list(dict.fromkeys(shape[1] for shape in shapes))[:_CHANNEL_GUESSES]
+    taken = {size for shape in shapes for size in shape[:2]}
+    spatial = [size for size in _SPATIAL if size not in taken] or list(_SPATIAL)
+    ranks = list(dict.fromkeys(len(shape) - 2 for shape in shapes if 2 < len(shape) < 6)) or [2, 1, 3]
+    for c in channels:
+        for rank in ranks:
+            yield (_N, c, *spatial[:rank]), ""
+    for c in channels:
+        yield (_N, spatial[0], c), "its channels come last, as in [B, L, C]"
+        yield (_N, *spatial[:2], c), "its channels come last, as in [B, H, W, C]"
+    kernels = [m.kernel_size for m in module.modules() if isinstance(m, (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d))]
+    for kernel in dict.fromkeys(kernels):
+        for rank in ranks:
+            window = (kernel,) * rank if isinstance(kernel, int) else kernel
+            yield (_N, channels[0], *window), _WINDOWS
+
+
+def _meta_copy(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """A copy in eval mode on the meta device, without hooks; its floating point numbers in `dtype` if given."""
+    memo: dict[int, Any] = {}
+    for inner in module.modules():
+        for name, value in vars(inner).items():
+            if "_hooks" in name and isinstance(value, dict):
+                memo[id(value)] = OrderedDict()
+        for value in [*inner._parameters.values(), *inner._buffers.values(), *vars(inner).values()]:
+            if isinstance(value, Tensor) and id(value) not in memo:
+                own = dtype if dtype is not None and value.is_floating_point() else value.dtype
+                empty = torch.empty(value.shape, dtype=own, device="meta")
+                is_parameter = isinstance(value, nn.Parameter)
+                memo[id(value)] = nn.Parameter(empty, requires_grad=False) if is_parameter else empty
+    return copy.deepcopy(module, memo).eval()
