@@ -23,6 +23,8 @@ _N = 2
 # Larger than the kernels and strides of common blocks.
 _SPATIAL = (37, 41, 43, 47, 53, 59, 61)
 _CHANNEL_GUESSES = 4
+# A loop over positions runs through thousands of operators, a block with SE through tens.
+_MOST_OPERATORS = 500
 # SE names its layers fc1, or fc.0: deeper weights belong to a module inside, which is asked itself.
 _DEPTH = 2
 _LAYERS = {"convolution", "mm", "bmm", "addmm", "baddbmm"}
@@ -64,6 +66,10 @@ class _Pooled:
         return bool(self.layers) and self.layers[0].inputs == self.layers[-1].outputs == self.channels
 
 
+class _TooLong(Exception):
+    """A run with more operators than a block has."""
+
+
 class _Flow(TorchDispatchMode):
     """Follows x through a run. `gate` is what a map was multiplied by, `cast` the dtype that x was cast to."""
 
@@ -72,6 +78,7 @@ class _Flow(TorchDispatchMode):
         # Holds the tensors too, so that no id is used twice.
         self._tags: dict[int, tuple[Tensor, _Map | _Pooled]] = {id(x): (x, _Map(plain=True))}
         self._one_channel = False
+        self._operators = 0
         self.gate: _Pooled | None = None
         self.cast: torch.dtype | None = None
         self.in_block = self.spatial_gate = self.windows = False
@@ -80,6 +87,9 @@ class _Flow(TorchDispatchMode):
         return self._tags[id(value)][1] if id(value) in self._tags else None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        self._operators += 1
+        if self._operators > _MOST_OPERATORS:
+            raise _TooLong
         out = func(*args, **(kwargs or {}))
         given = [t for t in _pytree.tree_leaves((args, kwargs)) if id(t) in self._tags]
         results = [t for t in _pytree.tree_leaves(out) if isinstance(t, Tensor)]
@@ -98,7 +108,7 @@ class _Flow(TorchDispatchMode):
         kept = func.is_view or name in _COPIES
         maps = [t for t in given if isinstance(self.tag(t), _Map)]
         pooled = [tag for t in given if isinstance(tag := self.tag(t), _Pooled)]
-        if name == "_to_copy" and out.is_floating_point() and out.dtype != given[0].dtype:
+        if self.cast is None and out.is_floating_point() and out.dtype != given[0].dtype:
             self.cast = out.dtype
         if name in ("mul", "addcmul") and maps:
             self._multiply(maps, pooled, out)
@@ -224,7 +234,8 @@ def _run(module: nn.Module) -> tuple[_Flow, Tensor, object, str] | None:
     ):
         return None
     shapes = list(_weights(module, _DEPTH))
-    if not _leads_back(shapes):
+    # A recurrent layer, which has square weights too, takes its operators one step after the other on the meta device.
+    if not _leads_back(shapes) or any(isinstance(inner, nn.RNNBase) for inner in module.modules()):
         return None
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
     try:
@@ -236,6 +247,8 @@ def _run(module: nn.Module) -> tuple[_Flow, Tensor, object, str] | None:
         flow = _Flow(x)
         try:
             return flow, x, _follow_through(flow, bare, x), note
+        except _TooLong:
+            return None
         except Exception:
             continue
     return None
