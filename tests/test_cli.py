@@ -28,6 +28,28 @@ class SELayer(nn.Module):
     def forward(self, x):
         return x * self.fc(x.mean((2, 3)))[:, :, None, None]
 
+class Pair(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.body = kind, net()
+
+    def forward(self, x):
+        y = self.body(x)
+        return {"dict": {"y": y, "n": 3}, "tuple": (y.argmax(), y), "none": "text", "nan": y * float("nan")}[self.kind]
+
+class Inline(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.down, self.up = nn.Conv2d(3, 8, 3), nn.Linear(8, 2), nn.Linear(2, 8)
+
+    def forward(self, x):
+        x = self.conv(x)
+        return x * self.up(self.down(x.mean((2, 3))).relu()).sigmoid()[:, :, None, None]
+
+def make(kind="tuple", scale=1.0, layers=1, extra=None, flag=False):
+    assert isinstance(kind, str) and (scale, layers, extra, flag) in [(1.0, 1, None, False), (0.5, 2, "a=b", True)]
+    return Pair(kind)
+
 def net():
     return nn.Sequential(nn.Conv2d(3, 8, 3), SELayer(), nn.ReLU())
 
@@ -57,10 +79,14 @@ def test_plan_prints_launches_and_bytes_for_a_gpu_that_is_not_here():
         (("1x8x7x7", "--dtype", "int8"), "dtype is 'int8'; wanted float32"),
         (("1x8x7x7", "--forced", "width=16"), "width=16 with elements of 2 bytes, spans of 98 bytes"),
         (("0x8x7x7",), "n is 0; wanted 1 or more"),
+        (("1x8x-7x-7",), "SHAPE is '1x8x-7x-7'; wanted sizes of 1 or more"),
+        (("9223372036854775808x8x7x7",), "SHAPE gives 9223372036854775808; wanted at most 2^63 - 1"),
+        (("1x8x4294967296x4294967296",), "SHAPE gives 18446744073709551616; wanted at most 2^63 - 1"),
+        (("1x8x7x7", "--hidden", "9223372036854775808"), "--hidden gives 9223372036854775808; wanted at most 2^63 - 1"),
     ],
 )
 def test_a_plan_that_cannot_be_made_says_why(arguments, message):
-    done = run("plan", *arguments, "--hidden", "2")
+    done = run("plan", "--hidden", "2", *arguments)
     assert done.exit_code == 2
     assert message in done.stderr
 
@@ -163,22 +189,118 @@ def test_strided_layout_is_neither_contiguous_nor_channels_last():
 def test_replace_shows_layers_difference_and_times(models):
     result = run("replace", f"{models}:net", "--input", "2x3x9x9", "--repeats", "1")
     assert result.exit_code == 0, result.output
-    assert "1 replaced" in result.stdout
-    difference = re.search(r"largest absolute difference of the output: (\S+), of values up to (\S+)", result.stdout)
-    assert float(difference[1]) < 1e-6
-    assert float(difference[2]) > 1e-2
+    assert "1 of 1 SE layer replaced" in result.stdout
+    found = re.search(r"largest difference of the output: (\S+) of its largest number (\S+): (.*)", result.stdout)
+    assert float(found[1]) < 1e-5
+    assert float(found[2]) > 1e-2
+    assert found[3] == "equal within rounding of float32"
     assert re.search(r"[\d.]+ ms before, [\d.]+ ms after", result.stdout)
 
 
+def test_replace_prints_one_json_object(models):
+    result = run("replace", f"{models}:net", "--input", "2x3x9x9", "--repeats", "1", "--json", "--dtype", "float64")
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    assert facts["replaced"] == {"1": "SELayer: C=8, R=2, relu, sigmoid"}
+    assert facts["skipped"] == facts["near"] == {}
+    assert 0 <= facts["relative"] <= facts["tolerance"] == 1024 * 2**-52
+    assert facts["relative"] == facts["difference"] / facts["scale"]
+    assert facts["verdict"] == "equal within rounding of float64"
+    assert facts["seconds"].keys() == {"before", "after"}
+    assert facts["failures"] == []
+
+
 @pytest.mark.parametrize(
-    ("options", "reason"), [(["--exclude", "1"], "excluded by '1'"), (["--include", "x*"], "no pattern of include")]
+    ("options", "reason"), [(["--exclude", "1"], "excluded by '1'"), (["--include", "2*"], "no pattern of include")]
 )
 def test_replace_passes_patterns_on(models, options, reason):
     result = run("replace", f"{models}:net", *options)
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 1
+    assert result.stderr == "error: nothing was replaced\n"
     assert reason in result.stdout
-    assert "1 skipped" in result.stdout
+    assert "0 of 1 SE layer replaced" in result.stdout
     assert "ms before" not in result.stdout
+
+
+@pytest.mark.parametrize("option", ["--include", "--exclude"])
+def test_replace_fails_on_a_pattern_without_a_match(models, option):
+    result = run("replace", f"{models}:net", "--input", "1x3x9x9", "--repeats", "1", option, "*", option, "1.fx*")
+    assert result.exit_code == 1
+    assert f"error: {option} '1.fx*' matches the name of no module\n" in result.stderr
+    assert "'*'" not in result.stderr
+    assert ("ms before" in result.stdout) == (option == "--include")
+
+
+def test_replace_shows_near_misses_and_fails(models):
+    result = run("replace", f"{models}:Inline")
+    assert result.exit_code == 1
+    assert "near misses: 1" in result.stdout
+    assert "SE written into the block: two fully connected layers [R=2, C=8]" in result.stdout
+    facts = json.loads(run("replace", f"{models}:Inline", "--json").stdout)
+    assert list(facts["near"]) == [""]
+    assert facts["failures"] == ["nothing was replaced"]
+
+
+def test_replace_fails_on_another_output(models):
+    result = run("replace", f"{models}:net", "--input", "1x3x9x9", "--repeats", "1")
+    assert result.exit_code == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli.measure, "largest_difference", lambda got, wanted: 2e-4 * float(wanted.abs().max()))
+        result = run("replace", f"{models}:net", "--input", "1x3x9x9", "--repeats", "1")
+    assert result.exit_code == 1
+    assert re.search(r"output: 2.0e-04 of its largest number \S+: differs\n", result.stdout)
+    assert "error: the output differs" in result.stderr
+    result = run("replace", f"{models}:make", "--arg", "nan", "--input", "1x3x9x9", "--repeats", "1", "--json")
+    assert result.exit_code == 1
+    facts = json.loads(result.stdout)
+    assert facts["verdict"] == "cannot be compared: the output before replacing is not finite"
+    assert facts["difference"] is None
+
+
+@pytest.mark.parametrize("kind", ["tuple", "dict"])
+def test_replace_compares_outputs_of_several_tensors(models, kind):
+    options = ["--arg", "scale=0.5", "--arg", "layers=2", "--arg", "extra=a=b", "--arg", "flag=True"]
+    result = run("replace", f"{models}:make", "--arg", kind, *options, "--input", "1x3x9x9", "--repeats", "1")
+    assert result.exit_code == 0, result.output
+    assert "equal within rounding of float32" in result.stdout
+
+
+def test_replace_builds_with_arguments():
+    given = ["mobilenetv3_large_100", "1000", "a=1", "b=1e-3", "c=None", "d=False", "e=relu", "f=[1]", "1x=2", "g="]
+    assert cli._arguments(given) == (
+        ["mobilenetv3_large_100", "1000", "1x=2"],
+        {"a": 1, "b": 1e-3, "c": None, "d": False, "e": "relu", "f": "[1]", "g": ""},
+    )
+
+
+def test_replace_takes_dtype_and_order(models):
+    options = ("--dtype", "bfloat16", "--channels-last", "--input", "1x3x9x9", "--repeats", "1")
+    result = run("replace", f"{models}:net", *options)
+    assert result.exit_code == 0, result.output
+    assert "equal within rounding of bfloat16" in result.stdout
+    model, x = cli._placed(torch.nn.Conv2d(3, 4, 3), torch.zeros(2, 3, 5, 4), "cpu", "float64", True)
+    assert x.dtype is model.weight.dtype is torch.float64
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    assert model.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--dtype", "int8"], "--dtype is 'int8'; wanted one of float32"),
+        (["--device", "nonsense"], "--device is 'nonsense'"),
+        (["--channels-last", "--input", "1x3x9"], "wants an input of 4 or 5 dimensions, not 3"),
+        (["--arg", "x=1"], "raised TypeError: "),
+    ],
+)
+def test_replace_refuses_options(models, options, text):
+    assert_refused(run("replace", f"{models}:net", *options), text)
+
+
+def test_replace_refuses_an_output_without_tensors(models):
+    result = run("replace", f"{models}:make", "--arg", "none", "--input", "1x3x9x9")
+    assert result.exit_code == 2
+    assert "the model gives a str in which no tensor is found" in result.stderr
 
 
 @pytest.mark.parametrize(
