@@ -106,31 +106,35 @@ def random_map(*shape: int) -> Tensor:
 
 
 @contextmanager
-def undisturbed(layer: nn.Module) -> Iterator[None]:
-    """For running `layer` or a copy: afterwards random states, number of threads and its classes are as before.
+def undisturbed(layer: nn.Module) -> Iterator[list[str]]:
+    """For running copies of `layer`: afterwards random states, number of threads and its classes are as before.
 
-    Meanwhile there is one thread: OpenMP's pool, once started, would hang in every process forked later.
+    Gives a list, which in the end names the attributes of classes that were put back. Meanwhile there is one thread: OpenMP's pool, once started, would hang in every process forked later.
     """
     classes = {cls for module in layer.modules() for cls in type(module).__mro__ if not _is_pytorchs(cls)}
     before = {cls: dict(vars(cls)) for cls in classes - {object}}
     draws, threads = random.getstate(), torch.get_num_threads()
     numpy = sys.modules.get("numpy.random")
     numpy_draws = numpy.get_state() if numpy else None
+    changed: list[str] = []
     torch.set_num_threads(1)
     try:
         with torch.random.fork_rng(devices=[]):
-            yield
+            yield changed
     finally:
         torch.set_num_threads(threads)
         random.setstate(draws)
         if numpy:
             numpy.set_state(numpy_draws)
         for cls, attributes in before.items():
-            for name in vars(cls).keys() - attributes.keys():
-                delattr(cls, name)
-            for name, value in attributes.items():
-                if vars(cls).get(name, before) is not value:
-                    setattr(cls, name, value)
+            for name in {*vars(cls), *attributes}:
+                if name not in attributes:
+                    delattr(cls, name)
+                elif vars(cls).get(name, before) is not attributes[name]:
+                    setattr(cls, name, attributes[name])
+                else:
+                    continue
+                changed.append(f"{cls.__name__}.{name}")
 
 
 def _is_pytorchs(cls: type) -> bool:

@@ -86,15 +86,18 @@ def recognise(layer: nn.Module) -> Recognised | str | None:
     if shapes is None:
         return None
     with (
-        probe.undisturbed(layer),
+        probe.undisturbed(layer) as set_on_classes,
         torch.inference_mode(False),
         torch.no_grad(),
         torch.autocast("cpu", enabled=False),
     ):
         try:
-            return _recognise(layer, shapes)
+            found = _recognise(layer, shapes)
         except Exception as error:  # foreign code fails in its own ways, and one layer must not end it for all
             return f"its examination failed: {type(error).__name__}: {error}"
+    if set_on_classes and isinstance(found, Recognised):
+        return f"a call sets {set_on_classes[0]}"
+    return found
 
 
 def _recognise(layer: nn.Module, shapes: list[tuple[int, ...]]) -> Recognised | str | None:
@@ -110,6 +113,8 @@ def _recognise(layer: nn.Module, shapes: list[tuple[int, ...]]) -> Recognised | 
         alike = alike or trace is not None
         squeeze = None if trace is None else _name_of_squeeze(x, trace.calls[0].input)
         if trace is not None and squeeze is not None:
+            if arity > 1 and _factor(trace) is None:
+                return None
             found = _obstacle(layer, arity) or _identify(type(layer).__name__, bare, trace, squeeze)
             change = before.change(bare, marks=True) if before and isinstance(found, Recognised) else None
             return f"a call leaves something behind in it: {change}" if change else found
@@ -187,8 +192,8 @@ def _identify(name: str, bare: nn.Module, trace: probe.Trace, squeeze: str) -> R
         act = _name_of_act(first.planted, last.input)
         if act is None:
             return f"its activation is none of {', '.join(ACTIVATIONS)}"
-    m = (trace.y / trace.x).flatten(2)
-    found = _name_of_gate(last.planted, m[..., 0]) if _same(m, m[..., :1].expand_as(m).contiguous()) else None
+    m = _factor(trace)
+    found = None if m is None else _name_of_gate(last.planted, m)
     if found is None:
         return f"its output is not x * s or x * (1 + s) with a gate s that is one of {', '.join(GATES)}"
     gate, residual = found
@@ -201,6 +206,12 @@ def _identify(name: str, bare: nn.Module, trace: probe.Trace, squeeze: str) -> R
     others = (3, 4, 5) if parameters[last.weight].dim() == 2 else (dims,)
     proven = tuple(d for d in others if d == dims or _disproof(bare, recognised, d) is None)
     return _disproof(bare, recognised, dims) or replace(recognised, dims=proven)
+
+
+def _factor(trace: probe.Trace) -> Tensor | None:
+    """What each channel is multiplied by, [N, C]; None if that depends on the position."""
+    m = (trace.y / trace.x).flatten(2)
+    return m[..., 0] if _same(m, m[..., :1].expand_as(m).contiguous()) else None
 
 
 def _name_of_act(p1: Tensor, h: Tensor) -> str | None:

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import probe
 from .modules import SqueezeExcite
+from .near_miss import float64_refusal, near_miss
 from .ops import squeeze_excite
 from .recognise import Recognised, recognise
 from .report import Report
@@ -134,11 +136,28 @@ class _Examination:
         found = None if fused_inside else recognise(layer)
         if isinstance(found, Recognised):
             found = self.unwanted(layer) or found
+        elif found is not None:
+            # What rounds to float32 on the way fails the comparisons in float64, and for no other reason.
+            found = float64_refusal(layer) or found
         if not isinstance(found, Recognised) and any([self.examine(child) for child in layer.children()]):
             return True
         if found is not None:
             self.outcome[layer] = found
         return found is not None
+
+    def near_misses(self) -> dict[nn.Module, str]:
+        """The smallest modules that hold SE and have no outcome, with the reason."""
+        near: dict[nn.Module, str] = {}
+        settled = {module for layer in self.outcome for module in layer.modules()}
+        for module in reversed(self.names):  # what is inside comes first
+            if module not in settled:
+                inside = any(child in settled for child in module.children())
+                reason = None if inside else near_miss(module)
+                if reason is not None:
+                    near[module] = reason
+                if inside or reason is not None:
+                    settled.add(module)
+        return near
 
 
 def replace(
@@ -168,7 +187,7 @@ def replace(
             `include` matches (None: any name does) and none of `exclude` matches it or a module inside it.
 
     Returns:
-        The `Report`. `Report.model` is `model`.
+        The `Report`. `Report.model` is `model`. Its `near` misses do not depend on `include` and `exclude`.
 
     Raises:
         TypeError: for another kind of argument than these.
@@ -177,7 +196,9 @@ def replace(
         got = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
         raise TypeError(f"replace: model is {got}; wanted a torch.nn.Module")
     examination = _Examination(model, _patterns("include", include), _patterns("exclude", exclude))
-    examination.examine(model)
+    with probe.undisturbed(model):
+        examination.examine(model)
+        near = examination.near_misses()
     outcome = examination.outcome
     for layer, found in outcome.items():
         if isinstance(found, Recognised) and not dry_run:
@@ -188,11 +209,13 @@ def replace(
                 outcome[layer] = f"its class cannot be changed: {error}"
             else:
                 layer._se = Swap(layer, original, found, inplace)  # type: ignore[assignment]
-    named = [(name, outcome[layer]) for layer, names in examination.names.items() if layer in outcome for name in names]
+    named = [(name, layer) for layer, names in examination.names.items() for name in names]
+    found_as = {name: outcome[layer] for name, layer in named if layer in outcome}
     return Report(
         model,
-        {name: found for name, found in named if isinstance(found, Recognised)},
-        {name: found for name, found in named if isinstance(found, str)},
+        {name: found for name, found in found_as.items() if isinstance(found, Recognised)},
+        {name: found for name, found in found_as.items() if isinstance(found, str)},
+        {name: near[module] for name, module in named if module in near},
     )
 
 
