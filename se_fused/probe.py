@@ -111,8 +111,7 @@ def undisturbed(layer: nn.Module) -> Iterator[list[str]]:
 
     Gives a list, which in the end names the attributes of classes that were put back. Meanwhile there is one thread: OpenMP's pool, once started, would hang in every process forked later.
     """
-    classes = {cls for module in layer.modules() for cls in type(module).__mro__ if not _is_pytorchs(cls)}
-    before = {cls: dict(vars(cls)) for cls in classes - {object}}
+    before = {cls: dict(vars(cls)) for module in layer.modules() for cls in type(module).__mro__}
     draws, threads = random.getstate(), torch.get_num_threads()
     numpy = sys.modules.get("numpy.random")
     numpy_draws = numpy.get_state() if numpy else None
@@ -134,11 +133,8 @@ def undisturbed(layer: nn.Module) -> Iterator[list[str]]:
                     setattr(cls, name, attributes[name])
                 else:
                     continue
-                changed.append(f"{cls.__name__}.{name}")
-
-
-def _is_pytorchs(cls: type) -> bool:
-    return cls.__module__.split(".")[0] == "torch"
+                if name != "__slotnames__":  # in which copy keeps what it looked up
+                    changed.append(f"{cls.__name__}.{name}")
 
 
 def bare_copy(layer: nn.Module) -> nn.Module:

@@ -11,6 +11,7 @@ Last, copy and formula are compared on random maps: what is not proven equal is 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -174,6 +175,8 @@ def _identify(name: str, bare: nn.Module, trace: probe.Trace, squeeze: str) -> R
     """Read the formula off the trace, then prove it."""
     if trace.wrote:
         return "it writes over its input"
+    # Before a run with gradients: what that might leave behind could not be copied.
+    meta = copy.deepcopy(bare).to("meta").eval()
     parameters = dict(bare.named_parameters())
     calls = trace.calls
     uses = Counter(call.weight for call in calls)
@@ -204,8 +207,8 @@ def _identify(name: str, bare: nn.Module, trace: probe.Trace, squeeze: str) -> R
     dims = trace.x.dim()
     # A convolution's rank is its weight's; a Linear may serve maps of every rank.
     others = (3, 4, 5) if parameters[last.weight].dim() == 2 else (dims,)
-    proven = tuple(d for d in others if d == dims or _disproof(bare, recognised, d) is None)
-    return _disproof(bare, recognised, dims) or replace(recognised, dims=proven)
+    proven = tuple(d for d in others if d == dims or _disproof(bare, meta, recognised, d) is None)
+    return _disproof(bare, meta, recognised, dims) or replace(recognised, dims=proven)
 
 
 def _factor(trace: probe.Trace) -> Tensor | None:
@@ -246,7 +249,7 @@ def _simple(value: float) -> float:
     return fraction if abs(fraction - value) < 1e-12 else value
 
 
-def _disproof(bare: nn.Module, recognised: Recognised, dims: int) -> str | None:
+def _disproof(bare: nn.Module, meta: nn.Module, recognised: Recognised, dims: int) -> str | None:
     """Why layer and formula differ on maps of `dims` dimensions; None if they agree in both modes at two sizes, at one
     of realistic size, in all gradients, and use the same operators at every size."""
     c = recognised.channels
@@ -256,7 +259,7 @@ def _disproof(bare: nn.Module, recognised: Recognised, dims: int) -> str | None:
         if found is not None:
             return found
     side = max(4, round((_REALISTIC / c) ** (1 / (dims - 2))))
-    return _difference(bare, recognised, (1, c, side + 3, *(side,) * (dims - 3)), "eval") or sizes.dependence(bare, c, dims)
+    return _difference(bare, recognised, (1, c, side + 3, *(side,) * (dims - 3)), "eval") or sizes.dependence(meta, c, dims)
 
 
 def _difference(bare: nn.Module, recognised: Recognised, shape: tuple[int, ...], mode: str) -> str | None:

@@ -5,7 +5,6 @@ Numbers can only be compared at sizes that are affordable; pooling over a window
 
 from __future__ import annotations
 
-import copy
 import math
 import weakref
 from itertools import combinations
@@ -20,15 +19,15 @@ _SIDES = (7, 1, 28, 56, 160, 224, 512, 1024)
 
 
 def dependence(layer: nn.Module, c: int, dims: int) -> str | None:
-    """Why `layer` is not the same at every size of a map [N, C, *spatial] of `dims` dimensions; None if it is."""
-    meta = copy.deepcopy(layer).to("meta").eval()
+    """Why `layer`, on the meta device, is not the same at every size of a map [N, C, *spatial] of `dims` dimensions;
+    None if it is."""
     runs = []
     for side in _SIDES:
         # Square and not: with the sides s, s, s and s + 2, s + 1, s.
         for longer in (0, 1):
             shape = (2, c, *(side + longer * i for i in reversed(range(dims - 2))))
             try:
-                run = _Run(meta, shape)
+                run = _Run(layer, shape)
             except Exception as error:
                 return f"what it does to a map cannot be followed without data: {error}"
             if run.outlived():

@@ -1,0 +1,261 @@
+"""What examination must see: gradients, sizes, side effects. And what it must not do: change anything."""
+
+import copy
+import random
+import re
+
+import numpy
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from se_layers import Convolutional, Plus
+from test_recognise import ACCEPTED, REFUSED, UNMENTIONED
+from torch import nn
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
+
+import se_fused
+from se_fused.recognise import Recognised, recognise
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning"),
+]
+KEPT = []
+
+
+class Scaled(torch.autograd.Function):
+    """The identity, with three times its gradient."""
+
+    @staticmethod
+    def forward(ctx, v):
+        return v.view_as(v)
+
+    @staticmethod
+    def backward(ctx, g):
+        return 3 * g
+
+
+class Frozen(Convolutional):
+    def forward(self, x):
+        with torch.no_grad():
+            s = self.gate(self.up(self.act(self.down(self.squeeze(x)))))
+        return self.scale(x, s)
+
+
+class OnlyInTraining(Convolutional):
+    def squeeze(self, x):
+        z = super().squeeze(x)
+        return z.detach() if self.training else z
+
+
+def with_part(**parts):
+    return type("Varied", (Convolutional,), parts)
+
+
+def gate_then(effect):
+    def gate(self, p2):
+        s = torch.sigmoid(p2)
+        effect(self, s)
+        return s
+
+    return with_part(gate=gate)
+
+
+def count(self, s):
+    self.calls = getattr(self, "calls", 0) + 1
+
+
+def count_on_class(self, s):
+    type(self).calls = getattr(type(self), "calls", 0) + 1
+
+
+def in_a_list(self, s):
+    self.__dict__.setdefault("history", []).append(float(s.sum()))
+
+
+def local_pooling(side):
+    def squeeze(self, x):
+        if max(x.shape[2:]) <= side:
+            return x.mean((2, 3), keepdim=True)
+        return F.adaptive_avg_pool2d(F.avg_pool2d(x, side, 1), 1)
+
+    return with_part(squeeze=squeeze)
+
+
+FALSE = {
+    "a squeeze that is detached": (with_part(squeeze=lambda self, x: x.detach().mean((2, 3), keepdim=True)), "the gradient of x differs"),
+    "a gate without gradients": (Frozen, "no gradient reaches|gradient of x differs"),
+    "a custom backward": (with_part(gate=lambda self, p2: Scaled.apply(torch.sigmoid(p2))), "the gradient of"),
+    "a custom backward of the map": (with_part(scale=lambda self, x, s: Scaled.apply(x) * s), "the gradient of x"),
+    "a weight that is detached": (
+        with_part(act=lambda self, p1: F.relu(p1 - self.down.bias[:, None, None] + self.down.bias.detach()[:, None, None])),
+        "the gradient of down.bias|no gradient reaches down.bias",
+    ),
+    "detached in training only": (OnlyInTraining, "the gradient of x differs .* in train mode"),
+    "windows from 24 on": (local_pooling(24), "map of shape"),
+    "windows from 160 on": (local_pooling(160), "does not compute on a map"),
+    "windows from 384 on": (local_pooling(384), "does not compute on a map"),
+    "square maps pooled otherwise": (
+        with_part(squeeze=lambda self, x: x.amax((2, 3), keepdim=True) if x.shape[2] == x.shape[3] else x.mean((2, 3), keepdim=True)),
+        "does not compute on a map",
+    ),
+    "a clamped kernel": (
+        with_part(squeeze=lambda self, x: F.avg_pool2d(x, [min(side, 200) for side in x.shape[2:]]).mean((2, 3), keepdim=True)),
+        "does not compute on a map",
+    ),
+    "the gate as an attribute": (gate_then(lambda self, s: setattr(self, "attention", s)), "attention|keeps a tensor"),
+    "the gate as a private attribute": (gate_then(lambda self, s: setattr(self, "_s", s.detach())), "_s|keeps a tensor"),
+    "the gate on the class": (gate_then(lambda self, s: setattr(type(self), "last", s)), "keeps a tensor|last"),
+    "the gate in a global list": (gate_then(lambda self, s: KEPT.append(s)), "keeps a tensor"),
+    "a counter": (gate_then(count), "calls"),
+    "a counter on the class": (gate_then(count_on_class), r"a call sets Varied\.calls"),
+    "a list of numbers": (gate_then(in_a_list), "history|without data"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FALSE)
+def test_what_looks_like_se_and_is_not(name):
+    make, reason = FALSE[name]
+    layer = make()
+    original = copy.deepcopy(layer)
+    report = se_fused.replace(nn.Sequential(layer))
+    KEPT.clear()
+    assert report.replaced == {}
+    assert list(report.skipped) == ["0"]
+    assert re.search(reason, report.skipped["0"]), report.skipped["0"]
+    x = torch.randn(1, 24, 9, 7)
+    assert torch.equal(layer(x), original(x))
+
+
+def test_checkpointing_inside_is_no_obstacle():
+    class Checkpointed(Convolutional):
+        def forward(self, x):
+            return checkpoint(super().forward, x, use_reentrant=False)
+
+    assert isinstance(recognise(Checkpointed()), Recognised)
+
+
+@given(side=st.integers(6, 1000), pool=st.sampled_from(["window", "maximum", "half"]))
+@settings(max_examples=40)
+def test_no_threshold_of_the_size_goes_unseen(side, pool):
+    def squeeze(self, x):
+        z = x.mean((2, 3), keepdim=True)
+        if max(x.shape[2:]) <= side:
+            return z
+        return {
+            "window": lambda: F.avg_pool2d(x, side // 2).mean((2, 3), keepdim=True),
+            "maximum": lambda: x.amax((2, 3), keepdim=True),
+            "half": lambda: x[:, :, : x.shape[2] // 2].mean((2, 3), keepdim=True),
+        }[pool]()
+
+    assert isinstance(recognise(with_part(squeeze=squeeze)()), str)
+
+
+# That nothing is changed.
+
+
+def world(model: nn.Module) -> dict:
+    """Everything reachable that examination could change, by value or identity."""
+    seen = {}
+    for name, module in model.named_modules():
+        seen[name] = (module, type(module), {key: _value(value) for key, value in vars(module).items()})
+        for cls in type(module).__mro__:
+            seen[cls] = dict(vars(cls))
+    return seen | {
+        "torch": torch.get_rng_state().tolist(),
+        "python": random.getstate(),
+        "numpy": str(numpy.random.get_state()),
+        "threads": torch.get_num_threads(),
+        "modes": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(), torch.is_autocast_enabled("cpu")),
+        "hooks": [len(hooks) for hooks in (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks)],
+    }  # fmt: skip
+
+
+def _value(value):
+    if isinstance(value, torch.nn.parameter.UninitializedTensorMixin):
+        return id(value)
+    if isinstance(value, torch.Tensor):
+        return id(value), value._version, value.requires_grad, None if value.is_meta else value.detach().clone().tolist(), id(value.grad)
+    if isinstance(value, dict):
+        return {key: _value(inner) for key, inner in value.items()}
+    return list(value) if isinstance(value, (list, set)) else value
+
+
+def drawing(self, p2):
+    random.random(), numpy.random.rand(), torch.rand(1)
+    torch.set_num_threads(torch.get_num_threads())
+    return torch.sigmoid(p2)
+
+
+def parametrized(which):
+    layer = nn.Sequential(nn.Linear(8, 8))
+    getattr(parametrizations, which)(layer[0])
+    return Plus(layer)
+
+
+MODELS = {
+    **{f"accepted: {name}": make for name, (make, _) in ACCEPTED.items()},
+    **{f"refused: {name}": make for name, (make, _) in (REFUSED | FALSE).items()},
+    **{f"unmentioned: {name}": make for name, make in UNMENTIONED.items()},
+    **{which: lambda which=which: parametrized(which) for which in ("weight_norm", "spectral_norm", "orthogonal")},
+    "draws random numbers": with_part(gate=drawing),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_examination_changes_nothing(name):
+    model = MODELS[name]()
+    if "scripted" in name:
+        pytest.skip("TorchScript makes its attributes anew at each look")
+    before = world(model)
+    KEPT.clear()
+    se_fused.replace(model, dry_run=True)
+    KEPT.clear()
+    after = world(model)
+    assert after.keys() == before.keys()
+    for key, value in before.items():
+        assert str(after[key]) == str(value) if isinstance(value, tuple) else after[key] == value, key
+
+
+@given(
+    which=st.sampled_from(["weight_norm", "spectral_norm", "orthogonal"]),
+    at=st.sampled_from([0, 2]),
+    convolution=st.booleans(),
+    dry_run=st.booleans(),
+)
+@settings(max_examples=40)
+def test_parametrized_layers_run_as_before(which, at, convolution, dry_run):
+    def layer(c, r):
+        return nn.Conv2d(c, r, 1) if convolution else nn.Linear(c, r)
+
+    parts = nn.Sequential(layer(8, 4), nn.ReLU(), layer(4, 8), nn.Sigmoid())
+    getattr(parametrizations, which)(parts[at])
+
+    class SE(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = parts
+
+        def forward(self, x):
+            z = x.mean((2, 3), keepdim=convolution)
+            return x * self.parts(z).reshape(*x.shape[:2], 1, 1)
+
+    model, x = nn.Sequential(SE()).eval(), torch.randn(2, 8, 3, 5)
+    wanted = model(x)
+    report = se_fused.replace(model, dry_run=dry_run)
+    assert "reparametrised" in report.skipped["0"]
+    assert torch.equal(model(x), wanted)
+
+
+def test_encodec_of_transformers_runs_as_before():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.EncodecConfig(num_filters=4, hidden_size=8, codebook_size=16, num_lstm_layers=1)
+    model = transformers.EncodecModel(config).eval()
+    x = torch.randn(1, 1, 640)
+    with torch.no_grad():
+        wanted = model(x).audio_values
+        se_fused.replace(model, dry_run=True)
+        assert torch.equal(model(x).audio_values, wanted)
