@@ -153,10 +153,11 @@ def bare_copy(layer: nn.Module) -> nn.Module:
             if p is not None:
                 # The first layer's output is then of the size of its input, which meets both sides of act's kinks.
                 memo[id(p)] = nn.Parameter(numbers(*p.shape) * (2 / math.sqrt(p.shape[1]) if p.dim() > 1 else 1))
-        for value in [*module._buffers.values(), *vars(module).values()]:
-            if isinstance(value, Tensor) and id(value) not in memo:
-                dtype = torch.float64 if value.is_floating_point() else value.dtype
-                memo[id(value)] = value.detach().clone().to("cpu", dtype)
+        for t in [*module._buffers.values(), *vars(module).values()]:
+            if isinstance(t, Tensor) and id(t) not in memo:
+                # On the meta device there are no numbers: any will do, as for the parameters.
+                own = torch.ones_like(t, device="cpu") if t.is_meta else t.detach().clone()
+                memo[id(t)] = own.to("cpu", torch.float64 if t.is_floating_point() else t.dtype)
     bare = copy.deepcopy(layer, memo)
     for module in list(bare.modules()):
         if parametrize.is_parametrized(module):
