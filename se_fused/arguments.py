@@ -60,9 +60,7 @@ def _check_parameter(name: str, t: Any, shape: tuple[int, ...], like: Tensor, *,
         _refuse(TypeError, name, _describe(t), f"a dense tensor of {like.dtype}, the dtype of w2")
 
 
-def check(
-    x: Any, w1: Any, b1: Any, w2: Any, b2: Any, residual: Any, squeeze: str, inplace: Any
-) -> None:
+def check(x: Any, w1: Any, b1: Any, w2: Any, b2: Any, residual: Any, squeeze: str, inplace: Any) -> None:
     """Raise TypeError or ValueError naming the first argument that `se_fused.squeeze_excite` does not take."""
     if not isinstance(inplace, bool):
         _refuse(TypeError, "inplace", _describe(inplace), "True or False")

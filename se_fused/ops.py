@@ -139,7 +139,9 @@ for _name, _setup in (("squeeze_excite_train", _setup_context), ("squeeze_excite
 
 def _inplace_under_autograd(*args: Any) -> None:
     if needs_grad(*args[:6]):
-        raise RuntimeError("se_fused: squeeze_excite_ writes over x, which its gradient would need; call squeeze_excite")
+        raise RuntimeError(
+            "se_fused: squeeze_excite_ writes over x, which its gradient would need; call squeeze_excite"
+        )
     with torch._C._AutoDispatchBelowAutograd():
         torch.ops.se_fused.squeeze_excite_.default(*args)
 
@@ -238,11 +240,12 @@ def _check(*arguments: Any) -> None:
     state = torch._C._get_tracing_state()
     if state is None:
         return check(*arguments)
-    torch._C._set_tracing_state(None)
+    set_state = torch._C._set_tracing_state  # type: ignore[attr-defined]
+    set_state(None)
     try:
         check(*arguments)
     finally:
-        torch._C._set_tracing_state(state)
+        set_state(state)
 
 
 def _mixed(x: Any, w2: Any, residual: Any) -> bool:
@@ -314,15 +317,20 @@ def squeeze_excite(
         )  # fmt: skip
     tensors = (x, w1, b1, w2, b2, residual)
     ops, unobserved = torch.ops.se_fused, _unobserved(*tensors)
+    y: Tensor
     if needs_grad(*tensors):
-        return _Train.apply(*tensors, *options) if unobserved else ops.squeeze_excite_train.default(*tensors, *options)[0]
-    unobserved = (
-        unobserved
-        and not torch.autograd.profiler._is_profiler_enabled
-        and torch._C._len_torch_function_stack() == 0
+        if unobserved:
+            y = _Train.apply(*tensors, *options)  # type: ignore[no-untyped-call]
+        else:
+            y, *_ = ops.squeeze_excite_train.default(*tensors, *options)
+        return y
+    # Who records calls is to see the operator.
+    unobserved = unobserved and not (
+        torch.autograd.profiler._is_profiler_enabled or torch._C._len_torch_function_stack() > 0
     )
     if not inplace:
-        return launch.forward(*tensors, *options) if unobserved else ops.squeeze_excite.default(*tensors, *options)
+        y = (launch.forward if unobserved else ops.squeeze_excite.default)(*tensors, *options)
+        return y
     (launch.forward_inplace if unobserved else ops.squeeze_excite_.default)(*tensors, *options)
     torch.autograd.graph.increment_version(x)
     return x

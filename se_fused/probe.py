@@ -109,7 +109,9 @@ def random_map(*shape: int) -> Tensor:
 def undisturbed(layer: nn.Module) -> Iterator[list[str]]:
     """For running copies of `layer`: afterwards random states, number of threads and its classes are as before.
 
-    Gives a list, which in the end names the attributes of classes that were put back. Meanwhile there is one thread: OpenMP's pool, once started, would hang in every process forked later.
+    Gives a list, which in the end names the attributes of classes that were put back. Meanwhile there is one thread:
+    OpenMP's pool, once started, would hang in every process forked later.
+    OpenMP's pool, once started, would hang in every process forked later.
     """
     before = {cls: dict(vars(cls)) for module in layer.modules() for cls in type(module).__mro__}
     draws, threads = random.getstate(), torch.get_num_threads()
@@ -179,7 +181,7 @@ def _lay_bare(module: nn.Module) -> None:
 
 
 def trial_maps(shapes: list[tuple[int, ...]]) -> Iterator[Tensor]:
-    """Maps of the ranks and numbers of channels that the weights allow, the likelier first; then those with C at the end.
+    """Maps of the ranks and numbers of channels that the weights allow, the likelier first; then with C at the end.
 
     No two sizes are equal and H > W, so that no mistaken axis or kernel size goes unseen; N fits the grid in W1 z.
     """

@@ -259,7 +259,9 @@ def _disproof(bare: nn.Module, meta: nn.Module, recognised: Recognised, dims: in
         if found is not None:
             return found
     side = max(4, round((_REALISTIC / c) ** (1 / (dims - 2))))
-    return _difference(bare, recognised, (1, c, side + 3, *(side,) * (dims - 3)), "eval") or sizes.dependence(meta, c, dims)
+    return _difference(bare, recognised, (1, c, side + 3, *(side,) * (dims - 3)), "eval") or sizes.dependence(
+        meta, c, dims
+    )
 
 
 def _difference(bare: nn.Module, recognised: Recognised, shape: tuple[int, ...], mode: str) -> str | None:

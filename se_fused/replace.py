@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import probe
 from .modules import SqueezeExcite
@@ -38,14 +38,15 @@ class FusedSE(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, so that pickle and deepcopy cannot find it by name.
         original, swap = _original_class(self), self._se
-        state = {name: value for name, value in super().__reduce_ex__(2)[2].items() if name != "_se"}
+        state: Any = super().__reduce_ex__(2)[2]
+        state = {name: value for name, value in state.items() if name != "_se"}
         if swap.change(self) is not None:
             return copyreg.__newobj__, (original,), state  # type: ignore[attr-defined]
         return _blank, (original, swap.recognised, swap.inplace), state
 
     def __setstate__(self, state: Any) -> None:
         recognised, inplace = self.__dict__.pop("_se")
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._se = Swap(self, _original_class(self), recognised, inplace)
 
 
@@ -139,8 +140,10 @@ class _Examination:
         elif found is not None:
             # What rounds to float32 on the way fails the comparisons in float64, and for no other reason.
             found = float64_refusal(layer) or found
-        if not isinstance(found, Recognised) and any([self.examine(child) for child in layer.children()]):
-            return True
+        if not isinstance(found, Recognised):
+            inside = [self.examine(child) for child in layer.children()]
+            if any(inside):
+                return True
         if found is not None:
             self.outcome[layer] = found
         return found is not None

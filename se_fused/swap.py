@@ -1,4 +1,4 @@
-"""What a replaced layer knows of its proof: for which calls it holds, with which weights, and whether it holds still."""
+"""What a replaced layer knows of its proof: for which calls it holds, with which weights, and whether still."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class Swap:
                 return None
         return x if type(x) in PLAIN and x.dim() in self.recognised.dims else None
 
-    def weights(self, layer: nn.Module) -> list[Tensor | None] | None:
-        """w1, b1, w2, b2 as they are now; None, which is said once, if the proof does not hold any more."""
+    def weights(self, layer: nn.Module) -> Any:
+        """[w1, b1, w2, b2] as they are now; None, which is said once, if the proof does not hold any more."""
         if self._original.forward is self._forward and self._inside.holds(layer):
             weights = [parameters[name] for parameters, name, _ in self._places]
             if all(type(w) in types for w, (_, _, types) in zip(weights, self._places)):  # noqa: B905
@@ -74,7 +74,8 @@ def _place(layer: nn.Module, name: str | None) -> tuple[dict[str, Any], str, tup
         return {"": None}, "", (type(None),)
     path, _, leaf = name.rpartition(".")
     named = layer.get_submodule(path)._parameters
-    return named, leaf, PLAIN if named[leaf].dim() > 1 else (*PLAIN, type(None))
+    is_matrix = layer.get_parameter(name).dim() > 1
+    return named, leaf, PLAIN if is_matrix else (*PLAIN, type(None))
 
 
 def _same(value: Any, default: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Inputs that share memory, strides or history: the results are the reference's, and what cannot be right is refused."""
+"""Inputs that share memory, strides or history: results are the reference's, and what cannot be right is refused."""
 
 import os
 import subprocess
@@ -98,7 +98,8 @@ def test_gradients_whatever_the_strides_and_the_history(layouts, history, way, o
     # Of an expanded leaf PyTorch itself keeps no gradient of its own for each element of memory.
     g = LAYOUTS[layouts[6]](torch.randn_like(leaves["x"].contiguous()))
     got, wanted = (
-        gradients(f, leaves, history, way, g, order, options) for f in (se_fused.squeeze_excite, reference.squeeze_excite)
+        gradients(f, leaves, history, way, g, order, options)
+        for f in (se_fused.squeeze_excite, reference.squeeze_excite)
     )
     for name, right in wanted.items():
         assert (got[name] is None) == (right is None), name
@@ -123,7 +124,9 @@ def test_batched_gradients(vectorize):
 
     def jacobian(function):
         return torch.autograd.functional.jacobian(
-            lambda x, w: call(function, {**tensors, "x": x, "w1": w}, {}), (tensors["x"], tensors["w1"]), vectorize=vectorize
+            lambda x, w: call(function, {**tensors, "x": x, "w1": w}, {}),
+            (tensors["x"], tensors["w1"]),
+            vectorize=vectorize,
         )
 
     torch.testing.assert_close(jacobian(se_fused.squeeze_excite), jacobian(reference.squeeze_excite))
@@ -172,7 +175,9 @@ def test_in_place_is_right_or_refused_wherever_inputs_lie(drawn, exact):
             rest = sorted(set(range(64)) - set(mine))
             assert torch.equal(flat[rest], before[rest])
         else:
-            with pytest.raises(ValueError, match=rf"squeeze_excite: (x is a tensor that overlaps|{name} is in the memory)"):
+            with pytest.raises(
+                ValueError, match=rf"squeeze_excite: (x is a tensor that overlaps|{name} is in the memory)"
+            ):
                 call(se_fused.squeeze_excite, tensors, {}, inplace=True)
             assert torch.equal(flat, before)
 
@@ -240,8 +245,8 @@ def test_the_kernels_refuse_what_the_call_would():
         out(x, None, None, torch.randn(4, 4), None, None, *options, False, y, None, None, None)
     with pytest.raises(RuntimeError, match="y overlaps w2"):
         out(x.clone(), None, None, flat[1:17].view(4, 4), None, None, *options, False, y, None, None, None)
+    z = torch.empty(4, 2).t()
     with pytest.raises(RuntimeError, match="z is not row-major"):
-        z = torch.empty(4, 2).t()
         out(torch.randn(2, 4, 2, 2), None, None, torch.randn(4, 4), None, None, *options, False,
             torch.empty(2, 4, 2, 2), z, torch.empty(2, 0), torch.empty(2, 4))  # fmt: skip
 

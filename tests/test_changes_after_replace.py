@@ -332,7 +332,13 @@ def test_calls_with_the_defaults_are_fused():
     before, after = pair()
     module = sys.modules["se_fused.replace"]
     with mock.patch.object(module, "squeeze_excite", wraps=module.squeeze_excite) as fused:
-        for args, kwargs in (((X,), {}), ((), {"x": X}), ((X, None), {}), ((X,), {"mask": None}), ((), {"mask": None, "x": X})):
+        for args, kwargs in (
+            ((X,), {}),
+            ((), {"x": X}),
+            ((X, None), {}),
+            ((X,), {"mask": None}),
+            ((), {"mask": None, "x": X}),
+        ):
             torch.testing.assert_close(after(*args, **kwargs), before(*args, **kwargs))
         assert fused.call_count == 5
         after(X, 1)

@@ -85,29 +85,38 @@ def local_pooling(side):
     return with_part(squeeze=squeeze)
 
 
+def detached_bias(self, p1):
+    b = self.down.bias[:, None, None]
+    return F.relu(p1 - b + b.detach())
+
+
+def clamped_kernel(self, x):
+    return F.avg_pool2d(x, [min(side, 200) for side in x.shape[2:]]).mean((2, 3), keepdim=True)
+
+
+def maximum_of_squares(self, x):
+    pool = torch.amax if x.shape[2] == x.shape[3] else torch.mean
+    return pool(x, (2, 3), keepdim=True)
+
+
+def detached_squeeze(self, x):
+    return x.detach().mean((2, 3), keepdim=True)
+
+
 FALSE = {
-    "a squeeze that is detached": (with_part(squeeze=lambda self, x: x.detach().mean((2, 3), keepdim=True)), "the gradient of x differs"),
+    "a squeeze that is detached": (with_part(squeeze=detached_squeeze), "the gradient of x differs"),
     "a gate without gradients": (Frozen, "no gradient reaches|gradient of x differs"),
     "a custom backward": (with_part(gate=lambda self, p2: Scaled.apply(torch.sigmoid(p2))), "the gradient of"),
     "a custom backward of the map": (with_part(scale=lambda self, x, s: Scaled.apply(x) * s), "the gradient of x"),
-    "a weight that is detached": (
-        with_part(act=lambda self, p1: F.relu(p1 - self.down.bias[:, None, None] + self.down.bias.detach()[:, None, None])),
-        "the gradient of down.bias|no gradient reaches down.bias",
-    ),
+    "a weight that is detached": (with_part(act=detached_bias), "gradient of down.bias|gradient reaches down.bias"),
     "detached in training only": (OnlyInTraining, "the gradient of x differs .* in train mode"),
     "windows from 24 on": (local_pooling(24), "map of shape"),
     "windows from 160 on": (local_pooling(160), "does not compute on a map"),
     "windows from 384 on": (local_pooling(384), "does not compute on a map"),
-    "square maps pooled otherwise": (
-        with_part(squeeze=lambda self, x: x.amax((2, 3), keepdim=True) if x.shape[2] == x.shape[3] else x.mean((2, 3), keepdim=True)),
-        "does not compute on a map",
-    ),
-    "a clamped kernel": (
-        with_part(squeeze=lambda self, x: F.avg_pool2d(x, [min(side, 200) for side in x.shape[2:]]).mean((2, 3), keepdim=True)),
-        "does not compute on a map",
-    ),
+    "square maps pooled otherwise": (with_part(squeeze=maximum_of_squares), "does not compute on a map"),
+    "a clamped kernel": (with_part(squeeze=clamped_kernel), "does not compute on a map"),
     "the gate as an attribute": (gate_then(lambda self, s: setattr(self, "attention", s)), "attention|keeps a tensor"),
-    "the gate as a private attribute": (gate_then(lambda self, s: setattr(self, "_s", s.detach())), "_s|keeps a tensor"),
+    "the gate as a private attribute": (gate_then(lambda self, s: setattr(self, "_s", s)), "_s|keeps a tensor"),
     "the gate on the class": (gate_then(lambda self, s: setattr(type(self), "last", s)), "keeps a tensor|last"),
     "the gate in a global list": (gate_then(lambda self, s: KEPT.append(s)), "keeps a tensor"),
     "a counter": (gate_then(count), "calls"),
@@ -164,21 +173,29 @@ def world(model: nn.Module) -> dict:
         seen[name] = (module, type(module), {key: _value(value) for key, value in vars(module).items()})
         for cls in type(module).__mro__:
             seen[cls] = dict(vars(cls))
+    hooks = nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks
+    modes = torch.is_grad_enabled, torch.is_inference_mode_enabled, torch.get_default_dtype, torch.is_autocast_enabled
     return seen | {
         "torch": torch.get_rng_state().tolist(),
         "python": random.getstate(),
         "numpy": str(numpy.random.get_state()),
         "threads": torch.get_num_threads(),
-        "modes": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(), torch.is_autocast_enabled("cpu")),
-        "hooks": [len(hooks) for hooks in (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks)],
-    }  # fmt: skip
+        "modes": [mode() for mode in modes],
+        "hooks": [dict(each) for each in hooks],
+    }
 
 
 def _value(value):
     if isinstance(value, torch.nn.parameter.UninitializedTensorMixin):
         return id(value)
     if isinstance(value, torch.Tensor):
-        return id(value), value._version, value.requires_grad, None if value.is_meta else value.detach().clone().tolist(), id(value.grad)
+        return (
+            id(value),
+            value._version,
+            value.requires_grad,
+            None if value.is_meta else value.detach().clone().tolist(),
+            id(value.grad),
+        )
     if isinstance(value, dict):
         return {key: _value(inner) for key, inner in value.items()}
     return list(value) if isinstance(value, (list, set)) else value

@@ -95,7 +95,7 @@ def test_threads_that_overlap_in_use_backend():
     ("variable", "value", "said"),
     [
         ("SE_FUSED_BACKEND", "", ""),
-        ("SE_FUSED_CXXFLAGS", "'unbalanced", "SE_FUSED_CXXFLAGS is \"'unbalanced\": No closing quotation"),
+        ("SE_FUSED_CXXFLAGS", "'unbalanced", 'SE_FUSED_CXXFLAGS is "\'unbalanced": No closing quotation'),
     ],
 )
 def test_a_strange_environment_does_not_break_the_import(variable, value, said):
@@ -135,7 +135,7 @@ def test_replace_names_what_is_no_model(model):
 
 @pytest.mark.parametrize("pattern", [3, [None], {"a": 1}])
 def test_replace_names_what_is_no_pattern(pattern):
-    with pytest.raises(TypeError, match="replace: include is .*; wanted a pattern"):
+    with pytest.raises(TypeError, match=r"replace: include is .*; wanted a pattern"):
         se_fused.replace(nn.ReLU(), include=pattern)
 
 
