@@ -61,22 +61,17 @@ bool describe_tensor(PyObject*, View&) { return false; }
 #endif
 
 void (*run)(const Forward*) = nullptr;
-std::vector<PyTypeObject*> plain;  // these and `empty_like` live as long as torch does
-PyObject* empty_like = nullptr;
+std::vector<PyTypeObject*> plain;  // these and the functions live as long as torch does
+PyObject *empty_like = nullptr, *is_neg = nullptr, *storage_offset = nullptr, *untyped_storage = nullptr;
 
 bool is_zero(PyObject* number) { return number && PyLong_Check(number) && PyLong_AsLongLong(number) == 0; }
 
 // A view keeps its address when its storage was freed; what starts its storage then has none.
 bool has_storage(py::handle tensor) {
-  static PyObject* const offset = PyUnicode_InternFromString("storage_offset");
-  static PyObject* const storage = PyUnicode_InternFromString("untyped_storage");
-  static PyObject* const bytes = PyUnicode_InternFromString("nbytes");
-  const auto start = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), offset));
+  const auto start = py::reinterpret_steal<py::object>(PyObject_CallOneArg(storage_offset, tensor.ptr()));
   if (is_zero(start.ptr())) return true;
-  const auto memory = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), storage));
-  if (!memory) return false;
-  const auto size = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(memory.ptr(), bytes));
-  return size && !is_zero(size.ptr());
+  const auto storage = py::reinterpret_steal<py::object>(PyObject_CallOneArg(untyped_storage, tensor.ptr()));
+  return storage && !storage.attr("nbytes")().equal(py::int_(0));
 }
 
 // What a subclass of Tensor computes is its own affair; and DLPack does not tell of lazy negation.
@@ -85,8 +80,7 @@ bool view(py::handle object, View& out) {
   bool is_plain = false;
   for (const PyTypeObject* type : plain) is_plain |= Py_TYPE(object.ptr()) == type;
   if (!is_plain) return false;
-  static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
-  PyObject* negative = PyObject_CallMethodNoArgs(object.ptr(), is_neg);
+  PyObject* negative = PyObject_CallOneArg(is_neg, object.ptr());
   const bool as_stored = negative == Py_False;
   Py_XDECREF(negative);
   return as_stored && has_storage(object) && describe_tensor(object.ptr(), out);
@@ -97,8 +91,14 @@ bool view(py::handle object, View& out) {
 bool connect(uintptr_t forward, const py::tuple& types, py::object empty) {
   plain.clear();
   for (const py::handle type : types) plain.push_back(reinterpret_cast<PyTypeObject*>(type.ptr()));
-  Py_XDECREF(empty_like);
-  empty_like = empty.release().ptr();
+  auto keep = [](PyObject*& place, py::object function) {
+    Py_XDECREF(place);
+    place = function.release().ptr();
+  };
+  keep(empty_like, std::move(empty));
+  keep(is_neg, types[0].attr("is_neg"));
+  keep(storage_offset, types[0].attr("storage_offset"));
+  keep(untyped_storage, types[0].attr("untyped_storage"));
   run = find_exchange(types[0]) ? reinterpret_cast<void (*)(const Forward*)>(forward) : nullptr;
   return run != nullptr;
 }

@@ -12,6 +12,7 @@ from .reference import ACTIVATIONS, GATES, SQUEEZES, HardSigmoid
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _HALF = (torch.float16, torch.bfloat16)
+_TENSORS = ("x", "w1", "b1", "w2", "b2", "residual")
 _ACT_CODE: dict[str | None, int] = {name: code for code, name in enumerate(ACTIVATIONS)}
 _PLACE_CODE: dict[str | None, int] = {None: 0, **_ACT_CODE}  # pre_act, post_act
 _GATE_CODE = {name: _ACT_CODE[name] for name in GATES if name in _ACT_CODE}
@@ -32,9 +33,14 @@ def _describe(value: Any) -> str:
     return f"a {layout}tensor of shape {list(value.shape)}, {value.dtype}, on {value.device}"
 
 
+def _is_tensor(t: Any) -> bool:
+    """Whether `t` is a tensor with a shape. That of a nested one must not be asked for."""
+    return (type(t) in memory.PLAIN or isinstance(t, Tensor)) and not t.is_nested
+
+
 def _check_map(name: str, t: Any) -> None:
     wanted = "a dense floating-point tensor [N, C, *spatial] with 1 to 3 spatial dimensions"
-    if not isinstance(t, Tensor) or t.layout != torch.strided or t.is_nested or t.dtype not in _DTYPES:
+    if not _is_tensor(t) or t.layout is not torch.strided or t.dtype not in _DTYPES:
         _refuse(TypeError, name, _describe(t), f"{wanted}, of {', '.join(map(str, _DTYPES))}")
     if not 3 <= t.dim() <= 5 or t.shape[1] == 0:
         _refuse(ValueError, name, _describe(t), f"{wanted}, and C >= 1")
@@ -42,7 +48,7 @@ def _check_map(name: str, t: Any) -> None:
 
 def _check_parameter(name: str, t: Any, shape: tuple[int, ...], like: Tensor, *, kernel: bool = False) -> None:
     """`like`: w2, whose dtype and device the others share. `kernel`: a 1x1 convolution's trailing ones are allowed."""
-    if not isinstance(t, Tensor) or t.is_nested:
+    if not _is_tensor(t):
         _refuse(TypeError, name, _describe(t), f"a tensor of shape {list(shape)}")
     got = t.shape
     if got != shape and not (kernel and len(got) <= 5 and got == shape + (1,) * (len(got) - 2)):
@@ -68,7 +74,7 @@ def check(x: Any, w1: Any, b1: Any, w2: Any, b2: Any, residual: Any, squeeze: st
     c = x.shape[1]
     if squeeze != "mean" and 0 in x.shape[2:]:
         _refuse(ValueError, "x", _describe(x), f"at least one position, because squeeze is {squeeze!r}")
-    if not isinstance(w2, Tensor) or w2.is_nested:
+    if not _is_tensor(w2):
         _refuse(TypeError, "w2", _describe(w2), "a tensor of shape [C, R]")
     if w2.layout is not torch.strided or (
         w2.dtype is not x.dtype and not (w2.dtype is torch.float32 and x.dtype in _HALF)
@@ -79,7 +85,7 @@ def check(x: Any, w1: Any, b1: Any, w2: Any, b2: Any, residual: Any, squeeze: st
         _refuse(ValueError, "w2", f"on {w2.device}", f"{x.device}, the device of x")
     r = c
     if w1 is not None:
-        if not isinstance(w1, Tensor) or w1.is_nested:
+        if not _is_tensor(w1):
             _refuse(TypeError, "w1", _describe(w1), f"a tensor of shape [R, {c}], or None for the one-FC form")
         r = w1.shape[0] if w1.dim() else 0
         if r == 0:
@@ -96,20 +102,21 @@ def check(x: Any, w1: Any, b1: Any, w2: Any, b2: Any, residual: Any, squeeze: st
         _check_map("residual", residual)
         if residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device:
             _refuse(ValueError, "residual", _describe(residual), f"the shape, dtype and device of x: {_describe(x)}")
-    tensors = {"x": x, "w1": w1, "b1": b1, "w2": w2, "b2": b2, "residual": residual}
-    given = {name: t for name, t in tensors.items() if t is not None}
-    readable = memory.has_addresses(*given.values())
-    for name, t in given.items() if readable else ():
-        if not memory.is_there(t):
-            _refuse(ValueError, name, f"{_describe(t)}, whose storage was freed", "a tensor that has its memory")
+    readable = memory.has_addresses()
+    if readable:
+        for i, t in enumerate((x, w1, b1, w2, b2, residual)):
+            if t is not None and type(t) in memory.PLAIN and memory.is_freed(t):
+                got = f"{_describe(t)}, whose storage was freed"
+                _refuse(ValueError, _TENSORS[i], got, "a tensor that has its memory")
     if inplace:
-        _check_written(given, readable)
+        _check_written((x, w1, b1, w2, b2, residual), readable)
 
 
-def _check_written(tensors: dict[str, Tensor], readable: bool) -> None:
+def _check_written(tensors: tuple[Tensor | None, ...], readable: bool) -> None:
     """As what PyTorch's `out=` refuses: x, written in place, must not change what is read after it."""
-    x = tensors["x"]
-    if needs_grad(*tensors.values()):
+    x = tensors[0]
+    assert x is not None
+    if needs_grad(*tensors):
         _refuse(ValueError, "inplace", "True", "False, because an input requires grad: backward needs x as it was")
     if readable and writes_a_past_inference(x):
         _refuse(ValueError, "x", "an inference tensor outside inference mode", "a tensor that may be written to")
@@ -117,8 +124,8 @@ def _check_written(tensors: dict[str, Tensor], readable: bool) -> None:
         readable and memory.overlaps_itself(x)
     ):
         _refuse(ValueError, "x", "a tensor that overlaps itself", "memory of its own for each element, to write to")
-    for name, t in tensors.items() if readable else ():
-        if name != "x" and not (name == "residual" and memory.same(t, x)) and memory.overlap(t, x):
+    for name, t in zip(_TENSORS[1:], tensors[1:], strict=True) if readable else ():
+        if t is not None and not (name == "residual" and memory.same(t, x)) and memory.overlap(t, x):
             wanted = "memory apart from x, which is written in place"
             _refuse(ValueError, name, "in the memory of x", wanted + (", or x itself" if name == "residual" else ""))
 

@@ -16,11 +16,16 @@ from .reference import SQUEEZES
 _OPS = torch.ops.se_fused
 
 
+def _resolved(argument: Any) -> Any:
+    """A tensor whose memory holds its numbers: what the dispatcher does for the operators."""
+    return argument.resolve_neg() if isinstance(argument, Tensor) else argument
+
+
 def _forward_out(*args: Any) -> None:
     if backends.takes_triton(args[0].device):
         from . import triton
 
-        triton.forward_out(*args)
+        triton.forward_out(*map(_resolved, args))
     else:
         _OPS.forward_out.default(*args)
 
@@ -29,7 +34,7 @@ def _backward_out(*args: Any) -> None:
     if backends.takes_triton(args[0].device):
         from . import triton
 
-        triton.backward_out(*args)
+        triton.backward_out(*map(_resolved, args))
     else:
         _OPS.backward_out.default(*args)
 
@@ -39,12 +44,11 @@ def _is_channels_last(t: Tensor) -> bool:
 
 
 def _dense(t: Tensor | None, channels_last: bool = False) -> Tensor | None:
-    """`t` as a backend reads it: in one of two orders, its numbers as they lie in memory."""
+    """`t` in one of the two orders that a backend reads."""
     if t is None:
         return None
-    if t._is_zerotensor():
+    if t._is_zerotensor():  # it has no memory
         t = t.clone()
-    t = t.resolve_neg()
     return t.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else t.contiguous()
 
 
@@ -72,7 +76,7 @@ def forward_inplace(
     *options: Any,
 ) -> None:  # fmt: skip
     channels_last = _is_channels_last(x)
-    out = _dense(x, channels_last)
+    out = _dense(x.resolve_neg(), channels_last)
     assert out is not None
     _forward_out(
         out, _dense(w1), _dense(b1), _dense(w2), _dense(b2), _dense(residual, channels_last),

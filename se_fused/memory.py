@@ -8,17 +8,21 @@ from torch import Tensor
 PLAIN = (Tensor, torch.nn.Parameter)  # no subclass that computes otherwise, or has no memory of its own
 
 
-def has_addresses(*tensors: Tensor) -> bool:
-    """Whether all of them are plain tensors in memory, so that the questions below have answers."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+def has_addresses() -> bool:
+    """Whether tensors lie where they say: not while a compiler or a transform of torch.func looks at them."""
+    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+
+
+def is_freed(t: Tensor) -> bool:
+    """Whether the storage of `t` was freed under it, as by `untyped_storage().resize_(0)`."""
+    # A view keeps an address: that of nothing, plus its offset.
+    if t.data_ptr() != 0 and (t.storage_offset() == 0 or t.untyped_storage().nbytes() != 0):
         return False
-    return all(type(t) in PLAIN and not t.is_meta and not t._is_zerotensor() for t in tensors)
+    return t.numel() > 0 and _in_memory(t)
 
 
-def is_there(t: Tensor) -> bool:
-    """Whether the storage of `t` holds all its elements: `untyped_storage().resize_(0)` frees it under its views."""
-    room = t.untyped_storage().nbytes() - t.element_size() * t.storage_offset()
-    return room >= t.nbytes or t.numel() == 0 or room >= _bytes(t)
+def _in_memory(t: Tensor) -> bool:
+    return type(t) in PLAIN and not t.is_meta and not t._is_zerotensor()
 
 
 def _bytes(t: Tensor) -> int:
@@ -37,6 +41,8 @@ def _touched(t: Tensor, begin: int, size: int) -> Tensor:
 
 def overlaps_itself(t: Tensor) -> bool:
     """Whether two elements of `t` lie at one place."""
+    if not _in_memory(t):
+        return False
     reach = 0
     for step, size in sorted((step, size) for step, size in zip(t.stride(), t.shape, strict=True) if size > 1):
         if step <= reach:
@@ -47,7 +53,7 @@ def overlaps_itself(t: Tensor) -> bool:
 
 def overlap(a: Tensor, b: Tensor) -> bool:
     """Whether an element of `a` and one of `b` share memory."""
-    if a.numel() == 0 or b.numel() == 0 or a.device != b.device:
+    if a.numel() == 0 or b.numel() == 0 or not (_in_memory(a) and _in_memory(b)):
         return False
     begin, end = min(a.data_ptr(), b.data_ptr()), max(t.data_ptr() + _bytes(t) for t in (a, b))
     if end - begin >= _bytes(a) + _bytes(b):

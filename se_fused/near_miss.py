@@ -323,4 +323,7 @@ def _meta_copy(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
                 empty = torch.empty(value.shape, dtype=own, device="meta")
                 is_parameter = isinstance(value, nn.Parameter)
                 memo[id(value)] = nn.Parameter(empty, requires_grad=False) if is_parameter else empty
-    return copy.deepcopy(module, memo).eval()
+    bare = copy.deepcopy(module, memo)
+    if not set(bare.modules()).isdisjoint(module.modules()):
+        raise ValueError("its own way of copying gives itself")
+    return bare.eval()

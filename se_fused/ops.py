@@ -17,12 +17,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import _C, Tensor
+from torch.autograd import profiler
 from torch.utils._device import DeviceContext
 
 from . import backends, launch, reference
 from .arguments import autocast, check, decode, encode, needs_grad, writes_a_past_inference
-from .memory import PLAIN
+from .observers import decomposes, observed, under_transform, unobserved
 from .reference import HardSigmoid
 
 _INPUTS = "Tensor x, Tensor? w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? residual"
@@ -96,7 +97,7 @@ def _differentiate(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Tensor | None, 
     into_x = ctx.residual_is_x and needs[0]
     g_is_dresidual = post_act == 0 and not into_x
     ask = [*needs[:5], needs[5] and not (into_x or g_is_dresidual)]
-    run = launch.backward if _unobserved(g, *inputs) else torch.ops.se_fused.squeeze_excite_backward.default
+    run = launch.backward if unobserved(g, *inputs) else torch.ops.se_fused.squeeze_excite_backward.default
     found = run(g, *inputs, *saved, *ctx.options, ask, into_x)
     grads: list[Tensor | None] = [grad if wanted else None for grad, wanted in zip(found, ask, strict=True)]
     if needs[5] and g_is_dresidual:
@@ -106,7 +107,7 @@ def _differentiate(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Tensor | None, 
 
 def _is_batched(g: Tensor) -> bool:
     """Whether `torch.autograd.grad(is_grads_batched=True)` gave several gradients in one, by either form of vmap."""
-    return torch._C._functorch.is_batchedtensor(g) or torch._C._functorch.is_legacy_batchedtensor(g)
+    return _C._functorch.is_batchedtensor(g) or _C._functorch.is_legacy_batchedtensor(g)
 
 
 def _gradients_of_reference(
@@ -142,7 +143,7 @@ def _inplace_under_autograd(*args: Any) -> None:
         raise RuntimeError(
             "se_fused: squeeze_excite_ writes over x, which its gradient would need; call squeeze_excite"
         )
-    with torch._C._AutoDispatchBelowAutograd():
+    with _C._AutoDispatchBelowAutograd():
         torch.ops.se_fused.squeeze_excite_.default(*args)
 
 
@@ -161,25 +162,6 @@ class _Train(torch.autograd.Function):
     backward = staticmethod(_differentiate)
 
 
-def _observed() -> bool:
-    """Whether a compiler, a tracer or a dispatch mode has to see the operators."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-    )
-
-
-def _unobserved(*tensors: Tensor | None) -> bool:
-    """Whether nothing but autograd has to see the operators: no observer, and no tensor subclass."""
-    return not _observed() and all(t is None or type(t) in PLAIN for t in tensors)
-
-
-def _under_transform() -> bool:
-    """Whether forward-mode AD or a torch.func transform is active: custom operators give zero tangents there."""
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-
-
 def _direct(
     x: Tensor, w1: Tensor | None, b1: Tensor | None, w2: Tensor, b2: Tensor | None, residual: Tensor | None,
     *options: Any, inplace: bool,
@@ -189,20 +171,20 @@ def _direct(
     With nothing to compute a call takes 6 us here and 31 by checks and dispatcher, longer than many a small map does.
     None: it must go that way, where what is wrong is found and what needs a conversion gets it.
     """
-    if (
-        type(x) is not Tensor
-        or type(inplace) is not bool
-        or not (x.is_cpu and backends.kernels_serve_cpu())
-        or _observed()
-        or torch.autograd.profiler._is_profiler_enabled
-        or _under_transform()
-    ):
+    if type(x) is not Tensor or type(inplace) is not bool:
         return None
     try:
         if needs_grad(x, w1, b1, w2, b2, residual):
             return None
     except AttributeError:
         return None  # no tensor
+    if (
+        not (x.is_cpu and backends.kernels_serve_cpu())
+        or observed()
+        or profiler._is_profiler_enabled
+        or under_transform()
+    ):
+        return None
     if inplace and writes_a_past_inference(x):
         return None
     y = backends.forward_direct(x, w1, b1, w2, b2, residual, inplace, *options)
@@ -213,34 +195,19 @@ def _direct(
 
 def _direct_under_a_mode(*args: Any, inplace: bool) -> Tensor | None:
     """As `_direct`, where `torch.set_default_device` is all that watches PyTorch's functions: it concerns creation."""
-    if torch._C._len_torch_function_stack() > 1 or type(torch._C._get_function_stack_at(0)) is not DeviceContext:
+    if _C._len_torch_function_stack() > 1 or type(_C._get_function_stack_at(0)) is not DeviceContext:
         return None
     # Else it would be asked for each attribute of each tensor, 60 us in all.
-    with torch._C.DisableTorchFunction():
+    with _C.DisableTorchFunction():
         return _direct(*args, inplace=inplace)
-
-
-def _decomposes(device: torch.device) -> bool:
-    """Whether the call is to be plain PyTorch for whoever records it.
-
-    TorchScript and ONNX do not know the operators. Inductor fuses the formula with what stands around it, and is faster
-    that way wherever that was measured: on CPUs (benchmarks/results/compiled.csv) and on an H200
-    (benchmarks/results/h200/, in a graph). Elsewhere, and where a backend is forced, the operator stays.
-    """
-    if torch._C._get_tracing_state() is not None:
-        return True
-    if not torch.compiler.is_compiling():
-        return False
-    measured = device.type == "cpu" or (device.type == "cuda" and torch.version.hip is None)
-    return (measured and not backends.is_forced()) or torch.onnx.is_in_onnx_export()
 
 
 def _check(*arguments: Any) -> None:
     """`check`, of which nothing gets into a trace."""
-    state = torch._C._get_tracing_state()
+    state = _C._get_tracing_state()
     if state is None:
         return check(*arguments)
-    set_state = torch._C._set_tracing_state  # type: ignore[attr-defined]
+    set_state = _C._set_tracing_state  # type: ignore[attr-defined]
     set_state(None)
     try:
         check(*arguments)
@@ -250,9 +217,12 @@ def _check(*arguments: Any) -> None:
 
 def _mixed(x: Any, w2: Any, residual: Any) -> bool:
     """Whether autocast is on and dtypes meet that only it brings together."""
-    if not (isinstance(x, Tensor) and isinstance(w2, Tensor)):
-        return False
-    if x.dtype is w2.dtype and (not isinstance(residual, Tensor) or residual.dtype is x.dtype):
+    try:
+        if x.dtype is w2.dtype and (residual is None or residual.dtype is x.dtype):
+            return False
+    except AttributeError:
+        return False  # no tensor
+    if not isinstance(x, Tensor):
         return False
     device = x.device.type  # of which "meta" knows no autocast, and asking raises
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
@@ -302,7 +272,7 @@ def squeeze_excite(
         BackendUnavailable: if a backend was forced that cannot serve the call.
     """
     options = encode(act, gate, squeeze, pre_act, post_act)
-    direct = _direct if torch._C._len_torch_function_stack() == 0 else _direct_under_a_mode
+    direct = _direct if _C._len_torch_function_stack() == 0 else _direct_under_a_mode
     done = direct(x, w1, b1, w2, b2, residual, *options, inplace=inplace)
     if done is not None:
         return done
@@ -310,28 +280,26 @@ def squeeze_excite(
         x, w1, b1, w2, b2, residual = autocast(x, w1, b1, w2, b2, residual)  # type: ignore[assignment]
     _check(x, w1, b1, w2, b2, residual, squeeze, inplace)
     # An empty map has nothing to compute fast, and the reference knows what its mean and maximum are.
-    if _decomposes(x.device) or backends.select(x.device) == "reference" or _under_transform() or x.numel() == 0:
+    if decomposes(x.device) or backends.select(x.device) == "reference" or under_transform() or x.numel() == 0:
         return reference.squeeze_excite(
             x, w1, b1, w2, b2, act=act, gate=gate, squeeze=squeeze,
             pre_act=pre_act, residual=residual, post_act=post_act, inplace=inplace,
         )  # fmt: skip
     tensors = (x, w1, b1, w2, b2, residual)
-    ops, unobserved = torch.ops.se_fused, _unobserved(*tensors)
+    ops, alone = torch.ops.se_fused, unobserved(*tensors)
     y: Tensor
     if needs_grad(*tensors):
-        if unobserved:
+        if alone:
             y = _Train.apply(*tensors, *options)  # type: ignore[no-untyped-call]
         else:
             y, *_ = ops.squeeze_excite_train.default(*tensors, *options)
         return y
     # Who records calls is to see the operator.
-    unobserved = unobserved and not (
-        torch.autograd.profiler._is_profiler_enabled or torch._C._len_torch_function_stack() > 0
-    )
+    alone = alone and not (profiler._is_profiler_enabled or _C._len_torch_function_stack() > 0)
     if not inplace:
-        y = (launch.forward if unobserved else ops.squeeze_excite.default)(*tensors, *options)
+        y = (launch.forward if alone else ops.squeeze_excite.default)(*tensors, *options)
         return y
-    (launch.forward_inplace if unobserved else ops.squeeze_excite_.default)(*tensors, *options)
+    (launch.forward_inplace if alone else ops.squeeze_excite_.default)(*tensors, *options)
     torch.autograd.graph.increment_version(x)
     return x
 

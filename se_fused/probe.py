@@ -9,11 +9,8 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-import random
-import sys
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,40 +102,6 @@ def random_map(*shape: int) -> Tensor:
     return x + torch.copysign(torch.full_like(x, 0.5), x)
 
 
-@contextmanager
-def undisturbed(layer: nn.Module) -> Iterator[list[str]]:
-    """For running copies of `layer`: afterwards random states, number of threads and its classes are as before.
-
-    Gives a list, which in the end names the attributes of classes that were put back. Meanwhile there is one thread:
-    OpenMP's pool, once started, would hang in every process forked later.
-    OpenMP's pool, once started, would hang in every process forked later.
-    """
-    before = {cls: dict(vars(cls)) for module in layer.modules() for cls in type(module).__mro__}
-    draws, threads = random.getstate(), torch.get_num_threads()
-    numpy = sys.modules.get("numpy.random")
-    numpy_draws = numpy.get_state() if numpy else None
-    changed: list[str] = []
-    torch.set_num_threads(1)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield changed
-    finally:
-        torch.set_num_threads(threads)
-        random.setstate(draws)
-        if numpy:
-            numpy.set_state(numpy_draws)
-        for cls, attributes in before.items():
-            for name in {*vars(cls), *attributes}:
-                if name not in attributes:
-                    delattr(cls, name)
-                elif vars(cls).get(name, before) is not attributes[name]:
-                    setattr(cls, name, attributes[name])
-                else:
-                    continue
-                if name != "__slotnames__":  # in which copy keeps what it looked up
-                    changed.append(f"{cls.__name__}.{name}")
-
-
 def bare_copy(layer: nn.Module) -> nn.Module:
     """A float64 copy on the CPU with random parameters, in eval mode, without hooks and reparametrisation.
 
@@ -161,6 +124,8 @@ def bare_copy(layer: nn.Module) -> nn.Module:
                 own = torch.ones_like(t, device="cpu") if t.is_meta else t.detach().clone()
                 memo[id(t)] = own.to("cpu", torch.float64 if t.is_floating_point() else t.dtype)
     bare = copy.deepcopy(layer, memo)
+    if not set(bare.modules()).isdisjoint(layer.modules()):
+        raise ValueError("its own way of copying gives itself")
     for module in list(bare.modules()):
         if parametrize.is_parametrized(module):
             _lay_bare(module)

@@ -13,69 +13,28 @@ from __future__ import annotations
 
 import copy
 import math
-from collections import Counter
-from dataclasses import dataclass, replace
+from collections import Counter, deque
+from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
-from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from . import probe, reference, sizes
+from . import probe, reference
 from .inside import HOOKS, Inside
+from .proof import disproof, same
+from .recognised import Recognised
 from .reference import ACTIVATIONS, GATES, SQUEEZES, HardSigmoid
+from .undisturbed import undisturbed
 
-# Relative, in float64, where rounding stays below 2e-15 up to C = 4920 and R = 768. The two closest activations,
-# gelu's forms, differ by 1e-5 of the grid's end.
-_TOLERANCE = 1e-10
-# PyTorch's own hard sigmoid multiplies by a float32 1/6 in backward, which is off by 3e-8.
-_GRADIENT_TOLERANCE = 1e-7
-# Elements of the largest map that is computed: 90 x 90 positions of 64 channels, 32 x 32 of 512; 10 ms.
-_REALISTIC = 2**19
-
-
-@dataclass(frozen=True)
-class Recognised:
-    """What an SE layer computes, in the words of `se_fused.squeeze_excite`.
-
-    `w1`, `b1`, `w2`, `b2` are the names of the parameters below the layer, None where there is none; `dims` are the
-    numbers of dimensions of x at which the match is proven; `residual` says that the layer gives x * (1 + s).
-    """
-
-    layer: str
-    channels: int
-    hidden: int | None
-    act: str | None
-    gate: str | HardSigmoid
-    squeeze: str
-    residual: bool
-    dims: tuple[int, ...]
-    w1: str | None
-    b1: str | None
-    w2: str
-    b2: str | None
-
-    def __str__(self) -> str:
-        width = f"C={self.channels}" + (f", R={self.hidden}, {self.act}" if self.hidden else ", one layer")
-        gate = "hard_sigmoid({:.4g}, {:.4g})".format(*self.gate) if isinstance(self.gate, HardSigmoid) else self.gate
-        extra = ("" if self.squeeze == "mean" else f", squeeze {self.squeeze}") + (
-            ", residual" if self.residual else ""
-        )
-        return f"{self.layer}: {width}, {gate}{extra}"
-
-    def __rich__(self) -> str:
-        return str(self)
-
-    def weights(self, layer: nn.Module) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
-        """w1, b1, w2, b2 as `layer` has them now."""
-        w1, b1, b2 = (None if name is None else attrgetter(name)(layer) for name in (self.w1, self.b1, self.b2))
-        return w1, b1, attrgetter(self.w2)(layer), b2
-
-    def options(self) -> dict[str, Any]:
-        """act, gate and squeeze as keyword arguments. The one-FC form has no act; its name is not used there."""
-        return {"act": self.act or "identity", "gate": self.gate, "squeeze": self.squeeze}
+# The ways in which a class can say how it is copied: `replace` has its own.
+_COPYING = (
+    *("__new__", "__reduce__", "__reduce_ex__", "__getstate__", "__getnewargs__", "__getnewargs_ex__"),
+    *("__deepcopy__", "__copy__"),
+)
 
 
 def recognise(layer: nn.Module) -> Recognised | str | None:
@@ -87,7 +46,7 @@ def recognise(layer: nn.Module) -> Recognised | str | None:
     if shapes is None:
         return None
     with (
-        probe.undisturbed(layer) as set_on_classes,
+        undisturbed(layer) as put_back,
         torch.inference_mode(False),
         torch.no_grad(),
         torch.autocast("cpu", enabled=False),
@@ -96,8 +55,8 @@ def recognise(layer: nn.Module) -> Recognised | str | None:
             found = _recognise(layer, shapes)
         except Exception as error:  # foreign code fails in its own ways, and one layer must not end it for all
             return f"its examination failed: {type(error).__name__}: {error}"
-    if set_on_classes and isinstance(found, Recognised):
-        return f"a call sets {set_on_classes[0]}"
+    if put_back and isinstance(found, Recognised):
+        return f"a call changes {put_back[0]}"
     return found
 
 
@@ -106,7 +65,8 @@ def _recognise(layer: nn.Module, shapes: list[tuple[int, ...]]) -> Recognised | 
         bare = probe.bare_copy(layer)
     except Exception as error:
         return f"it cannot be copied for examination: {error}"
-    before = None if isinstance(bare, torch.jit.ScriptModule) else Inside(bare)
+    scripted = any(isinstance(module, torch.jit.ScriptModule) for module in layer.modules())
+    before = None if scripted else Inside(bare, type(bare))
     arity = probe.arity(layer)
     alike = False
     for x in probe.trial_maps(shapes):
@@ -124,31 +84,21 @@ def _recognise(layer: nn.Module, shapes: list[tuple[int, ...]]) -> Recognised | 
     return "its squeeze is not the mean, the maximum or half their sum over all positions of a map [N, C, *spatial]"
 
 
-def _same(got: Tensor, wanted: Tensor) -> bool:
-    """Whether the numbers agree, up to dimensions of size 1."""
-    return got.numel() == wanted.numel() and _error(got.reshape(-1), wanted.reshape(-1)) <= _TOLERANCE
-
-
-def _error(got: Tensor, wanted: Tensor) -> float:
-    """The largest difference, relative to the largest number of `wanted`; infinite if one is NaN."""
-    error = float((got - wanted).abs().max() / wanted.abs().max().clamp_min(1e-300))
-    return math.inf if math.isnan(error) else error
-
-
 def _name_of_squeeze(x: Tensor, z: Tensor) -> str | None:
-    return next((how for how in SQUEEZES if _same(z, reference._squeeze(x, how))), None)
+    return next((how for how in SQUEEZES if same(z, reference._squeeze(x, how))), None)
 
 
 def _obstacle(layer: nn.Module, arity: int) -> str | None:
     """What a run does not show but replacing would lose."""
     cls = type(layer)
-    if isinstance(layer, torch.jit.ScriptModule):
-        return "it is scripted by TorchScript"
+    for name, module in layer.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            return f"{f'its {name}' if name else 'it'} is scripted by TorchScript"
     if arity > 1:
         return f"it needs {arity} inputs"
     if "forward" in vars(layer) or cls.__call__ is not nn.Module.__call__:
         return "its forward is overridden on the object, or its class overrides __call__"
-    if cls.__reduce_ex__ is not object.__reduce_ex__ or hasattr(cls, "__deepcopy__"):
+    if any(getattr(cls, name, None) is not getattr(nn.Module, name, None) for name in _COPYING):
         return f"its class {cls.__name__} defines its own copying"
     for name, module in layer.named_modules():
         whose = f"its {name}" if name else "it"
@@ -165,10 +115,24 @@ def _obstacle(layer: nn.Module, arity: int) -> str | None:
         return "its parameters are of several dtypes"
     for name, module in layer.named_modules():
         for attribute, value in vars(module).items():
-            if isinstance(value, Tensor):
-                return f"it holds a tensor that is no parameter: {f'{name}.{attribute}'.lstrip('.')}"
+            if attribute not in ("_parameters", "_modules", "_buffers"):
+                kind = next((each for each in _inside(value) if isinstance(each, (Tensor, nn.Module))), None)
+                if kind is not None:
+                    what = "a tensor that is no parameter" if isinstance(kind, Tensor) else "a module that is no child"
+                    return f"it holds {what}: {f'{name}.{attribute}'.lstrip('.')}"
     buffers = [name for name, _ in layer.named_buffers()]
     return f"it holds buffers, as a normalisation does: {', '.join(buffers)}" if buffers else None
+
+
+def _inside(value: Any) -> Iterator[Any]:
+    """`value`, or what containers in it hold."""
+    if isinstance(value, (list, tuple, set, deque)):
+        for each in value:
+            yield from _inside(each)
+    elif isinstance(value, dict):
+        yield from _inside(list(value.values()))
+    else:
+        yield value
 
 
 def _identify(name: str, bare: nn.Module, trace: probe.Trace, squeeze: str) -> Recognised | str:
@@ -207,18 +171,18 @@ def _identify(name: str, bare: nn.Module, trace: probe.Trace, squeeze: str) -> R
     dims = trace.x.dim()
     # A convolution's rank is its weight's; a Linear may serve maps of every rank.
     others = (3, 4, 5) if parameters[last.weight].dim() == 2 else (dims,)
-    proven = tuple(d for d in others if d == dims or _disproof(bare, meta, recognised, d) is None)
-    return _disproof(bare, meta, recognised, dims) or replace(recognised, dims=proven)
+    proven = tuple(d for d in others if d == dims or disproof(bare, meta, recognised, d) is None)
+    return disproof(bare, meta, recognised, dims) or replace(recognised, dims=proven)
 
 
 def _factor(trace: probe.Trace) -> Tensor | None:
     """What each channel is multiplied by, [N, C]; None if that depends on the position."""
     m = (trace.y / trace.x).flatten(2)
-    return m[..., 0] if _same(m, m[..., :1].expand_as(m).contiguous()) else None
+    return m[..., 0] if same(m, m[..., :1].expand_as(m).contiguous()) else None
 
 
 def _name_of_act(p1: Tensor, h: Tensor) -> str | None:
-    return next((name for name, act in ACTIVATIONS.items() if _same(h, act(p1))), None)
+    return next((name for name, act in ACTIVATIONS.items() if same(h, act(p1))), None)
 
 
 def _name_of_gate(p2: Tensor, m: Tensor) -> tuple[str | HardSigmoid, bool] | None:
@@ -228,7 +192,7 @@ def _name_of_gate(p2: Tensor, m: Tensor) -> tuple[str | HardSigmoid, bool] | Non
         s = m.reshape(-1) - float(residual)
         for name in GATES:
             gate = _fitted_hard_sigmoid(v, s) if name == "hard_sigmoid" else name
-            if gate is not None and _same(s, reference._activation(gate, v)):
+            if gate is not None and same(s, reference._activation(gate, v)):
                 return gate, residual
     return None
 
@@ -247,53 +211,3 @@ def _simple(value: float) -> float:
     """1/6 for what was fitted as 0.16666666666666669."""
     fraction = float(Fraction(value).limit_denominator(1000))
     return fraction if abs(fraction - value) < 1e-12 else value
-
-
-def _disproof(bare: nn.Module, meta: nn.Module, recognised: Recognised, dims: int) -> str | None:
-    """Why layer and formula differ on maps of `dims` dimensions; None if they agree in both modes at two sizes, at one
-    of realistic size, in all gradients, and use the same operators at every size."""
-    c = recognised.channels
-    for n, *spatial in ((2, 4, 3, 2), (3, 2, 3, 5)):
-        shape = (n, c, *spatial[: dims - 2])
-        found = next(filter(None, (_difference(bare, recognised, shape, mode) for mode in ("eval", "train"))), None)
-        if found is not None:
-            return found
-    side = max(4, round((_REALISTIC / c) ** (1 / (dims - 2))))
-    return _difference(bare, recognised, (1, c, side + 3, *(side,) * (dims - 3)), "eval") or sizes.dependence(
-        meta, c, dims
-    )
-
-
-def _difference(bare: nn.Module, recognised: Recognised, shape: tuple[int, ...], mode: str) -> str | None:
-    """How result or gradients of layer and formula differ on a random map."""
-    bare.train(mode == "train")
-    x, g = probe.random_map(*shape), probe.numbers(*shape)
-    leaves = {"x": x.clone().requires_grad_(), **dict(bare.named_parameters())}
-    where = f"in {mode} mode on a map of shape {list(shape)}"
-    try:
-        given = x.clone()
-        y = bare(given)
-        if not torch.equal(given, x):
-            return f"it writes over its input {where}"
-        with torch.enable_grad():
-            recorded = bare(leaves["x"])
-            gradients = torch.autograd.grad(recorded, list(leaves.values()), g, allow_unused=True)
-    except Exception as failure:
-        return f"it fails {where}: {failure}"
-    with torch.enable_grad():
-        residual = leaves["x"] if recognised.residual else None
-        wanted = reference.squeeze_excite(
-            leaves["x"], *recognised.weights(bare), residual=residual, **recognised.options()
-        )
-        right = torch.autograd.grad(wanted, list(leaves.values()), g)
-    for got in (y, recorded.detach()):
-        error = _error(got, wanted.detach()) if got.shape == wanted.shape else math.inf
-        if error > _TOLERANCE:
-            return f"its output differs from the formula by {error:.1e} of its largest number, {where}"
-    for name, gradient, formula in zip(leaves, gradients, right, strict=True):
-        if gradient is None:
-            return f"no gradient reaches {name}, {where}"
-        error = _error(gradient, formula)
-        if error > _GRADIENT_TOLERANCE:
-            return f"the gradient of {name} differs from the formula's by {error:.1e} of its largest number, {where}"
-    return None

@@ -6,6 +6,7 @@ what it was with another `forward`. So parameters, state_dict keys, attributes, 
 
 from __future__ import annotations
 
+import contextlib
 import copyreg
 import functools
 from collections.abc import Callable, Sequence
@@ -15,39 +16,45 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import probe
+from .inside import SWAP
 from .modules import SqueezeExcite
 from .near_miss import float64_refusal, near_miss
+from .observers import recorded, under_transform
 from .ops import squeeze_excite
-from .recognise import Recognised, recognise
+from .recognise import recognise
+from .recognised import Recognised
 from .report import Report
 from .swap import Swap
+from .undisturbed import undisturbed
 
 
 class FusedSE(nn.Module):
     """Comes before the class of a replaced layer, whose `forward` remains for calls that were not proven equal."""
 
-    _se: Swap
+    # None: it computes as the original does, as one that `type(layer)(...)` makes.
+    _se_fused_swap: Swap | None = None
 
     def extra_repr(self) -> str:
-        return ", ".join(filter(None, (super().extra_repr(), f"fused: {self._se.recognised}")))
+        swap = self._se_fused_swap
+        fused = "" if swap is None else f"fused: {swap.recognised}"
+        return ", ".join(filter(None, (super().extra_repr(), fused)))
 
     def __prepare_scriptable__(self) -> nn.Module:
         raise RuntimeError("TorchScript cannot compile a fused SE layer: call se_fused.restore on the model first")
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, so that pickle and deepcopy cannot find it by name.
-        original, swap = _original_class(self), self._se
-        state: Any = super().__reduce_ex__(2)[2]
-        state = {name: value for name, value in state.items() if name != "_se"}
-        if swap.change(self) is not None:
+        original, swap = _original_class(self), self._se_fused_swap
+        state = {name: value for name, value in vars(self).items() if name != SWAP}
+        if swap is None or swap.change(self) is not None:
             return copyreg.__newobj__, (original,), state  # type: ignore[attr-defined]
         return _blank, (original, swap.recognised, swap.inplace), state
 
     def __setstate__(self, state: Any) -> None:
-        recognised, inplace = self.__dict__.pop("_se")
+        recognised, inplace = self.__dict__.pop(SWAP)
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._se = Swap(self, _original_class(self), recognised, inplace)
+        with contextlib.suppress(AttributeError):  # its children are not whole yet, because they refer to it
+            Swap.attach(self, _original_class(self), recognised, inplace)
 
 
 def _fused_forward(original: type[Any]) -> Callable[..., Any]:
@@ -56,19 +63,18 @@ def _fused_forward(original: type[Any]) -> Callable[..., Any]:
     def forward(self: FusedSE, *args: Any, **kwargs: Any) -> Any:
         # Compilers and tracers see the layer as it was written: Inductor fuses it with what stands around it, and
         # TorchScript and ONNX know its operators.
-        if not (torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None):
-            swap = self._se
+        swap = self._se_fused_swap
+        if swap is not None and not recorded():
             x = swap.map_of(args, kwargs)
-            weights = None if x is None else swap.weights(self)
+            weights = None if x is None else swap.weights(self, x)
             if weights is not None:
                 assert x is not None
-                return squeeze_excite(
-                    x,
-                    *weights,
-                    residual=x if swap.recognised.residual else None,
-                    inplace=swap.inplace and not torch.is_grad_enabled(),
-                    **swap.options,
-                )
+                residual = x if swap.recognised.residual else None
+                if swap.inplace and not (torch.is_grad_enabled() or x.requires_grad or under_transform()):
+                    # Refused before anything is written: x overlaps itself or a weight, or is an inference tensor.
+                    with contextlib.suppress(ValueError):
+                        return squeeze_excite(x, *weights, residual=residual, inplace=True, **swap.options)
+                return squeeze_excite(x, *weights, residual=residual, **swap.options)
         return original.forward(self, *args, **kwargs)
 
     return forward
@@ -97,8 +103,25 @@ def _blank(original: type[Any], recognised: Recognised, inplace: bool) -> FusedS
     """A layer of which all is to come by its __setstate__."""
     cls = _fused_class(original)
     layer = cls.__new__(cls)
-    layer.__dict__["_se"] = recognised, inplace
+    layer.__dict__[SWAP] = recognised, inplace
     return layer
+
+
+def _swap(layers: dict[nn.Module, Recognised], inplace: bool) -> dict[nn.Module, str]:
+    """Change the classes of layers; of those where that fails, why."""
+    failed: dict[nn.Module, str] = {}
+    changed: list[tuple[nn.Module, type[Any]]] = []
+    for layer in layers:
+        original = type(layer)
+        try:
+            layer.__class__ = _fused_class(original)
+        except Exception as error:  # such as of its own __init_subclass__
+            failed[layer] = f"its class cannot be changed: {error}"
+        else:
+            changed.append((layer, original))
+    for layer, original in changed:  # now that no class below changes any more
+        Swap.attach(layer, original, layers[layer], inplace)
+    return failed
 
 
 class _Examination:
@@ -199,19 +222,13 @@ def replace(
         got = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
         raise TypeError(f"replace: model is {got}; wanted a torch.nn.Module")
     examination = _Examination(model, _patterns("include", include), _patterns("exclude", exclude))
-    with probe.undisturbed(model):
+    with undisturbed(model):
         examination.examine(model)
         near = examination.near_misses()
     outcome = examination.outcome
-    for layer, found in outcome.items():
-        if isinstance(found, Recognised) and not dry_run:
-            original = type(layer)
-            try:
-                layer.__class__ = _fused_class(original)
-            except TypeError as error:
-                outcome[layer] = f"its class cannot be changed: {error}"
-            else:
-                layer._se = Swap(layer, original, found, inplace)  # type: ignore[assignment]
+    if not dry_run:
+        found = {layer: each for layer, each in outcome.items() if isinstance(each, Recognised)}
+        outcome.update(_swap(found, inplace))
     named = [(name, layer) for layer, names in examination.names.items() for name in names]
     found_as = {name: outcome[layer] for name, layer in named if layer in outcome}
     return Report(
@@ -240,6 +257,6 @@ def restore(model: nn.Module) -> nn.Module:
     layers = [module for module in model.modules() if isinstance(module, FusedSE)]
     originals = [_original_class(layer) for layer in layers]
     for layer, original in zip(layers, originals, strict=True):
-        del layer._se
+        layer.__dict__.pop(SWAP, None)
         layer.__class__ = original
     return model

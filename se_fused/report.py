@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from .recognise import Recognised
+from .recognised import Recognised
 
 _NAMES_IN_FULL = 4
 

@@ -1,10 +1,11 @@
-"""Whether a layer does the same to maps of every size, told from its operators alone: on maps without memory.
+"""Whether a layer does the same to every map, told from its operators alone: they run on maps without memory.
 
 Numbers can only be compared at sizes that are affordable; pooling over a window of 384 positions would not be noticed.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import weakref
 from itertools import combinations
@@ -15,48 +16,78 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-_SIDES = (7, 1, 28, 56, 160, 224, 512, 1024)
+# Batch and longest side. Not a batch of 1, in which einsum takes other operators.
+_SIZES = ((2, 7), (3, 1), (5, 28), (4, 56), (2, 160), (8, 224), (16, 512), (64, 1024))
 
 
 def dependence(layer: nn.Module, c: int, dims: int) -> str | None:
-    """Why `layer`, on the meta device, is not the same at every size of a map [N, C, *spatial] of `dims` dimensions;
-    None if it is."""
-    runs = []
-    for side in _SIDES:
-        # Square and not: with the sides s, s, s and s + 2, s + 1, s.
-        for longer in (0, 1):
-            shape = (2, c, *(side + longer * i for i in reversed(range(dims - 2))))
-            try:
-                run = _Run(layer, shape)
-            except Exception as error:
-                return f"what it does to a map cannot be followed without data: {error}"
-            if run.outlived():
-                return "a call keeps a tensor that it computed, which others may read"
-            runs.append(run)
-    differing = next((run for run in runs if not run.equals(runs[0])), None)
-    if differing is None:
+    """Why `layer`, on the meta device, is not the same for every map [N, C, *spatial] of `dims` dimensions, in every
+    mode and dtype; None if it is."""
+    # Square and not: with the sides s, s, s and s + 2, s + 1, s.
+    shapes = [(n, c, *(s + i * k for i in reversed(range(dims - 2)))) for n, s in _SIZES for k in (0, 1)]
+    half = [copy.deepcopy(layer).to(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+    try:
+        # All sizes in one mode with gradients and in the other without.
+        for training, grad, some in ((True, True, shapes), (True, False, shapes[-2:]), (False, True, shapes[-2:])):
+            layer.train(training)
+            first = _Run(layer, shapes[0], grad)
+            found = next(filter(None, (_difference(_Run(layer, shape, grad), first) for shape in some)), None)
+            if found is not None:
+                return found
+        first = _Run(layer.eval(), shapes[0])
+        runs = [_Run(layer, shape) for shape in shapes] + [_Run(other.eval(), shapes[1]) for other in half]
+        found = next(filter(None, (_difference(run, first) for run in runs)), None)
+        if found is not None:
+            return found
+        run = _Run(layer, shapes[1], channels_last=True) if dims > 3 else None
+    except Exception as error:
+        return f"what it does to a map cannot be followed without data: {error}"
+    return "it changes the memory format of its map" if run is not None and not run.keeps_strides else None
+
+
+def _difference(run: _Run, first: _Run) -> str | None:
+    if run.stranger:
+        return "it uses a tensor that is no parameter of it"
+    if run.outlived():
+        return "a call keeps a tensor that it computed, which others may read"
+    if not run.keeps_dtype:
+        return f"it changes the dtype of a map of {run.dtype}"
+    if run.equals(first):
         return None
-    return f"it does not compute on a map of shape {list(differing.shape)} what it does at {list(runs[0].shape)}"
+    return f"it does not compute on a map of {run.text} what it does on one of {first.text}"
 
 
 class _Run(TorchDispatchMode):
-    """The operators of one run in eval mode, each with its arguments that are no tensors."""
+    """The operators of one run, each with its arguments that are no tensors."""
 
-    def __init__(self, layer: nn.Module, shape: tuple[int, ...]) -> None:
+    def __init__(
+        self, layer: nn.Module, shape: tuple[int, ...], grad: bool = False, channels_last: bool = False
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.shape = shape
+        self.shape, self.dtype = shape, next(layer.parameters()).dtype
+        self.text = f"shape {list(shape)}, {self.dtype}, in {'train' if layer.training else 'eval'} mode"
         self.calls: list[tuple[str, list[Any]]] = []
+        self.stranger = False
         self._made: list[weakref.ref[Tensor]] = []
-        x = torch.empty(shape, dtype=torch.float64, device="meta")
-        with self:
-            layer(x)
+        x = torch.empty(shape, dtype=self.dtype, device="meta")
+        if channels_last:
+            x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+        self._known = {id(t) for t in (x, *layer.parameters())}
+        with torch.set_grad_enabled(grad), self:
+            y = layer(x)
+        self.keeps_dtype = y.dtype is self.dtype
+        self.keeps_strides = y.stride() == torch.empty_like(x).stride()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         given = tree_leaves((args, kwargs))
         self.calls.append((str(func), [leaf for leaf in given if not isinstance(leaf, Tensor)]))
         tensors = {id(leaf) for leaf in given if isinstance(leaf, Tensor)}
-        self._made += [weakref.ref(t) for t in tree_leaves(out) if isinstance(t, Tensor) and id(t) not in tensors]
+        # What torch.tensor makes comes by this operator.
+        self.stranger |= "lift_fresh" not in str(func) and not tensors <= self._known
+        made = [t for t in tree_leaves(out) if isinstance(t, Tensor) and id(t) not in tensors]
+        self._known |= {id(t) for t in made}
+        self._made += map(weakref.ref, made)
         return out
 
     def outlived(self) -> bool:
@@ -64,11 +95,11 @@ class _Run(TorchDispatchMode):
         return any(made() is not None for made in self._made)
 
     def equals(self, other: _Run) -> bool:
-        """Whether operators and numbers are the same, but for sizes and their products."""
+        """Whether operators and numbers are the same, but for dtypes, and for sizes and their products."""
         pairs = set(zip(_products(self.shape), _products(other.shape), strict=True))
 
         def same(a: Any, b: Any) -> bool:
-            if a == b or (a, b) in pairs:
+            if a == b or (a, b) in pairs or (isinstance(a, torch.dtype) and isinstance(b, torch.dtype)):
                 return True
             return isinstance(a, float) and any(math.isclose(a * p, 1) and math.isclose(b * q, 1) for p, q in pairs)
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import se_fused
 from examples import zoo
-from se_fused.recognise import Recognised
+from se_fused.recognised import Recognised
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::UserWarning")]
 # Elements of the largest map that is compared: 56 x 56 positions of 64 channels.

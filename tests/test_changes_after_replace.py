@@ -6,6 +6,7 @@ import gc
 import logging
 import sys
 import weakref
+from collections import OrderedDict, deque
 from unittest import mock
 
 import pytest
@@ -34,7 +35,7 @@ class Layer(nn.Module):
         super().__init__()
         self.fc1, self.act = nn.Linear(16, 4), nn.LeakyReLU()
         self.rest = nn.Sequential(nn.Linear(4, 16), nn.Sigmoid())
-        self.axes, self.function = [2, 3], torch.sigmoid
+        self.axes, self.queue = [2, 3], deque([1.0])
 
     def squeeze(self, x):
         return x.mean(self.axes)
@@ -42,7 +43,7 @@ class Layer(nn.Module):
     def forward(self, x, mask=None):
         s = self.rest(self.act(self.fc1(self.squeeze(x))))
         s = s if getattr(self, "strength", None) is None else self.strength * s
-        return x * self.scale * s[:, :, None, None]
+        return x * (self.scale * self.queue[0] * getattr(self, "_gain", 1.0)) * s[:, :, None, None]
 
 
 class Adapter(nn.Module):
@@ -171,7 +172,33 @@ def mode(m):
 
 
 def mark(m):
-    m.fc1._is_marked = True
+    m.fc1._is_hf_initialized = True
+
+
+def private(m):
+    m._gain = 2.0
+
+
+def order(m):
+    linear = m.rest[0]
+    del m.rest[0]
+    m.rest.add_module("0", linear)
+
+
+def hooks_anew(m):
+    m.act._forward_hooks = OrderedDict()
+    m.act.register_forward_hook(lambda module, args, out: 2 * out)
+
+
+def queue_in_place(m):
+    m.queue[0] = 3.0
+
+
+def method_for_a_mark(m):
+    m._is_hf_initialized = True
+    m(X)
+    del m._is_hf_initialized
+    m.squeeze = lambda x: x.amax((2, 3))
 
 
 def noted(m):
@@ -184,7 +211,7 @@ CHANGES = {
         (
             adapter, inner_adapter, swapped_act, swapped_gate, longer, slope, shadowed, read_if_there, list_in_place,
             list_to_other_axes, child_forward, other_class, pruned, spectral, old_weight_norm, new_weight_norm, hook,
-            pre_hook, backward_hook, noted,
+            pre_hook, backward_hook, noted, private, order, hooks_anew, queue_in_place, method_for_a_mark,
         ),
         False,
     ),
@@ -281,6 +308,51 @@ def test_a_forward_replaced_on_the_class_is_used():
     se_fused.replace(layer)
     Own.forward = lambda self, x: 2 * x
     assert torch.equal(layer(X), 2 * X)
+
+
+def test_what_the_class_defines_is_watched():
+    def squeeze(self, x):
+        return x.amax((2, 3))
+
+    for name, value in (("scale", 2.0), ("squeeze", squeeze)):
+        Own = type("Own", (Layer,), {})
+        before = Own().double()
+        after = copy.deepcopy(before)
+        se_fused.replace(after)
+        assert fused_calls(after) == 1
+        setattr(Own, name, value)
+        assert_same(before, after)
+        assert fused_calls(after) == 0
+
+
+def test_a_copy_that_torch_makes_past_the_class_follows_its_changes():
+    before, after = pair()
+    results = []
+    for m in (before, after):
+        m.alpha = nn.Parameter(torch.ones(1, dtype=torch.float64))
+        nn.utils.parametrize.register_parametrization(m, "alpha", nn.Identity())
+        other = copy.deepcopy(m)
+        nn.utils.parametrize.remove_parametrizations(other, "alpha")
+        slope(other)
+        results.append(other(X))
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_casts_in_the_original_are_its_own(x_dtype, dtype):
+    class Casts(Layer):
+        def forward(self, x):
+            z = self.squeeze(x).to(self.fc1.weight.dtype)
+            return x * self.rest(self.act(self.fc1(z))).to(x.dtype)[:, :, None, None]
+
+    before = Casts().to(dtype)
+    after = copy.deepcopy(before)
+    assert len(se_fused.replace(after).replaced) == 1
+    got, wanted = after(X.to(x_dtype)), before(X.to(x_dtype))
+    assert got.dtype is wanted.dtype
+    torch.testing.assert_close(got, wanted, rtol=2**-6, atol=2**-6)
+    assert fused_calls(after.to(torch.float64)) == 1
 
 
 def test_a_hook_for_all_modules_sees_those_inside():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
 
@@ -218,3 +219,114 @@ def test_scripting_asks_for_the_original() -> None:
     with pytest.raises(RuntimeError, match=r"call se_fused\.restore on the model first"):
         torch.jit.script(model)
     assert torch.equal(torch.jit.script(restore(model))(x), model(x))
+
+
+class Named(nn.Module):
+    """A layer whose child has the name that the package once used for itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._se, self.swap = SEModule(16), 3
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self._se(x)
+
+
+def test_names_of_the_layer_are_its_own() -> None:
+    model, x = nn.Sequential(Named(), nn.ReLU()), torch.randn(2, 16, 5, 4)
+    wanted = model(x)
+    assert list(replace(model).replaced) == ["0"]
+    torch.testing.assert_close(model(x), wanted)
+    assert restore(model)[0].swap == 3
+    assert torch.equal(model(x), wanted)
+
+
+def test_a_layer_that_cannot_be_changed_leaves_the_others_whole() -> None:
+    class Closed(SEModule):
+        def __init_subclass__(cls, **_: object) -> None:
+            raise ValueError("no subclass of this")
+
+    class Strict(SEModule):
+        def __setattr__(self, name: str, value: object) -> None:
+            if name.startswith("_se_"):
+                raise AttributeError(name)
+            super().__setattr__(name, value)
+
+    model, x = nn.Sequential(SEModule(16), Closed(16), Strict(16), SEModule(16)), torch.randn(2, 16, 5, 4)
+    wanted = model(x)
+    report = replace(model)
+    assert list(report.replaced) == ["0", "2", "3"]
+    assert report.skipped == {"1": "its class cannot be changed: no subclass of this"}
+    torch.testing.assert_close(model(x), wanted)
+    assert torch.equal(restore(model)(x), wanted)
+
+
+def test_objects_made_from_the_class_of_a_replaced_layer_are_originals() -> None:
+    model, x = nn.Sequential(SEModule(16)), torch.randn(2, 16, 5, 4)
+    replace(model)
+    model.append(type(model[0])(16))
+    assert "fused" not in repr(model[1])
+    other = copy.deepcopy(model)
+    assert torch.equal(other(x), model(x))
+    assert type(restore(model)[1]) is SEModule
+
+
+def test_a_child_that_refers_to_its_layer_can_be_copied() -> None:
+    layer = SEModule(16)
+    layer.fc1.owner = [layer]
+    x, plain = torch.randn(2, 16, 5, 4), copy.deepcopy(layer)
+    replace(layer)
+    assert torch.equal(copy.deepcopy(layer.fc1).owner[0](x), copy.deepcopy(plain.fc1).owner[0](x))
+
+
+@pytest.mark.parametrize("how", ["expanded", "inference", "a weight in x", "requires grad", "vmap"])
+def test_in_place_is_given_up_where_it_cannot_be(how: str) -> None:
+    plain = SEModule(16)
+    layer = copy.deepcopy(plain)
+    replace(layer, inplace=True)
+    x = torch.randn(2, 16, 5, 4)
+    if how == "expanded":
+        x = x[:1].expand(2, 16, 5, 4)
+    elif how == "inference":
+        with torch.inference_mode():
+            x = x.clone()
+    elif how == "a weight in x":
+        layer.fc1.bias.data = plain.fc1.bias.data = x.view(-1)[:8]
+    elif how == "requires grad":
+        x.requires_grad_()
+    with torch.no_grad():
+        if how == "vmap":
+            weights = {name: torch.stack([p, 2 * p]) for name, p in plain.named_parameters()}
+            got, wanted = (
+                torch.vmap(lambda w, m=m: torch.func.functional_call(m, w, (x,)))(weights) for m in (layer, plain)
+            )
+        else:
+            before = x.clone()
+            wanted, got = plain(x), layer(x)
+            assert torch.equal(x, before)
+            assert got.requires_grad is False
+    torch.testing.assert_close(got, wanted)
+
+
+def test_a_layer_inside_another_that_stands_elsewhere_too() -> None:
+    inner = SEModule(16)
+    for model in (nn.Sequential(Plus(inner), inner), nn.Sequential(inner, Plus(inner))):
+        x = torch.randn(2, 16, 5, 4)
+        wanted = model(x)
+        replace(model)
+        torch.testing.assert_close(model(x), wanted)
+        restore(model)
+
+
+def test_a_partial_forward() -> None:
+    class Partial(SEModule):
+        def scaled(self, x: Tensor, factor: float = 1.0) -> Tensor:
+            return SEModule.forward(self, x) if factor == 1.0 else x * factor
+
+        forward = functools.partialmethod(scaled, factor=1.0)
+
+    layer, x = Partial(16), torch.randn(2, 16, 5, 4)
+    wanted = layer(x)
+    replace(layer)
+    torch.testing.assert_close(layer(x), wanted)
+    torch.testing.assert_close(layer(x, factor=3.0), x * 3.0)

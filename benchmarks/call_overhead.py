@@ -1,0 +1,148 @@
+"""What a call costs when there is nothing to compute, beside another commit: two processes that take turns.
+
+python -m benchmarks.call_overhead COMMIT [--out benchmarks/results/call_overhead.csv]
+"""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import layer_cpu, timing
+from .layer_cpu_report import markdown
+
+RECORD = layer_cpu.RECORD.with_name("call_overhead.csv")
+# Runs one batch of each call that it is asked for, by name, and answers with the nanoseconds per call.
+WORKER = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from itertools import repeat
+import torch, se_fused
+from examples.zoo import import_torchvision
+torch.set_num_threads(1)
+SqueezeExcitation = import_torchvision().ops.SqueezeExcitation
+x, w1, w2 = torch.randn(1, 16, 1, 1), torch.randn(4, 16), torch.randn(16, 4)
+own, replaced = se_fused.SqueezeExcite(16).eval(), SqueezeExcitation(16, 4).eval()
+assert se_fused.replace(replaced).replaced
+def bare(): se_fused.squeeze_excite(x, w1, None, w2, None)
+def in_place(): se_fused.squeeze_excite(x, w1, None, w2, None, inplace=True)
+def strided(): se_fused.squeeze_excite(y, w1, None, w2, None)
+def training(): own(x)
+def layer(): own(x)
+def layer_replaced(): replaced(x)
+y = torch.randn(1, 32, 1, 1)[:, ::2]
+calls = {f.__name__: f for f in (bare, in_place, strided, training, layer, layer_replaced)}
+print(*calls, flush=True)
+for line in sys.stdin:
+    name = line.strip()
+    call = calls[name]
+    with torch.inference_mode(name != "training"):
+        for _ in repeat(None, 50): call()
+        start = time.perf_counter_ns()
+        for _ in repeat(None, 500): call()
+        print((time.perf_counter_ns() - start) / 500, flush=True)
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the CSV: microseconds per call at either commit, and the later's over the earlier's, round by round."""
+
+    date: str
+    commit: str
+    before: str
+    cpu: str
+    torch: str
+    call: str
+    rounds: int
+    before_us: str
+    after_us: str
+    after_by_before: str
+    p20: str
+    p80: str
+
+
+@contextmanager
+def worker(root: Path) -> Iterator[tuple[subprocess.Popen[str], list[str]]]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", WORKER, str(root)], cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    try:
+        yield process, process.stdout.readline().split()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def ask(process: subprocess.Popen[str], call: str) -> float:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(call + "\n")
+    process.stdin.flush()
+    return float(process.stdout.readline()) / 1e3
+
+
+def main(
+    before: Annotated[str, typer.Argument(help="The commit to compare with.")],
+    out: Annotated[Path, typer.Option(help="The CSV to write.")] = RECORD,
+    rounds: Annotated[int, typer.Option(min=5)] = 200,
+) -> None:
+    facts = layer_cpu.conditions(1)
+    facts = {key: facts[key] for key in ("date", "commit", "cpu", "torch")}
+    with tempfile.TemporaryDirectory() as folder:
+        earlier = Path(folder, "before")
+        git = ["git", "-C", str(layer_cpu.ROOT)]
+        subprocess.run([*git, "worktree", "add", "--detach", "--quiet", str(earlier), before], check=True)
+        try:
+            with worker(earlier) as (old, calls), worker(layer_cpu.ROOT) as (new, _):
+                times = {call: {"before": [], "after": []} for call in calls}
+                for i in range(rounds):
+                    for call in calls:
+                        turns = [("before", old), ("after", new)]
+                        for side, process in turns if i % 2 else reversed(turns):
+                            times[call][side].append(ask(process, call))
+        finally:
+            subprocess.run([*git, "worktree", "remove", "--force", str(earlier)], check=True)
+    with out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        for call, found in times.items():
+            ratios = [after / earlier for after, earlier in zip(found["after"], found["before"], strict=True)]
+            p20, p50, p80 = (f"{ratio:.3f}" for ratio in timing.spread(ratios))
+            us = {side: f"{timing.spread(values).p50:.2f}" for side, values in found.items()}
+            row = Row(
+                **facts, before=before, call=call, rounds=rounds, before_us=us["before"], after_us=us["after"],
+                after_by_before=p50, p20=p20, p80=p80,
+            )  # fmt: skip
+            writer.writerow(asdict(row))
+            typer.echo(f"{call}: {us['before']} us before, {us['after']} after, ratio {p50} ({p20} to {p80})")
+
+
+def table(lines: Iterable[dict[str, str]]) -> str:
+    """The CSV as a table."""
+    lines = list(lines)
+    rows = [
+        [line["call"].replace("_", " "), line["before_us"], line["after_us"],
+         f"{line['after_by_before']} ({line['p20']} to {line['p80']})"]
+        for line in lines
+    ]  # fmt: skip
+    line = lines[0]
+    return (
+        markdown(["call", f"µs at {line['before']}", f"µs at {line['commit']}", "later / earlier (p20 to p80)"], rows)
+        + f"\n{line['cpu']}, one thread, PyTorch {line['torch']}, {line['date']}; "
+        f"{line['rounds']} interleaved rounds.\n"
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,49 @@
+"""Who else looks at a call than who made it: compilers, tracers, transforms, modes."""
+
+from __future__ import annotations
+
+import torch
+from torch import _C, Tensor
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+
+from . import backends
+from .memory import PLAIN
+
+
+def recorded() -> bool:
+    """Whether a compiler or a tracer makes a program of the call."""
+    return is_compiling() or _C._get_tracing_state() is not None
+
+
+def observed() -> bool:
+    """Whether a compiler, a tracer or a dispatch mode has to see the operators."""
+    return is_compiling() or _C._len_torch_dispatch_stack() > 0 or _C._get_tracing_state() is not None
+
+
+def unobserved(*tensors: Tensor | None) -> bool:
+    """Whether nothing but autograd has to see the operators: no observer, and no tensor subclass."""
+    for t in tensors:
+        if t is not None and type(t) not in PLAIN:
+            return False
+    return not observed()
+
+
+def under_transform() -> bool:
+    """Whether forward-mode AD or a torch.func transform is active: custom operators give zero tangents there."""
+    return _C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def decomposes(device: torch.device) -> bool:
+    """Whether the call is to be plain PyTorch for whoever records it.
+
+    TorchScript and ONNX do not know the operators. Inductor fuses the formula with what stands around it, and is faster
+    that way wherever that was measured: on CPUs (benchmarks/results/compiled.csv) and on an H200
+    (benchmarks/results/h200/, in a graph). Elsewhere, and where a backend is forced, the operator stays.
+    """
+    if not recorded():
+        return False
+    if _C._get_tracing_state() is not None:
+        return True
+    measured = device.type == "cpu" or (device.type == "cuda" and torch.version.hip is None)
+    return (measured and not backends.is_forced()) or torch.onnx.is_in_onnx_export()

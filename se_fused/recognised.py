@@ -1,0 +1,53 @@
+"""What an SE layer computes, as `recognise` finds it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+from torch import Tensor, nn
+
+from .reference import HardSigmoid
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """What an SE layer computes, in the words of `se_fused.squeeze_excite`.
+
+    `w1`, `b1`, `w2`, `b2` are the names of the parameters below the layer, None where there is none; `dims` are the
+    numbers of dimensions of x at which the match is proven; `residual` says that the layer gives x * (1 + s).
+    """
+
+    layer: str
+    channels: int
+    hidden: int | None
+    act: str | None
+    gate: str | HardSigmoid
+    squeeze: str
+    residual: bool
+    dims: tuple[int, ...]
+    w1: str | None
+    b1: str | None
+    w2: str
+    b2: str | None
+
+    def __str__(self) -> str:
+        width = f"C={self.channels}" + (f", R={self.hidden}, {self.act}" if self.hidden else ", one layer")
+        gate = "hard_sigmoid({:.4g}, {:.4g})".format(*self.gate) if isinstance(self.gate, HardSigmoid) else self.gate
+        extra = ("" if self.squeeze == "mean" else f", squeeze {self.squeeze}") + (
+            ", residual" if self.residual else ""
+        )
+        return f"{self.layer}: {width}, {gate}{extra}"
+
+    def __rich__(self) -> str:
+        return str(self)
+
+    def weights(self, layer: nn.Module) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
+        """w1, b1, w2, b2 as `layer` has them now."""
+        w1, b1, b2 = (None if name is None else attrgetter(name)(layer) for name in (self.w1, self.b1, self.b2))
+        return w1, b1, attrgetter(self.w2)(layer), b2
+
+    def options(self) -> dict[str, Any]:
+        """act, gate and squeeze as keyword arguments. The one-FC form has no act; its name is not used there."""
+        return {"act": self.act or "identity", "gate": self.gate, "squeeze": self.squeeze}

@@ -1,0 +1,121 @@
+"""Foreign code runs, and leaves the process as it was: what examination owes the model that it looks at."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import nn
+
+from .inside import GLOBAL_HOOKS
+
+_CONTAINERS = (list, dict, set, deque)
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[list[str]]:
+    """For running copies of `model`: afterwards its classes, the containers that its code names, random states and the
+    number of threads are as before.
+
+    Gives a list, which in the end names what was put back. Meanwhile hooks for all modules are not called, and there is
+    one thread: OpenMP's pool, once started, would hang in every process forked later.
+    """
+    classes = {cls: dict(vars(cls)) for module in model.modules() for cls in type(module).__mro__}
+    containers = {id(each): (name, each, _contents(each)) for name, each in _reachable(classes)}
+    hooks = [(each, _contents(each)) for each in GLOBAL_HOOKS]
+    draws, threads = random_states(), torch.get_num_threads()
+    changed: list[str] = []
+    for each in GLOBAL_HOOKS:
+        each.clear()
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield changed
+    finally:
+        torch.set_num_threads(threads)
+        for each, contents in hooks:
+            _put_back(each, contents)
+        random.setstate(draws[1])
+        if draws[2] is not None:
+            sys.modules["numpy.random"].set_state(draws[2])
+        for cls, attributes in classes.items():
+            changed += _restore(cls, attributes)
+        for name, each, contents in containers.values():
+            if not _is_same(_contents(each), contents):
+                _put_back(each, contents)
+                changed.append(name)
+
+
+def random_states() -> tuple[Any, Any, Any]:
+    """Of torch (on the CPU), Python, and NumPy if it is loaded."""
+    numpy = sys.modules.get("numpy.random")
+    return torch.get_rng_state(), random.getstate(), numpy.get_state() if numpy else None
+
+
+def are_equal(states: tuple[Any, Any, Any], others: tuple[Any, Any, Any]) -> bool:
+    return torch.equal(states[0], others[0]) and states[1] == others[1] and str(states[2]) == str(others[2])
+
+
+def _restore(cls: type, attributes: dict[str, Any]) -> Iterator[str]:
+    for name in {*vars(cls), *attributes}:
+        if name not in attributes:
+            delattr(cls, name)
+        elif vars(cls).get(name, attributes) is not attributes[name]:
+            setattr(cls, name, attributes[name])
+        else:
+            continue
+        if name != "__slotnames__":  # in which copy keeps what it looked up
+            yield f"{cls.__name__}.{name}"
+
+
+def _reachable(classes: dict[type, dict[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """The lists, dicts, sets and deques that code of these classes names: their attributes, and its globals, closures
+    and defaults. Not PyTorch's."""
+    seen: set[int] = set()
+    for cls, attributes in classes.items():
+        if cls.__module__.split(".")[0] in ("torch", "builtins"):
+            continue
+        for name, value in attributes.items():
+            if name.startswith("__") and not isinstance(value, FunctionType):
+                continue
+            yield from _named(f"{cls.__name__}.{name}", value, cls.__module__, seen)
+
+
+def _named(name: str, value: Any, module: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, (staticmethod, classmethod, property)):
+        value = value.fget if isinstance(value, property) else value.__func__
+    if isinstance(value, _CONTAINERS):
+        yield name, value
+    elif isinstance(value, FunctionType) and value.__module__ == module and id(value) not in seen:
+        seen.add(id(value))
+        for used in value.__code__.co_names:
+            yield from _named(used, value.__globals__.get(used), module, seen)
+        for used, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
+            try:
+                yield from _named(used, cell.cell_contents, module, seen)
+            except ValueError:  # it is empty
+                continue
+        for default in (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()):
+            yield from _named(f"a default of {name}", default, module, seen)
+
+
+def _contents(container: Any) -> list[Any]:
+    return list(container.items() if isinstance(container, dict) else container)
+
+
+def _is_same(contents: list[Any], others: list[Any]) -> bool:
+    def flat(each: list[Any]) -> list[int]:
+        return [id(part) for item in each for part in (item if isinstance(item, tuple) else (item,))]
+
+    return flat(contents) == flat(others)
+
+
+def _put_back(container: Any, contents: list[Any]) -> None:
+    container.clear()
+    (container.extend if isinstance(container, (list, deque)) else container.update)(contents)
