@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import gpu_report, layer_cpu, layer_cpu_report
+from . import call_overhead, compiled, gpu_report, layer_cpu, layer_cpu_report
 
 Line = dict[str, str]
 ROOT = layer_cpu.ROOT
@@ -57,6 +57,8 @@ RECORDS = {
         layer_cpu.RECORD, read, layer_cpu_report.table,
         figure=ROOT / "docs" / "layer_cpu.png", draw=layer_cpu_report.draw,
     ),
+    "compiled": Record(compiled.RECORD, read, compiled.table, BENCHMARKS),
+    "call_overhead": Record(call_overhead.RECORD, read, call_overhead.table, BENCHMARKS),
 }  # fmt: skip
 for _run in sorted(RESULTS.glob("*/run.json")):
     RECORDS[_run.parent.name] = Record(_run.parent, gpu_report.read, gpu_report.summary)

@@ -33,14 +33,9 @@ def _describe(value: Any) -> str:
     return f"a {layout}tensor of shape {list(value.shape)}, {value.dtype}, on {value.device}"
 
 
-def _is_tensor(t: Any) -> bool:
-    """Whether `t` is a tensor with a shape. That of a nested one must not be asked for."""
-    return (type(t) in memory.PLAIN or isinstance(t, Tensor)) and not t.is_nested
-
-
 def _check_map(name: str, t: Any) -> None:
     wanted = "a dense floating-point tensor [N, C, *spatial] with 1 to 3 spatial dimensions"
-    if not _is_tensor(t) or t.layout is not torch.strided or t.dtype not in _DTYPES:
+    if not isinstance(t, Tensor) or t.layout is not torch.strided or t.dtype not in _DTYPES:
         _refuse(TypeError, name, _describe(t), f"{wanted}, of {', '.join(map(str, _DTYPES))}")
     if not 3 <= t.dim() <= 5 or t.shape[1] == 0:
         _refuse(ValueError, name, _describe(t), f"{wanted}, and C >= 1")
@@ -48,7 +43,7 @@ def _check_map(name: str, t: Any) -> None:
 
 def _check_parameter(name: str, t: Any, shape: tuple[int, ...], like: Tensor, *, kernel: bool = False) -> None:
     """`like`: w2, whose dtype and device the others share. `kernel`: a 1x1 convolution's trailing ones are allowed."""
-    if not _is_tensor(t):
+    if not isinstance(t, Tensor):
         _refuse(TypeError, name, _describe(t), f"a tensor of shape {list(shape)}")
     got = t.shape
     if got != shape and not (kernel and len(got) <= 5 and got == shape + (1,) * (len(got) - 2)):
@@ -66,15 +61,12 @@ def _check_parameter(name: str, t: Any, shape: tuple[int, ...], like: Tensor, *,
         _refuse(TypeError, name, _describe(t), f"a dense tensor of {like.dtype}, the dtype of w2")
 
 
-def check(x: Any, w1: Any, b1: Any, w2: Any, b2: Any, residual: Any, squeeze: str, inplace: Any) -> None:
-    """Raise TypeError or ValueError naming the first argument that `se_fused.squeeze_excite` does not take."""
-    if not isinstance(inplace, bool):
-        _refuse(TypeError, "inplace", _describe(inplace), "True or False")
+def _check_kinds(x: Any, w1: Any, b1: Any, w2: Any, b2: Any, residual: Any, squeeze: str) -> None:
     _check_map("x", x)
     c = x.shape[1]
     if squeeze != "mean" and 0 in x.shape[2:]:
         _refuse(ValueError, "x", _describe(x), f"at least one position, because squeeze is {squeeze!r}")
-    if not _is_tensor(w2):
+    if not isinstance(w2, Tensor):
         _refuse(TypeError, "w2", _describe(w2), "a tensor of shape [C, R]")
     if w2.layout is not torch.strided or (
         w2.dtype is not x.dtype and not (w2.dtype is torch.float32 and x.dtype in _HALF)
@@ -85,7 +77,7 @@ def check(x: Any, w1: Any, b1: Any, w2: Any, b2: Any, residual: Any, squeeze: st
         _refuse(ValueError, "w2", f"on {w2.device}", f"{x.device}, the device of x")
     r = c
     if w1 is not None:
-        if not _is_tensor(w1):
+        if not isinstance(w1, Tensor):
             _refuse(TypeError, "w1", _describe(w1), f"a tensor of shape [R, {c}], or None for the one-FC form")
         r = w1.shape[0] if w1.dim() else 0
         if r == 0:
@@ -102,6 +94,19 @@ def check(x: Any, w1: Any, b1: Any, w2: Any, b2: Any, residual: Any, squeeze: st
         _check_map("residual", residual)
         if residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device:
             _refuse(ValueError, "residual", _describe(residual), f"the shape, dtype and device of x: {_describe(x)}")
+
+
+def check(x: Any, w1: Any, b1: Any, w2: Any, b2: Any, residual: Any, squeeze: str, inplace: Any) -> None:
+    """Raise TypeError or ValueError naming the first argument that `se_fused.squeeze_excite` does not take."""
+    if not isinstance(inplace, bool):
+        _refuse(TypeError, "inplace", _describe(inplace), "True or False")
+    try:
+        _check_kinds(x, w1, b1, w2, b2, residual, squeeze)
+    except RuntimeError:  # a nested tensor has no shape, and that is too rare to ask each for
+        for name, t in zip(_TENSORS, (x, w1, b1, w2, b2, residual), strict=True):
+            if isinstance(t, Tensor) and t.is_nested:
+                _refuse(TypeError, name, _describe(t), "a dense tensor")
+        raise
     readable = memory.has_addresses()
     if readable:
         for i, t in enumerate((x, w1, b1, w2, b2, residual)):

@@ -16,7 +16,7 @@ from .undisturbed import are_equal, random_states
 TOLERANCE = 1e-10
 # PyTorch's own hard sigmoid multiplies by a float32 1/6 in backward, which is off by 3e-8.
 _GRADIENT_TOLERANCE = 1e-7
-# Elements of the largest map that is computed: 90 x 90 positions of 64 channels, 32 x 32 of 512; 10 ms.
+# Elements of the largest map that is computed: 90 x 90 positions of 64 channels, 32 x 32 of 512.
 _REALISTIC = 2**19
 
 

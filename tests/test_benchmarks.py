@@ -16,9 +16,10 @@ import torch
 import typer
 from rich.console import Console
 
-from benchmarks import layer_cpu, layer_cpu_report, peers, report, shapes, timing
+from benchmarks import call_overhead, compiled, layer_cpu, layer_cpu_report, peers, report, shapes, timing
 from benchmarks.shapes import Shape
 from benchmarks.timing import Contender
+from examples import zoo
 
 TINY = Shape(2, 12, 5, 7, r=3)
 
@@ -194,6 +195,28 @@ def test_rest_ends_and_a_busy_process_is_an_error(monkeypatch: pytest.MonkeyPatc
 
 
 # The CSV and the report.
+
+
+def test_variants_compute_the_same_and_differ_in_what_they_call() -> None:
+    model, x = zoo.build("timm:mobilenetv3_small_100").eval(), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        wanted = model(x)
+        for contender in compiled.CONTENDERS:
+            other = compiled.variant(model, contender)
+            torch.testing.assert_close(other(x), wanted, rtol=1e-4, atol=1e-5)
+            calls = sum(isinstance(module, compiled.Call) for module in other.modules())
+            assert calls == (9 if contender in ("formula", "operator") else 0)
+
+
+def test_the_bars_that_the_records_must_keep() -> None:
+    """Compiled and replaced networks lose nothing, and a call with nothing to compute costs no more than before."""
+    rows = {(row["network"], row["n"], row["contender"]): row for row in report.read(compiled.RECORD)}
+    replaced = {key: float(row["original_by_this"]) for key, row in rows.items() if key[2] == "replaced"}
+    assert len(replaced) == 4
+    assert min(replaced.values()) >= 0.98, replaced
+    calls = {row["call"]: row for row in report.read(call_overhead.RECORD)}
+    for call in ("bare", "layer", "layer_replaced"):
+        assert float(calls[call]["p20"]) <= 1, calls[call]
 
 
 @pytest.fixture
