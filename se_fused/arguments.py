@@ -66,7 +66,7 @@ def _check_kinds(x: Any, w1: Any, b1: Any, w2: Any, b2: Any, residual: Any, sque
     c = x.shape[1]
     if squeeze != "mean" and 0 in x.shape[2:]:
         _refuse(ValueError, "x", _describe(x), f"at least one position, because squeeze is {squeeze!r}")
-    if not isinstance(w2, Tensor):
+    if not isinstance(w2, Tensor) or w2.is_nested:  # with which the others are compared
         _refuse(TypeError, "w2", _describe(w2), "a tensor of shape [C, R]")
     if w2.layout is not torch.strided or (
         w2.dtype is not x.dtype and not (w2.dtype is torch.float32 and x.dtype in _HALF)

@@ -215,7 +215,7 @@ def test_the_bars_that_the_records_must_keep() -> None:
     assert len(replaced) == 4
     assert min(replaced.values()) >= 0.98, replaced
     calls = {row["call"]: row for row in report.read(call_overhead.RECORD)}
-    for call in ("bare", "layer", "layer_replaced"):
+    for call in ("bare", "in_place", "strided", "layer", "layer_replaced"):
         assert float(calls[call]["p20"]) <= 1, calls[call]
 
 
