@@ -187,7 +187,8 @@ assert backends.why_not("cuda", x.device) is None
     [
         f"{FRESH}child = os.fork()\nif child == 0:{{}}\n    os._exit(0)\nassert os.waitpid(child, 0)[1] == 0",
         f"{FRESH}{CALL}g = torch.cuda.CUDAGraph()\nwith torch.cuda.graph(g):\n    y = m(x)\ng.replay()\n{CHECK}",
-        f"{FRESH}{CALL}y = torch.compile(m, fullgraph=True, backend='aot_eager')(x)\n{CHECK}",
+        f"{FRESH}{CALL}with se_fused.use_backend('cuda'):  # else the formula is compiled\n"
+        f"    y = torch.compile(m, fullgraph=True, backend='aot_eager')(x)\n{CHECK}",
         f"{FRESH}x = torch.nn.Sequential(m := se_fused.SqueezeExcite(64)); r = se_fused.replace(x.cuda()); print(r)",
     ],
     ids=["after a fork", "in a capture", "in a compiler", "in replace"],
