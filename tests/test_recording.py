@@ -8,6 +8,8 @@ import sys
 import pytest
 import torch
 from cases import Case, call
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import se_fused
@@ -87,6 +89,43 @@ def test_a_program_exported_without_gradients_is_trained(backend, native):
         assert found.keys() == dict(original.named_parameters()).keys()
         for name, p in original.named_parameters():
             torch.testing.assert_close(found[name], p.grad, msg=name)
+
+
+@given(
+    options=st.fixed_dictionaries(
+        {
+            "act": st.sampled_from(["relu", "gelu"]),
+            "gate": st.sampled_from(["sigmoid", "hard_sigmoid"]),
+            "squeeze": st.sampled_from(["mean", "max", "mean_max"]),
+            "pre_act": st.sampled_from([None, "silu"]),
+            "post_act": st.sampled_from([None, "relu"]),
+        }
+    ),
+    backend=st.sampled_from(["auto", "cpu"]),
+    residual=st.sampled_from(["none", "x", "another"]),
+    recorded=st.sampled_from(["export", "trace"]),
+)
+@settings(max_examples=40)
+def test_what_is_recorded_without_gradients_has_them_whatever_the_options(options, backend, residual, recorded):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.before, self.se = nn.Conv2d(3, 8, 1), se_fused.SqueezeExcite(8, 2, **options)
+
+        def forward(self, x):
+            u = self.before(x)
+            return self.se(u, residual={"none": None, "x": u, "another": 2 * u}[residual])
+
+    torch.manual_seed(0)
+    net = Net().double()
+    x, g = X.double(), torch.randn(2, 8, 8, 9, dtype=torch.float64)
+    wanted = torch.autograd.grad(net(x), list(net.parameters()), g)
+    with se_fused.use_backend(backend), torch.no_grad():
+        program = torch.export.export(net, (x,)).module() if recorded == "export" else torch.jit.trace(net, x)
+    names = dict(net.named_parameters())
+    found = dict(program.named_parameters())
+    got = torch.autograd.grad(program(x), [found[name] for name in names], g)
+    torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-8)
 
 
 def test_the_inference_operator_differentiates_to_second_order(native):
