@@ -11,7 +11,6 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
@@ -36,7 +35,7 @@ assert se_fused.replace(replaced).replaced
 def bare(): se_fused.squeeze_excite(x, w1, None, w2, None)
 def in_place(): se_fused.squeeze_excite(x, w1, None, w2, None, inplace=True)
 def strided(): se_fused.squeeze_excite(y, w1, None, w2, None)
-def training(): own(x)
+def training(): own(x)  # with gradients, below
 def layer(): own(x)
 def layer_replaced(): replaced(x)
 y = torch.randn(1, 32, 1, 1)[:, ::2]
@@ -51,24 +50,6 @@ for line in sys.stdin:
         for _ in repeat(None, 500): call()
         print((time.perf_counter_ns() - start) / 500, flush=True)
 """
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of the CSV: microseconds per call at either commit, and the later's over the earlier's, round by round."""
-
-    date: str
-    commit: str
-    before: str
-    cpu: str
-    torch: str
-    call: str
-    rounds: int
-    before_us: str
-    after_us: str
-    after_by_before: str
-    p20: str
-    p80: str
 
 
 @contextmanager
@@ -97,8 +78,8 @@ def main(
     out: Annotated[Path, typer.Option(help="The CSV to write.")] = RECORD,
     rounds: Annotated[int, typer.Option(min=5)] = 200,
 ) -> None:
-    facts = layer_cpu.conditions(1)
-    facts = {key: facts[key] for key in ("date", "commit", "cpu", "torch")}
+    conditions = layer_cpu.conditions(1) | {"before": before}
+    facts = {key: conditions[key] for key in ("date", "commit", "before", "cpu", "torch")}
     with tempfile.TemporaryDirectory() as folder:
         earlier = Path(folder, "before")
         git = ["git", "-C", str(layer_cpu.ROOT)]
@@ -113,19 +94,18 @@ def main(
                             times[call][side].append(ask(process, call))
         finally:
             subprocess.run([*git, "worktree", "remove", "--force", str(earlier)], check=True)
+    lines = []
+    for call, found in times.items():
+        ratios = [after / earlier for after, earlier in zip(found["after"], found["before"], strict=True)]
+        p20, p50, p80 = (f"{ratio:.3f}" for ratio in timing.spread(ratios))
+        us = {f"{side}_us": f"{timing.spread(values).p50:.2f}" for side, values in found.items()}
+        ratio = {"after_by_before": p50, "p20": p20, "p80": p80}
+        lines.append(facts | {"call": call, "rounds": rounds} | us | ratio)
+        typer.echo(f"{call}: {us['before_us']} us before, {us['after_us']} after, ratio {p50} ({p20} to {p80})")
     with out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
+        writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
         writer.writeheader()
-        for call, found in times.items():
-            ratios = [after / earlier for after, earlier in zip(found["after"], found["before"], strict=True)]
-            p20, p50, p80 = (f"{ratio:.3f}" for ratio in timing.spread(ratios))
-            us = {side: f"{timing.spread(values).p50:.2f}" for side, values in found.items()}
-            row = Row(
-                **facts, before=before, call=call, rounds=rounds, before_us=us["before"], after_us=us["after"],
-                after_by_before=p50, p20=p20, p80=p80,
-            )  # fmt: skip
-            writer.writerow(asdict(row))
-            typer.echo(f"{call}: {us['before']} us before, {us['after']} after, ratio {p50} ({p20} to {p80})")
+        writer.writerows(lines)
 
 
 def table(lines: Iterable[dict[str, str]]) -> str:

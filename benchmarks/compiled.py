@@ -2,6 +2,8 @@
 
     python -m benchmarks.compiled [--out benchmarks/results/compiled.csv]
 
+A line of the CSV has milliseconds per call, and the original's time over the contender's, round by round.
+
 `replaced`: after se_fused.replace, which shows a compiler the original layers. `formula`, `operator`: each SE layer is
 a call of se_fused.squeeze_excite, compiled as plain PyTorch, or as one operator that Inductor cannot look into.
 """
@@ -12,7 +14,6 @@ import copy
 import csv
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
@@ -31,26 +32,6 @@ RECORD = layer_cpu.RECORD.with_name("compiled.csv")
 NETWORKS = ("timm:efficientnet_b0", "timm:mobilenetv3_large_100")
 BATCHES = (1, 8)
 CONTENDERS = ("original", "replaced", "formula", "operator")
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of the CSV: milliseconds per call, and the original's time over the contender's, round by round."""
-
-    date: str
-    commit: str
-    cpu: str
-    threads: int
-    torch: str
-    load: str
-    network: str
-    n: int
-    contender: str
-    rounds: int
-    p20_ms: str
-    p50_ms: str
-    p80_ms: str
-    original_by_this: str
 
 
 class Call(nn.Module):
@@ -106,28 +87,26 @@ def main(
     threads: Annotated[int, typer.Option()] = 2,
 ) -> None:
     torch.set_num_threads(threads)
-    facts = {
-        key: value
-        for key, value in layer_cpu.conditions(threads).items()
-        if key in {field.name for field in fields(Row)}
-    }
+    conditions = layer_cpu.conditions(threads)
+    facts = {key: conditions[key] for key in ("date", "commit", "cpu", "threads", "torch")}
+    lines = []
+    for network in NETWORKS:
+        for n in BATCHES:
+            load = f"{os.getloadavg()[0]:.2f}"
+            found = measure(network, n, seconds)
+            for contender, us in found.items():
+                p20, p50, p80 = (f"{t / 1e3:.3f}" for t in timing.spread(us))
+                ratio = f"{timing.ratio(found, 'original', contender):.3f}"
+                lines.append(
+                    facts
+                    | {"load": load, "network": network, "n": n, "contender": contender, "rounds": len(us)}
+                    | {"p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "original_by_this": ratio}
+                )
+                typer.echo(f"{network} N={n} {contender}: {p50} ms, original / this {ratio}")
     with out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
+        writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
         writer.writeheader()
-        for network in NETWORKS:
-            for n in BATCHES:
-                load = f"{os.getloadavg()[0]:.2f}"
-                found = measure(network, n, seconds)
-                for contender, us in found.items():
-                    p20, p50, p80 = (f"{t / 1e3:.3f}" for t in timing.spread(us))
-                    row = Row(
-                        **facts, load=load, network=network, n=n, contender=contender, rounds=len(us),
-                        p20_ms=p20, p50_ms=p50, p80_ms=p80,
-                        original_by_this=f"{timing.ratio(found, 'original', contender):.3f}",
-                    )  # fmt: skip
-                    writer.writerow(asdict(row))
-                    typer.echo(f"{network} N={n} {contender}: {p50} ms, original / this {row.original_by_this}")
-                    file.flush()
+        writer.writerows(lines)
 
 
 def table(lines: Iterable[dict[str, str]]) -> str:

@@ -21,7 +21,6 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 import se_fused
 from se_fused import backends, measure, native
@@ -31,10 +30,6 @@ from se_fused.build import BuildError
 VARIABLES = ("SE_FUSED_BACKEND", "SE_FUSED_CPU", "SE_FUSED_CACHE")
 
 _LARGEST = 2**63 - 1
-# How far fusing may move an output, in machine epsilons of its largest number: about 24 and 2.7 times what was measured
-# on efficientnet_b0, with random weights and batch statistics: 43 in float32 and float64, 12 in half precision.
-_EPSILONS_ALLOWED = {"float32": 1024, "float64": 1024, "float16": 32, "bfloat16": 32}
-
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 console = Console()
 
@@ -202,8 +197,8 @@ def _input(shape: str) -> torch.Tensor:
 def _placed(
     model: nn.Module, x: torch.Tensor, device: str, dtype: str | None, channels_last: bool
 ) -> tuple[nn.Module, torch.Tensor]:
-    if dtype is not None and dtype not in _EPSILONS_ALLOWED:
-        _fail(f"--dtype is {dtype!r}; wanted one of {', '.join(_EPSILONS_ALLOWED)}")
+    if dtype is not None and dtype not in measure.EPSILONS_ALLOWED:
+        _fail(f"--dtype is {dtype!r}; wanted one of {', '.join(measure.EPSILONS_ALLOWED)}")
     try:
         where = torch.device(device)
         kind = getattr(torch, dtype) if dtype else next((p.dtype for p in model.parameters()), torch.float32)
@@ -217,39 +212,6 @@ def _placed(
         order = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
         x, model = x.to(memory_format=order), model.to(memory_format=order)  # type: ignore[call-overload]
     return model, x
-
-
-def _compared(got: object, wanted: object) -> dict[str, Any]:
-    """The largest difference of two outputs, from the tensor where it is largest beside that tensor's numbers."""
-    pairs = [
-        (a, b)
-        for a, b in zip(tree_leaves(got), tree_leaves(wanted), strict=True)
-        if isinstance(b, torch.Tensor) and b.is_floating_point() and b.numel()
-    ]
-    if not pairs:
-        _fail(f"the model gives a {type(wanted).__name__} in which no tensor is found: nothing can be compared")
-    worst: dict[str, Any] = {"relative": -1.0}
-    for a, b in pairs:
-        difference, scale = measure.largest_difference(a, b), float(b.detach().abs().max())
-        # 0 of 0 is no difference; NaN is the largest of all.
-        relative = difference / scale if scale else (0.0 if difference == 0 else math.inf)
-        if math.isnan(relative) or relative > worst["relative"]:
-            tolerance = _EPSILONS_ALLOWED[str(b.dtype).removeprefix("torch.")] * torch.finfo(b.dtype).eps
-            equal = relative <= tolerance
-            verdict = f"equal within rounding of {str(b.dtype).removeprefix('torch.')}" if equal else "differs"
-            if not math.isfinite(scale):
-                verdict = "cannot be compared: the output before replacing is not finite"
-            worst = {
-                "difference": difference,
-                "scale": scale,
-                "relative": relative,
-                "tolerance": tolerance,
-                "equal": equal,
-                "verdict": verdict,
-            }
-            if math.isnan(relative):
-                break
-    return worst
 
 
 @app.command()
@@ -326,7 +288,10 @@ def _measured(spec: str, before: nn.Module, after: nn.Module, x: torch.Tensor, r
         except Exception as error:
             text = str(error).splitlines()[0] if str(error) else ""
             _fail(f"{spec} on a random input of {'x'.join(map(str, x.shape))} raised {type(error).__name__}: {text}")
-        found = _compared(got, wanted)
+        try:
+            found = measure.compared(got, wanted)
+        except ValueError as error:
+            _fail(str(error))
         calls = {"before": lambda: run(before), "after": lambda: run(after)}
         return found | {"seconds": measure.interleaved(calls, repeats)}
 

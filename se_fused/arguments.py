@@ -20,7 +20,7 @@ _HARD_SIGMOID_CODE = len(ACTIVATIONS)
 _SQUEEZE_CODE = {name: code for code, name in enumerate(SQUEEZES)}
 
 
-def _refuse(error: type[Exception], argument: str, got: str, wanted: str, caller: str = "squeeze_excite") -> NoReturn:
+def refuse(error: type[Exception], argument: str, got: str, wanted: str, caller: str = "squeeze_excite") -> NoReturn:
     raise error(f"{caller}: {argument} is {got}; wanted {wanted}")
 
 
@@ -36,18 +36,18 @@ def _describe(value: Any) -> str:
 def _check_map(name: str, t: Any) -> None:
     wanted = "a dense floating-point tensor [N, C, *spatial] with 1 to 3 spatial dimensions"
     if not isinstance(t, Tensor) or t.layout is not torch.strided or t.dtype not in _DTYPES:
-        _refuse(TypeError, name, _describe(t), f"{wanted}, of {', '.join(map(str, _DTYPES))}")
+        refuse(TypeError, name, _describe(t), f"{wanted}, of {', '.join(map(str, _DTYPES))}")
     if not 3 <= t.dim() <= 5 or t.shape[1] == 0:
-        _refuse(ValueError, name, _describe(t), f"{wanted}, and C >= 1")
+        refuse(ValueError, name, _describe(t), f"{wanted}, and C >= 1")
 
 
 def _check_parameter(name: str, t: Any, shape: tuple[int, ...], like: Tensor, *, kernel: bool = False) -> None:
     """`like`: w2, whose dtype and device the others share. `kernel`: a 1x1 convolution's trailing ones are allowed."""
     if not isinstance(t, Tensor):
-        _refuse(TypeError, name, _describe(t), f"a tensor of shape {list(shape)}")
+        refuse(TypeError, name, _describe(t), f"a tensor of shape {list(shape)}")
     got = t.shape
     if got != shape and not (kernel and len(got) <= 5 and got == shape + (1,) * (len(got) - 2)):
-        _refuse(
+        refuse(
             ValueError,
             name,
             _describe(t),
@@ -56,63 +56,63 @@ def _check_parameter(name: str, t: Any, shape: tuple[int, ...], like: Tensor, *,
     if t is like:
         return
     if not (t.is_cpu and like.is_cpu) and t.device != like.device:
-        _refuse(ValueError, name, f"on {t.device}", f"{like.device}, the device of w2")
+        refuse(ValueError, name, f"on {t.device}", f"{like.device}, the device of w2")
     if t.dtype is not like.dtype or t.layout is not torch.strided:
-        _refuse(TypeError, name, _describe(t), f"a dense tensor of {like.dtype}, the dtype of w2")
+        refuse(TypeError, name, _describe(t), f"a dense tensor of {like.dtype}, the dtype of w2")
 
 
 def _check_kinds(x: Any, w1: Any, b1: Any, w2: Any, b2: Any, residual: Any, squeeze: str) -> None:
     _check_map("x", x)
     c = x.shape[1]
     if squeeze != "mean" and 0 in x.shape[2:]:
-        _refuse(ValueError, "x", _describe(x), f"at least one position, because squeeze is {squeeze!r}")
+        refuse(ValueError, "x", _describe(x), f"at least one position, because squeeze is {squeeze!r}")
     if not isinstance(w2, Tensor) or w2.is_nested:  # with which the others are compared
-        _refuse(TypeError, "w2", _describe(w2), "a tensor of shape [C, R]")
+        refuse(TypeError, "w2", _describe(w2), "a tensor of shape [C, R]")
     if w2.layout is not torch.strided or (
         w2.dtype is not x.dtype and not (w2.dtype is torch.float32 and x.dtype in _HALF)
     ):
         also = " or torch.float32" if x.dtype in _HALF else ""
-        _refuse(TypeError, "w2", _describe(w2), f"a dense tensor of {x.dtype}, the dtype of x{also}")
+        refuse(TypeError, "w2", _describe(w2), f"a dense tensor of {x.dtype}, the dtype of x{also}")
     if not (w2.is_cpu and x.is_cpu) and w2.device != x.device:
-        _refuse(ValueError, "w2", f"on {w2.device}", f"{x.device}, the device of x")
+        refuse(ValueError, "w2", f"on {w2.device}", f"{x.device}, the device of x")
     r = c
     if w1 is not None:
         if not isinstance(w1, Tensor):
-            _refuse(TypeError, "w1", _describe(w1), f"a tensor of shape [R, {c}], or None for the one-FC form")
+            refuse(TypeError, "w1", _describe(w1), f"a tensor of shape [R, {c}], or None for the one-FC form")
         r = w1.shape[0] if w1.dim() else 0
         if r == 0:
-            _refuse(ValueError, "w1", _describe(w1), f"shape [R, {c}] with R >= 1")
+            refuse(ValueError, "w1", _describe(w1), f"shape [R, {c}] with R >= 1")
         _check_parameter("w1", w1, (r, c), w2, kernel=True)
         if b1 is not None:
             _check_parameter("b1", b1, (r,), w2)
     elif b1 is not None:
-        _refuse(ValueError, "b1", _describe(b1), "None, because w1 is None (the one-FC form)")
+        refuse(ValueError, "b1", _describe(b1), "None, because w1 is None (the one-FC form)")
     _check_parameter("w2", w2, (c, r), w2, kernel=True)
     if b2 is not None:
         _check_parameter("b2", b2, (c,), w2)
     if residual is not None and residual is not x:
         _check_map("residual", residual)
         if residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device:
-            _refuse(ValueError, "residual", _describe(residual), f"the shape, dtype and device of x: {_describe(x)}")
+            refuse(ValueError, "residual", _describe(residual), f"the shape, dtype and device of x: {_describe(x)}")
 
 
 def check(x: Any, w1: Any, b1: Any, w2: Any, b2: Any, residual: Any, squeeze: str, inplace: Any) -> None:
     """Raise TypeError or ValueError naming the first argument that `se_fused.squeeze_excite` does not take."""
     if not isinstance(inplace, bool):
-        _refuse(TypeError, "inplace", _describe(inplace), "True or False")
+        refuse(TypeError, "inplace", _describe(inplace), "True or False")
     try:
         _check_kinds(x, w1, b1, w2, b2, residual, squeeze)
     except RuntimeError:  # a nested tensor has no shape, and that is too rare to ask each for
         for name, t in zip(_TENSORS, (x, w1, b1, w2, b2, residual), strict=True):
             if isinstance(t, Tensor) and t.is_nested:
-                _refuse(TypeError, name, _describe(t), "a dense tensor")
+                refuse(TypeError, name, _describe(t), "a dense tensor")
         raise
     readable = memory.has_addresses()
     if readable:
         for i, t in enumerate((x, w1, b1, w2, b2, residual)):
             if t is not None and type(t) in memory.PLAIN and memory.is_freed(t):
                 got = f"{_describe(t)}, whose storage was freed"
-                _refuse(ValueError, _TENSORS[i], got, "a tensor that has its memory")
+                refuse(ValueError, _TENSORS[i], got, "a tensor that has its memory")
     if inplace:
         _check_written((x, w1, b1, w2, b2, residual), readable)
 
@@ -122,17 +122,17 @@ def _check_written(tensors: tuple[Tensor | None, ...], readable: bool) -> None:
     x = tensors[0]
     assert x is not None
     if needs_grad(*tensors):
-        _refuse(ValueError, "inplace", "True", "False, because an input requires grad: backward needs x as it was")
+        refuse(ValueError, "inplace", "True", "False, because an input requires grad: backward needs x as it was")
     if readable and writes_a_past_inference(x):
-        _refuse(ValueError, "x", "an inference tensor outside inference mode", "a tensor that may be written to")
+        refuse(ValueError, "x", "an inference tensor outside inference mode", "a tensor that may be written to")
     if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)) or (
         readable and memory.overlaps_itself(x)
     ):
-        _refuse(ValueError, "x", "a tensor that overlaps itself", "memory of its own for each element, to write to")
+        refuse(ValueError, "x", "a tensor that overlaps itself", "memory of its own for each element, to write to")
     for name, t in zip(_TENSORS[1:], tensors[1:], strict=True) if readable else ():
         if t is not None and not (name == "residual" and memory.same(t, x)) and memory.overlap(t, x):
             wanted = "memory apart from x, which is written in place"
-            _refuse(ValueError, name, "in the memory of x", wanted + (", or x itself" if name == "residual" else ""))
+            refuse(ValueError, name, "in the memory of x", wanted + (", or x itself" if name == "residual" else ""))
 
 
 def writes_a_past_inference(x: Tensor) -> bool:
@@ -203,8 +203,8 @@ def _refuse_option(caller: str, act: Any, gate: Any, squeeze: Any, pre_act: Any,
     )
     for name, value, known, also in options:
         if not (isinstance(value, str) and value in known) and not (also and value is None):
-            _refuse(ValueError, name, repr(value), f"{also}one of {', '.join(known)}", caller)
-    _refuse(ValueError, "gate", repr(gate), f"one of {', '.join(GATES)}, or a HardSigmoid of two numbers", caller)
+            refuse(ValueError, name, repr(value), f"{also}one of {', '.join(known)}", caller)
+    refuse(ValueError, "gate", repr(gate), f"one of {', '.join(GATES)}, or a HardSigmoid of two numbers", caller)
 
 
 def decode(

@@ -70,9 +70,9 @@ class Inside:
         del below[""]
         self._names, self._below = list(below), tuple(below.values())
         self._types = tuple(map(type, self._below))
-        own = [cls for each in (original, *self._types) for cls in each.__mro__ if not _is_pytorchs(cls)]
+        own = [cls for each in (original, *self._types) for cls in each.__mro__ if not is_pytorchs(cls)]
         self._classes = [vars(cls) for cls in dict.fromkeys(own)]
-        self._torchs = tuple(cls for cls in dict.fromkeys(self._types) if _is_pytorchs(cls))
+        self._torchs = tuple(cls for cls in dict.fromkeys(self._types) if is_pytorchs(cls))
         self._forwards = tuple(map(_forward, self._torchs))
         self._dicts = [vars(module) for module in self._below]
         self._watched = [
@@ -95,7 +95,7 @@ class Inside:
         self._counts = [each.count for each in self._watched]
 
     def holds(self, layer: nn.Module) -> bool:
-        """Whether `change` would find nothing. It stands in every call, and so in comparisons that run in C."""
+        """Whether `change` would find nothing. Each forward asks, so the comparisons are such as run in C."""
         modules = [vars(layer), *self._dicts]
         watched = [*modules, *self._classes]
         try:
@@ -148,12 +148,13 @@ class Inside:
         return None
 
 
-def _is_pytorchs(cls: type) -> bool:
+def is_pytorchs(cls: type) -> bool:
+    """Whether a class is PyTorch's or Python's own."""
     return cls.__module__.split(".")[0] in ("torch", "builtins")
 
 
 def _equal(value: Any, frozen: Any) -> bool:
     try:
         return value is frozen or bool(value == frozen)
-    except Exception:
+    except Exception:  # a foreign __eq__, as that of arrays, whose truth is ambiguous
         return False

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .arguments import _refuse, encode
+from .arguments import encode, refuse
 from .ops import squeeze_excite
 from .reference import HardSigmoid
 
@@ -21,9 +21,9 @@ def _size(name: str, value: Any) -> int:
     except TypeError:
         size = None
     if size is None:
-        _refuse(TypeError, name, repr(value), wanted, "SqueezeExcite")
+        refuse(TypeError, name, repr(value), wanted, "SqueezeExcite")
     if size < 1:
-        _refuse(ValueError, name, repr(value), wanted, "SqueezeExcite")
+        refuse(ValueError, name, repr(value), wanted, "SqueezeExcite")
     return size
 
 
@@ -66,7 +66,7 @@ class SqueezeExcite(nn.Module):
         r = max(1, channels // reduction) if hidden is None else _size("hidden", hidden)
         for name, value in (("bias", bias), ("inplace", inplace)):
             if not isinstance(value, bool):
-                _refuse(TypeError, name, repr(value), "True or False", "SqueezeExcite")
+                refuse(TypeError, name, repr(value), "True or False", "SqueezeExcite")
         encode(act, gate, squeeze, pre_act, post_act, caller="SqueezeExcite")
         self.w1 = nn.Parameter(torch.empty(r, channels, device=device, dtype=dtype))
         self.w2 = nn.Parameter(torch.empty(channels, r, device=device, dtype=dtype))

@@ -6,9 +6,7 @@ comes from the map x, what was pooled, which fully connected layers that went th
 
 from __future__ import annotations
 
-import copy
 import math
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from . import probe
 
 _N = 2
 # Larger than the kernels and strides of common blocks.
@@ -249,7 +249,7 @@ def _run(module: nn.Module) -> tuple[_Flow, Tensor, object, str] | None:
             return flow, x, _follow_through(flow, bare, x), note
         except _TooLong:
             return None
-        except Exception:
+        except Exception:  # a map that it was not made for
             continue
     return None
 
@@ -312,18 +312,9 @@ def _trials(module: nn.Module, shapes: list[tuple[int, ...]]) -> Iterator[tuple[
 
 def _meta_copy(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """A copy in eval mode on the meta device, without hooks; its floating point numbers in `dtype` if given."""
-    memo: dict[int, Any] = {}
-    for inner in module.modules():
-        for name, value in vars(inner).items():
-            if "_hooks" in name and isinstance(value, dict):
-                memo[id(value)] = OrderedDict()
-        for value in [*inner._parameters.values(), *inner._buffers.values(), *vars(inner).values()]:
-            if isinstance(value, Tensor) and id(value) not in memo:
-                own = dtype if dtype is not None and value.is_floating_point() else value.dtype
-                empty = torch.empty(value.shape, dtype=own, device="meta")
-                is_parameter = isinstance(value, nn.Parameter)
-                memo[id(value)] = nn.Parameter(empty, requires_grad=False) if is_parameter else empty
-    bare = copy.deepcopy(module, memo)
-    if not set(bare.modules()).isdisjoint(module.modules()):
-        raise ValueError("its own way of copying gives itself")
-    return bare.eval()
+
+    def tensor(t: Tensor) -> Tensor:
+        own = dtype if dtype is not None and t.is_floating_point() else t.dtype
+        return torch.empty(t.shape, dtype=own, device="meta")
+
+    return probe.copy_apart(module, lambda p: nn.Parameter(tensor(p), requires_grad=False), tensor)

@@ -10,7 +10,7 @@ import copy
 import inspect
 import math
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,6 +102,28 @@ def random_map(*shape: int) -> Tensor:
     return x + torch.copysign(torch.full_like(x, 0.5), x)
 
 
+def copy_apart(
+    layer: nn.Module, parameter: Callable[[nn.Parameter], nn.Parameter], tensor: Callable[[Tensor], Tensor]
+) -> nn.Module:
+    """A copy in eval mode, without hooks, whose parameters and other tensors are what the two functions make of them.
+
+    Raises:
+        ValueError: if the layer's own way of copying gives the layer itself, which must not be run.
+    """
+    memo: dict[int, Any] = {}
+    for module in layer.modules():
+        for name, value in vars(module).items():
+            if "_hooks" in name and isinstance(value, dict):
+                memo[id(value)] = OrderedDict()
+        for t in [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]:
+            if isinstance(t, Tensor) and id(t) not in memo:
+                memo[id(t)] = parameter(t) if isinstance(t, nn.Parameter) else tensor(t)
+    apart = copy.deepcopy(layer, memo)
+    if not set(apart.modules()).isdisjoint(layer.modules()):
+        raise ValueError("its own way of copying gives itself")
+    return apart.eval()
+
+
 def bare_copy(layer: nn.Module) -> nn.Module:
     """A float64 copy on the CPU with random parameters, in eval mode, without hooks and reparametrisation.
 
@@ -109,27 +131,22 @@ def bare_copy(layer: nn.Module) -> nn.Module:
     """
     if isinstance(layer, torch.jit.ScriptModule):
         return copy.deepcopy(layer).cpu().double().eval()
-    memo: dict[int, Any] = {}
-    for module in layer.modules():
-        for name, value in vars(module).items():
-            if "_hooks" in name:
-                memo[id(value)] = OrderedDict()
-        for p in module._parameters.values():
-            if p is not None:
-                # The first layer's output is then of the size of its input, which meets both sides of act's kinks.
-                memo[id(p)] = nn.Parameter(numbers(*p.shape) * (2 / math.sqrt(p.shape[1]) if p.dim() > 1 else 1))
-        for t in [*module._buffers.values(), *vars(module).values()]:
-            if isinstance(t, Tensor) and id(t) not in memo:
-                # On the meta device there are no numbers: any will do, as for the parameters.
-                own = torch.ones_like(t, device="cpu") if t.is_meta else t.detach().clone()
-                memo[id(t)] = own.to("cpu", torch.float64 if t.is_floating_point() else t.dtype)
-    bare = copy.deepcopy(layer, memo)
-    if not set(bare.modules()).isdisjoint(layer.modules()):
-        raise ValueError("its own way of copying gives itself")
+
+    def tensor(t: Tensor) -> Tensor:
+        # On the meta device there are no numbers: any will do, as for the parameters.
+        own = torch.ones_like(t, device="cpu") if t.is_meta else t.detach().clone()
+        return own.to("cpu", torch.float64 if t.is_floating_point() else t.dtype)
+
+    bare = copy_apart(layer, _random, tensor)
     for module in list(bare.modules()):
         if parametrize.is_parametrized(module):
             _lay_bare(module)
-    return bare.eval()
+    return bare
+
+
+def _random(p: Tensor) -> nn.Parameter:
+    # The first layer's output is then of the size of its input, which meets both sides of act's kinks.
+    return nn.Parameter(numbers(*p.shape) * (2 / math.sqrt(p.shape[1]) if p.dim() > 1 else 1))
 
 
 def _lay_bare(module: nn.Module) -> None:
@@ -142,7 +159,7 @@ def _lay_bare(module: nn.Module) -> None:
     module.__class__ = type(module).__bases__[0]
     for name, parametrization in lists.items():
         largest = max(parametrization.parameters(recurse=False), key=Tensor.numel)
-        module.register_parameter(name, nn.Parameter(numbers(*largest.shape)))
+        module.register_parameter(name, _random(largest))
 
 
 def trial_maps(shapes: list[tuple[int, ...]]) -> Iterator[Tensor]:

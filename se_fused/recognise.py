@@ -116,7 +116,7 @@ def _obstacle(layer: nn.Module, arity: int) -> str | None:
     for name, module in layer.named_modules():
         for attribute, value in vars(module).items():
             if attribute not in ("_parameters", "_modules", "_buffers"):
-                kind = next((each for each in _inside(value) if isinstance(each, (Tensor, nn.Module))), None)
+                kind = next((each for each in _held_by(value) if isinstance(each, (Tensor, nn.Module))), None)
                 if kind is not None:
                     what = "a tensor that is no parameter" if isinstance(kind, Tensor) else "a module that is no child"
                     return f"it holds {what}: {f'{name}.{attribute}'.lstrip('.')}"
@@ -124,13 +124,13 @@ def _obstacle(layer: nn.Module, arity: int) -> str | None:
     return f"it holds buffers, as a normalisation does: {', '.join(buffers)}" if buffers else None
 
 
-def _inside(value: Any) -> Iterator[Any]:
+def _held_by(value: Any) -> Iterator[Any]:
     """`value`, or what containers in it hold."""
     if isinstance(value, (list, tuple, set, deque)):
         for each in value:
-            yield from _inside(each)
+            yield from _held_by(each)
     elif isinstance(value, dict):
-        yield from _inside(list(value.values()))
+        yield from _held_by(list(value.values()))
     else:
         yield value
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .inside import GLOBAL_HOOKS
+from .inside import GLOBAL_HOOKS, is_pytorchs
 
 _CONTAINERS = (list, dict, set, deque)
 
@@ -35,12 +35,12 @@ def undisturbed(model: nn.Module) -> Iterator[list[str]]:
         each.clear()
     torch.set_num_threads(1)
     try:
-        with torch.random.fork_rng(devices=[]):
-            yield changed
+        yield changed
     finally:
         torch.set_num_threads(threads)
         for each, contents in hooks:
             _put_back(each, contents)
+        torch.set_rng_state(draws[0])
         random.setstate(draws[1])
         if draws[2] is not None:
             sys.modules["numpy.random"].set_state(draws[2])
@@ -79,7 +79,7 @@ def _reachable(classes: dict[type, dict[str, Any]]) -> Iterator[tuple[str, Any]]
     and defaults. Not PyTorch's."""
     seen: set[int] = set()
     for cls, attributes in classes.items():
-        if cls.__module__.split(".")[0] in ("torch", "builtins"):
+        if is_pytorchs(cls):
             continue
         for name, value in attributes.items():
             if name.startswith("__") and not isinstance(value, FunctionType):

@@ -145,7 +145,6 @@ class Call:
     inplace: object = False
     wanted: tuple = ()  # which gradients
     blamed: tuple = ()  # arguments in whose name it must be refused
-    may_be_refused: tuple = ()  # or may
     named: list = field(default_factory=list)  # what is hostile in it
 
 
@@ -287,29 +286,22 @@ def in_place(d, call):
         stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)
     ):
         call.blamed += ("x",)
-    if x.is_neg() and d.hostile("in place, a negated view", 1):
-        call.may_be_refused = ("x", "inplace")
-    elif x.is_neg():
-        call.tensors["x"] = x.resolve_neg()
-        if call.tensors["residual"] is x:
-            call.tensors["residual"] = call.tensors["x"]
-        x = call.tensors["x"]
     if call.wanted:
         call.blamed += ("inplace",)
     if call.blamed or x.numel() == 0:
         return
-    if d.hostile("in place, residual overlaps x", 0.2):
+    if x.numel() > 1 and d.hostile("in place, residual overlaps x", 0.2):
         flat = torch.cat([x.flatten(), x.flatten()[:1]])
         call.tensors["x"] = flat[:-1].view(x.shape)
         call.tensors["residual"] = flat[1:].view(x.shape)
-        call.may_be_refused = ("x", "residual", "inplace")
+        call.blamed = ("residual",)
     elif call.tensors["b2"] is not None and x.dtype is call.tensors["b2"].dtype and x.numel() >= x.shape[1]:
         if d.hostile("in place, b2 lies in x", 0.2):
             call.tensors["x"] = x.clone(memory_format=torch.contiguous_format)
             if call.tensors["residual"] is x:
                 call.tensors["residual"] = call.tensors["x"]
             call.tensors["b2"] = call.tensors["x"].flatten()[: x.shape[1]]
-            call.may_be_refused = ("x", "b2", "inplace")
+            call.blamed = ("b2",)
     elif sum(size > 1 for size in x.shape) > 1 and d.hostile("in place, x overlaps itself", 0.2):
         call.tensors["x"] = x.flatten().as_strided(x.shape, (1,) * x.dim())
         call.tensors["residual"] = None
@@ -400,7 +392,6 @@ def same_storage(a, b):
 def check(call):
     tensors = call.tensors
     before = {name: memory(t) for name, t in (*tensors.items(), ("g", call.g))}
-    refused = call.blamed + call.may_be_refused
     if not call.blamed:
         expected, gradients = truth(tensors, call.options, call.g)
     leaves = {
@@ -411,7 +402,7 @@ def check(call):
     try:
         y = se_fused.squeeze_excite(*positional, residual=leaves["residual"], inplace=call.inplace, **call.options)
     except (TypeError, ValueError) as error:
-        if not re.match(rf"squeeze_excite: ({'|'.join(refused) or 'nothing'}) is ", str(error)):
+        if not re.match(rf"squeeze_excite: ({'|'.join(call.blamed) or 'nothing'}) is ", str(error)):
             raise
         for name, t in tensors.items():
             if before[name] is not None:

@@ -31,7 +31,7 @@ def network(replaced: bool = True, **options) -> nn.Module:
 def test_jit_trace_gives_plain_torchscript_that_runs_without_this_package(tmp_path):
     model = network().eval()
     torch.jit.trace(model, X).save(tmp_path / "model.pt")
-    other, wanted = torch.randn(5, 3, 11, 7), []
+    other = torch.randn(5, 3, 11, 7)
     torch.save(other, tmp_path / "x.pt")
     wanted = model(other).detach()
     program = f"""
@@ -175,9 +175,9 @@ def test_compile_of_a_changed_layer_follows_the_change():
 
 
 def test_symbolic_trace_of_a_replaced_layer_as_root_and_inside():
-    model = network()
-    for traced, x in ((torch.fx.symbolic_trace(model[1]), torch.randn(2, 16, 5, 4)),):
-        torch.testing.assert_close(traced(x), model[1](x))
+    model = network()[:2]
+    for module, x in ((model[1], torch.randn(2, 16, 5, 4)), (model, X)):
+        torch.testing.assert_close(torch.fx.symbolic_trace(module)(x), module(x))
 
 
 def test_a_forced_backend_keeps_the_operator_in_a_compiled_region(native):
