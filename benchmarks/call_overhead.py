@@ -1,4 +1,4 @@
-"""What a call costs when there is nothing to compute, beside another commit: two processes that take turns.
+"""What a call costs when there is nothing to compute, beside another commit: pairs of processes that take turns.
 
 python -m benchmarks.call_overhead COMMIT [--out benchmarks/results/call_overhead.csv]
 """
@@ -20,6 +20,8 @@ from . import layer_cpu, timing
 from .layer_cpu_report import markdown
 
 RECORD = layer_cpu.RECORD.with_name("call_overhead.csv")
+# A process keeps the luck of its start, where its code and memory lie: so several pairs take part.
+PAIRS = 10
 # Runs one batch of each call that it is asked for, by name, and answers with the nanoseconds per call.
 WORKER = """
 import sys, time
@@ -76,7 +78,7 @@ def ask(process: subprocess.Popen[str], call: str) -> float:
 def main(
     before: Annotated[str, typer.Argument(help="The commit to compare with.")],
     out: Annotated[Path, typer.Option(help="The CSV to write.")] = RECORD,
-    rounds: Annotated[int, typer.Option(min=5)] = 200,
+    rounds: Annotated[int, typer.Option(min=PAIRS)] = 300,
 ) -> None:
     conditions = layer_cpu.conditions(1) | {"before": before}
     facts = {key: conditions[key] for key in ("date", "commit", "before", "cpu", "torch")}
@@ -85,13 +87,15 @@ def main(
         git = ["git", "-C", str(layer_cpu.ROOT)]
         subprocess.run([*git, "worktree", "add", "--detach", "--quiet", str(earlier), before], check=True)
         try:
-            with worker(earlier) as (old, calls), worker(layer_cpu.ROOT) as (new, _):
-                times = {call: {"before": [], "after": []} for call in calls}
-                for i in range(rounds):
-                    for call in calls:
-                        turns = [("before", old), ("after", new)]
-                        for side, process in turns if i % 2 else reversed(turns):
-                            times[call][side].append(ask(process, call))
+            times: dict[str, timing.Times] = {}
+            for _ in range(PAIRS):
+                with worker(earlier) as (old, calls), worker(layer_cpu.ROOT) as (new, _):
+                    for i in range(rounds // PAIRS):
+                        for call in calls:
+                            turns = [("before", old), ("after", new)]
+                            for side, process in turns if i % 2 else reversed(turns):
+                                found = times.setdefault(call, {"before": [], "after": []})
+                                found[side].append(ask(process, call))
         finally:
             subprocess.run([*git, "worktree", "remove", "--force", str(earlier)], check=True)
     lines = []
@@ -100,7 +104,7 @@ def main(
         p20, p50, p80 = (f"{ratio:.3f}" for ratio in timing.spread(ratios))
         us = {f"{side}_us": f"{timing.spread(values).p50:.2f}" for side, values in found.items()}
         ratio = {"after_by_before": p50, "p20": p20, "p80": p80}
-        lines.append(facts | {"call": call, "rounds": rounds} | us | ratio)
+        lines.append(facts | {"call": call, "rounds": len(ratios)} | us | ratio)
         typer.echo(f"{call}: {us['before_us']} us before, {us['after_us']} after, ratio {p50} ({p20} to {p80})")
     with out.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")

@@ -186,7 +186,7 @@ def _direct(
         or under_transform()
     ):
         return None
-    if inplace and writes_a_past_inference(x):
+    if inplace and x.is_inference() and writes_a_past_inference(x):
         return None
     y = backends.forward_direct(x, w1, b1, w2, b2, residual, inplace, *options)
     if inplace and y is not None:
