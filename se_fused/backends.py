@@ -20,7 +20,6 @@ from typing import Any
 import torch
 
 from . import native
-from .build import BuildError
 from .memory import PLAIN
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
@@ -47,14 +46,9 @@ class Explanation:
         return "\n".join([head, *(f"  not {name}: {reason}" for name, reason in self.why_not.items())])
 
 
-def _check_name(name: str, origin: str) -> str:
-    if name not in ("auto", *BACKENDS):
-        raise ValueError(f"{origin} must be one of {', '.join(('auto', *BACKENDS))}; got {name!r}")
-    return name
-
-
+_NAMES = ("auto", *BACKENDS)
 # Name and plan that each `with use_backend` that is open asked for, the latest last; the environment's come first.
-_asked: list[list[str]] = [[_check_name(os.environ.get("SE_FUSED_BACKEND") or "auto", "SE_FUSED_BACKEND"), ""]]
+_asked: list[list[str]] = [[os.environ.get("SE_FUSED_BACKEND") or "auto", ""]]
 _forced, _forced_plan = _asked[-1]  # what holds now
 # None: usable. A text: why not, the same for every call.
 _unusable: dict[str, str | None] = {
@@ -78,11 +72,12 @@ forward_direct: Callable[..., torch.Tensor | None] = _refuse
 
 
 def load() -> None:
-    """Load the compiled parts, building them if need be. A failure leaves the reason for `explain` and the log.
+    """Load the compiled parts, building them if need be. A failure leaves its reason for `explain`, and a line in the log.
 
     Where NVML is there, CUDA stays uninitialised: a GPU is asked for more when a call first meets it.
     """
-    global _cuda
+    if _forced not in _NAMES:
+        _log.warning("se_fused: SE_FUSED_BACKEND is %r; it must be one of %s", _forced, ", ".join(_NAMES))
     names = ["cpu"]
     if torch.version.cuda is not None and torch.cuda.device_count() > 0:
         names.append("cuda")
@@ -92,17 +87,22 @@ def load() -> None:
             continue
         try:
             path = native.load(name, _load_operators)
+            _connect(path) if name == "cpu" else _open_cuda(path)
             _unusable[name] = None
+        except Exception as error:  # an installation may break in any way: the import goes on, and `info` explains
+            _unusable[name] = str(error) or type(error).__name__
             if name == "cpu":
-                _connect(path)
-            else:
-                _cuda = ctypes.CDLL(str(path))
-                _cuda.se_fused_device_limits.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_int64)]
-                _cuda.se_fused_device_limits.restype = ctypes.c_char_p
-                _cuda.se_fused_force_plan.argtypes = [ctypes.c_char_p]
-                _cuda.se_fused_force_plan.restype = None
-        except (BuildError, OSError) as error:
-            _unusable[name] = str(error)
+                _say_who_serves(torch.device("cpu"), "reference")
+
+
+def _open_cuda(path: Path) -> None:
+    global _cuda
+    library = ctypes.CDLL(str(path))
+    library.se_fused_device_limits.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_int64)]
+    library.se_fused_device_limits.restype = ctypes.c_char_p
+    library.se_fused_force_plan.argtypes = [ctypes.c_char_p]
+    library.se_fused_force_plan.restype = None
+    _cuda = library
 
 
 def _load_operators(path: Path) -> Path:
@@ -118,7 +118,7 @@ def _connect(path: Path) -> None:
         module = native.load_facts()
         if module.connect(address, PLAIN, torch.empty_like):
             forward_direct = module.forward
-    except (BuildError, ImportError, OSError) as error:
+    except Exception as error:  # as above
         _log.warning("se_fused: each call on the CPU takes some microseconds more: %s", error)
 
 
@@ -164,6 +164,8 @@ def forced_plan() -> str:
 
 def why_not(name: str, device: torch.device) -> str | None:
     """Why `name` cannot serve a call on `device`; None if it can."""
+    if name not in BACKENDS:  # use_backend has checked its own
+        return f"SE_FUSED_BACKEND is {name!r}; it must be one of {', '.join(_NAMES)}"
     if name == "triton":
         return _why_not_triton(device)
     if _unusable[name] is not None or name not in ("cpu", "cuda"):
@@ -221,12 +223,19 @@ def select(device: torch.device) -> str:
     for name in BACKENDS:
         if why_not(name, device) is None:
             break
-    best = "cuda" if device.type == "cuda" else "cpu"
-    if name != best and device.type not in _said and not torch.compiler.is_compiling():
-        _said.add(device.type)
-        server = "reference PyTorch" if name == "reference" else "Triton"
-        _log.warning("se_fused: %s serves %s tensors: %s", server, device.type, why_not(best, device))
+    _say_who_serves(device, name)
     return name
+
+
+def _say_who_serves(device: torch.device, name: str) -> None:
+    """In one line, once: that a device has not its best backend, and why."""
+    best = "cuda" if device.type == "cuda" else "cpu"
+    if name == best or device.type in _said or torch.compiler.is_compiling():
+        return
+    _said.add(device.type)
+    server = "reference PyTorch" if name == "reference" else "Triton"
+    reason = (why_not(best, device) or "").partition("\n")[0]
+    _log.warning("se_fused: %s serves %s tensors: %s (python -m se_fused info)", server, device.type, reason)
 
 
 def explain(device: torch.device, plan: Callable[[], str] | None = None) -> Explanation:
@@ -255,7 +264,9 @@ def use_backend(name: str, plan: str = "") -> Iterator[None]:
     """
     if plan and name != "cuda":
         raise ValueError(f"use_backend: plan must be empty for {name!r}; got {plan!r}")
-    asked = [_check_name(name, "use_backend: name"), plan]
+    if name not in _NAMES:
+        raise ValueError(f"use_backend: name must be one of {', '.join(_NAMES)}; got {name!r}")
+    asked = [name, plan]
     _asked.append(asked)
     _force_the_latest()
     try:

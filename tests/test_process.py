@@ -108,9 +108,14 @@ def test_a_strange_environment_does_not_break_the_import(variable, value, said):
     assert said in done.stdout
 
 
-def test_an_unknown_backend_in_the_environment_is_named():
-    done = run("import se_fused", SE_FUSED_BACKEND="gpu")
-    assert "SE_FUSED_BACKEND must be one of auto, cuda, triton, cpu, reference; got 'gpu'" in done.stderr
+def test_an_unknown_backend_in_the_environment_is_named_and_no_call_is_served():
+    code = "import torch, se_fused; print('imported'); se_fused.SqueezeExcite(8)(torch.ones(1, 8, 2, 2))"
+    done = run(code, SE_FUSED_BACKEND="gpu")
+    assert done.stdout == "imported\n"
+    said = "SE_FUSED_BACKEND is 'gpu'; it must be one of auto, cuda, triton, cpu, reference"
+    assert f"se_fused: {said}" in done.stderr.splitlines()
+    assert f"BackendUnavailable: backend 'gpu' was asked for and cannot serve this call: {said}" in done.stderr
+    assert done.returncode == 1
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 import se_fused
-from se_fused import backends, build
+from se_fused import backends
+from se_fused.native import BuildError
 
 from .. import gpu_probes
 from ..shapes import Shape
@@ -78,7 +79,7 @@ def main() -> None:
             for name, what, value, unit in probe(worker.device):
                 rows.append({"probe": name, "of": what, "value": f"{value:.4g}", "unit": unit})
                 worker.say(f"  {name}, {what}: {value:.4g} {unit}")
-        except build.BuildError as error:  # no nvcc
+        except BuildError as error:  # no nvcc
             worker.skip(error)
         except gpu_probes.ProbeError as error:
             worker.wrong(f"{probe.__name__}: {error}")

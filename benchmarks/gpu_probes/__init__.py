@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from se_fused import build
+from se_fused.native import gpus, recipe, toolchain
 
 SOURCE = Path(__file__).with_name("probes.cu")
 LARGEST_COUNT, LARGEST_CHUNKS = 256, 8  # kThreads and kWarps of csrc
@@ -27,7 +27,15 @@ class ProbeError(RuntimeError):
 def compile_probes(folder: Path) -> Path:
     """The library for the GPU that is here. Raises ProbeError, BuildError."""
     library = folder / "libgpu_probes.so"
-    command = [build.nvcc(), *build.NVCC_FLAGS, *build.architecture_flags(), "-shared", str(SOURCE), "-o", str(library)]
+    command = [
+        toolchain.nvcc(),
+        *recipe.NVCC_FLAGS,
+        *gpus.architecture_flags(),
+        "-shared",
+        str(SOURCE),
+        "-o",
+        str(library),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise ProbeError(done.stderr[-2000:])

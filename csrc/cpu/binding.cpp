@@ -41,13 +41,28 @@ const se::cpu::Kernels& kernels() {
   return chosen;
 }
 
+struct Loop {
+  void (*body)(void* context, int64_t begin, int64_t end);
+  void* context;
+
+  static void run(int64_t begin, int64_t end, void* loop) {
+    static_cast<Loop*>(loop)->body(static_cast<Loop*>(loop)->context, begin, end);
+  }
+};
+
+int threads() {
+  uint32_t count = 1;
+  se::check(torch_get_num_threads(&count), "get_num_threads");
+  return static_cast<int>(count);
+}
+
 // torch's own threads, so that torch.set_num_threads holds here too.
 se::cpu::Pool pool() {
   return {[](int64_t count, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
-            torch::stable::parallel_for(0, count, grain,
-                                        [=](int64_t begin, int64_t end) { body(context, begin, end); });
+            const Loop loop{body, context};
+            se::check(torch_parallel_for(0, count, grain, &Loop::run, const_cast<Loop*>(&loop)), "parallel_for");
           },
-          static_cast<int>(torch::stable::get_num_threads())};
+          threads()};
 }
 
 // Asks for huge pages where a new map is about to be written: the faults of a 77 MB output in 4 KB pages take longer
@@ -87,12 +102,9 @@ struct Cpu {
   }
 };
 
-}  // namespace
+const se::Registered<Cpu> registered("CPU");
 
-STABLE_TORCH_LIBRARY_IMPL(se_fused, CPU, m) {
-  m.impl("forward_out", TORCH_BOX(&se::forward_out<Cpu>));
-  m.impl("backward_out", TORCH_BOX(&se::backward_out<Cpu>));
-}
+}  // namespace
 
 // For csrc/direct.cpp, which has it from se_fused/backends.py.
 extern "C" __attribute__((visibility("default"))) void se_fused_cpu_forward(const se::Forward* f) { run_forward(*f); }

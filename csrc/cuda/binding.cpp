@@ -1,16 +1,12 @@
 // Registers the CUDA kernels as se_fused::forward_out and se_fused::backward_out, by the LibTorch stable ABI.
-#include <torch/csrc/stable/accelerator.h>
-
 #include <exception>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <unordered_map>
 
 #include "../stable.h"
 #include "kernels.h"
-
-// torch's current stream. In torch >= 2.10, but declared only where CUDA's headers are.
-extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream) __attribute__((weak));
 
 namespace {
 
@@ -30,34 +26,56 @@ se::Plan plan(const se::Call& call, int index) {
   return se::make_plan(call, limits(index), forced);
 }
 
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int index) {
+    DeviceGuardHandle guard = nullptr;
+    se::check(aoti_torch_create_device_guard(index, &guard), "taking the device");
+    guard_.reset(guard);
+  }
+
+ private:
+  std::unique_ptr<DeviceGuardOpaque, se::Owner<DeviceGuardHandle, aoti_torch_delete_device_guard>> guard_;
+};
+
+void* current_stream(int index) {
+  void* stream = nullptr;
+  se::require(aoti_torch_get_current_cuda_stream != nullptr, "this torch is not for CUDA");
+  se::check(aoti_torch_get_current_cuda_stream(index, &stream), "the current stream");
+  return stream;
+}
+
+// From torch's caching allocator: safe in CUDA graphs, and on any number of streams and threads.
+Tensor scratch(int64_t bytes, int index) {
+  const int64_t stride = 1;
+  AtenTensorHandle memory = nullptr;
+  se::check(aoti_torch_empty_strided(1, &bytes, &stride, aoti_torch_dtype_uint8(), aoti_torch_device_type_cuda(), index,
+                                     &memory),
+            "allocating scratch memory");
+  return Tensor(memory);
+}
+
 struct Cuda {
   template <class Direction>
   static void run(const Direction& f, const Tensor& x) {
-    const int index = x.get_device_index();
-    const torch::stable::accelerator::DeviceGuard guard(index);
-    void* stream = nullptr;
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream && aoti_torch_get_current_cuda_stream(index, &stream) == 0,
-                    "se_fused: this torch gives no CUDA stream");
+    const int index = x.device_index();
+    const DeviceGuard guard(index);
+    void* const stream = current_stream(index);
     const se::Plan plan = ::plan(se::call_of(f), index);
-    // From torch's caching allocator: safe in CUDA graphs, and on any number of streams and threads.
-    const int64_t size[] = {plan.scratch_bytes};
-    const Tensor scratch = torch::stable::new_empty(x, {size, 1}, torch::headeronly::ScalarType::Byte);
-    se::cuda::run(f, plan, scratch.data_ptr(), stream);
+    const Tensor memory = scratch(plan.scratch_bytes, index);
+    se::cuda::run(f, plan, memory.data(), stream);
   }
 };
 
-}  // namespace
+const se::Registered<Cuda> registered("CUDA");
 
-STABLE_TORCH_LIBRARY_IMPL(se_fused, CUDA, m) {
-  m.impl("forward_out", TORCH_BOX(&se::forward_out<Cuda>));
-  m.impl("backward_out", TORCH_BOX(&se::backward_out<Cuda>));
-}
+}  // namespace
 
 // For ctypes: the numbers of csrc/plan.h's Device, in its order, and null, or why the kernels do not run on it: a text
 // that lives until this thread asks again, and in out[0] whether that will stay so. Then the forced plan of the calls
 // that follow, or "".
 extern "C" __attribute__((visibility("default"))) const char* se_fused_device_limits(int index, int64_t* out) try {
-  const torch::stable::accelerator::DeviceGuard guard(index);
+  const DeviceGuard guard(index);
   const std::lock_guard<std::mutex> lock(mutex);
   const se::Device& device = limits(index);
   *out++ = device.capability;

@@ -25,12 +25,17 @@ import torch
 from filelock import FileLock
 from ninja import BIN_DIR, ninja_syntax
 
-from se_fused import build, launch, ops
+from se_fused import launch, ops
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 DEVICE, PROBES = "tests/cuda_on_cpu", "benchmarks/gpu_probes"
 _FLAGS = "-std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-parentheses"
+
+# The binding takes torch's own headers beside csrc/torch_c.h: where the two differ it does not compile.
+_TORCH = Path(torch.__file__).parent
+_TORCH_HEADERS = f"-DTORCH_TARGET_VERSION=0x020a000000000000 -DUSE_CUDA -isystem {_TORCH / 'include'}"
+_TORCH_LIBRARIES = f"-L{_TORCH / 'lib'} -Wl,--no-as-needed -ltorch -ltorch_cpu"
 
 
 def sources(root: Path) -> list[Path]:
@@ -53,9 +58,9 @@ def compile_library(
     with (output / "build.ninja").open("w") as file:
         ninja = ninja_syntax.Writer(file, width=10_000)
         flags, finished = os.environ.get("SE_FUSED_CXXFLAGS", ""), finished or {}
-        common = f"{_FLAGS} {optimization} {flags} -I {root / DEVICE} {' '.join(build.binding_flags())}"
+        common = f"{_FLAGS} {optimization} {flags} -I {root / DEVICE} {_TORCH_HEADERS}"
         ninja.rule("cpp", f"c++ -x c++ {common} -MD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
-        ninja.rule("link", f"c++ -shared {flags} $in -o $out {' '.join(build.link_flags())}")
+        ninja.rule("link", f"c++ -shared {flags} $in -o $out {_TORCH_LIBRARIES}")
         for source in sources(root):
             if source.name not in finished:
                 ninja.build(f"{source.stem}.o", "cpp", str(source))

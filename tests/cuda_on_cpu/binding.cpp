@@ -1,6 +1,8 @@
 // Registers the CUDA kernels, run by machine.cpp, as cuda_on_cpu::forward_out and cuda_on_cpu::backward_out for CPU
 // tensors. Every call is checked: each access lies in one of the call's buffers, and the bytes of the maps that are
 // read and written are those of the plan.
+#include <torch/csrc/stable/library.h>
+
 #include <memory>
 #include <string>
 
@@ -92,8 +94,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cuda_on_cpu, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cuda_on_cpu, CPU, m) {
-  m.impl("forward_out", TORCH_BOX(&se::forward_out<OnCpu>));
-  m.impl("backward_out", TORCH_BOX(&se::backward_out<OnCpu>));
+  m.impl("forward_out", &se::Boxed<&se::forward_out<OnCpu>>::call);
+  m.impl("backward_out", &se::Boxed<&se::backward_out<OnCpu>>::call);
 }
 
 // For ctypes.

@@ -1,6 +1,6 @@
 """Which build of the native code serves this process: found in the package or the cache, else built; then loaded.
 
-Environment: SE_FUSED_CACHE, the cache folder. What is there already and serves is not compiled anew.
+What is there already, whole, and serves is not compiled anew. What is damaged is never loaded.
 """
 
 from __future__ import annotations
@@ -8,98 +8,62 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
-import os
-import shutil
-import stat
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from . import build
-from .build import BuildError
+from . import build, cache, gpus, manifest, recipe, toolchain
+from .progress import Progress
+from .toolchain import BuildError
 
+__all__ = ["BuildError", "library", "load", "load_facts", "status"]
 _GIVEN_UP = "does_not_load"  # a file in a build that was made here and cannot be loaded
 _log = logging.getLogger("se_fused")
 T = TypeVar("T")
 
 
-def _cache() -> Path:
-    """The cache folder, which only this user may write to: what lies there is loaded as code."""
-    named = os.environ.get("SE_FUSED_CACHE")
-    if not named:
-        try:
-            import platformdirs
-        except ImportError as error:
-            raise BuildError("platformdirs is not installed; SE_FUSED_CACHE names a cache folder") from error
-        try:
-            named = platformdirs.user_cache_dir("se_fused")
-        except RuntimeError as error:  # a user without a home
-            raise BuildError(f"no cache folder: {error}; SE_FUSED_CACHE names one") from error
-    path = Path(named)
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = path.stat()
-    except OSError as error:
-        raise BuildError(f"no cache folder at {path}: {error.strerror}; SE_FUSED_CACHE names another") from error
-    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise BuildError(f"others than this user may write to {path}; SE_FUSED_CACHE names another cache folder")
-    return path
-
-
 def _found(parent: Path, group: str, enough: Callable[[Iterable[bool]], bool] = all) -> Path | None:
     """A build of these sources in `parent`; for "cuda", one with code for all, or any, of this machine's GPUs."""
-    name = build.key(group)
+    name = recipe.key(group)
     if group == "cpu":
         return parent / name if (parent / name).is_dir() else None
-    here = [gpu for gpu in build.gpus() if gpu >= build.OLDEST]
+    here = [gpu for gpu in gpus.here() if gpu >= gpus.OLDEST]
     for folder in sorted(parent.glob(f"{name}-*")):
-        if folder.is_dir() and enough(runs_on(folder.name.split("-")[1:], gpu) for gpu in here):
+        if folder.is_dir() and enough(gpus.runs_on(folder.name.split("-")[1:], gpu) for gpu in here):
             return folder
     return None
 
 
-def runs_on(architectures: list[str], gpu: int) -> bool:
-    """Whether code for these architectures runs on a GPU: machine code in one major version, PTX on all later ones."""
-    for name in architectures:
-        number = build.number(name)
-        if "a" in name:  # of this very architecture
-            if number == gpu:
-                return True
-        elif number <= gpu and (number // 10 == gpu // 10 or name.endswith("+PTX")):
-            return True
-    return False
-
-
 def _existing(group: str) -> Iterator[Path]:
-    """The builds that serve this machine: in the package, in the cache."""
-    packaged = _found(build.PREBUILT, group)
-    if packaged is not None:
-        yield packaged
-    with contextlib.suppress(BuildError):  # no cache folder
-        cached = _found(_cache(), group)
-        if cached is not None:
-            yield cached
+    """The builds that serve this machine and are whole: in the package, in the cache."""
+    places: list[Callable[[], Path]] = [lambda: build.PREBUILT, cache.folder]
+    for place in places:
+        with contextlib.suppress(BuildError):  # no cache folder
+            folder = _found(place(), group)
+            damage = None if folder is None else manifest.damage(folder)
+            if damage is not None:
+                _log.warning("se_fused: %s is damaged and not used: %s", folder, damage)
+            elif folder is not None:
+                yield folder
 
 
 def _new(group: str) -> Path:
     """A build made in the cache; where none can be made, a packaged one that serves some of this machine's GPUs."""
     try:
-        cache = _cache()
-        build.nvcc() if group == "cuda" else build.compiler()  # before a word of compiling
-        kernels = group.upper()
-        _log.warning("se_fused: compiling the %s kernels into %s, once; this takes about a minute", kernels, cache)
-        return build.build(cache, group)
-    except (BuildError, OSError):
+        with Progress(group) as progress:
+            return build.build(cache.folder(), group, progress)
+    except BuildError:
         packaged = _found(build.PREBUILT, group, any) if group == "cuda" else None
-        if packaged is None:
+        if packaged is None or manifest.damage(packaged) is not None:
             raise
         return packaged
 
 
 def _group(library: str) -> str:
-    (group,) = (group for group, libraries in build.GROUPS.items() if library in libraries)
+    (group,) = (group for group, libraries in recipe.GROUPS.items() if library in libraries)
     return group
 
 
@@ -110,7 +74,7 @@ def library(name: str) -> Path:
         BuildError: if it has to be built and cannot be.
     """
     group = _group(name)
-    return (next(_existing(group), None) or _new(group)) / build.file_name(name)
+    return (next(_existing(group), None) or _new(group)) / recipe.file_name(name)
 
 
 def load(name: str, loader: Callable[[Path], T]) -> T:
@@ -119,7 +83,7 @@ def load(name: str, loader: Callable[[Path], T]) -> T:
     Raises:
         BuildError: if it has to be built and cannot be, or does not load even then.
     """
-    group, file = _group(name), build.file_name(name)
+    group, file = _group(name), recipe.file_name(name)
     for folder in _existing(group):
         given_up = folder / _GIVEN_UP
         if given_up.exists():
@@ -129,7 +93,7 @@ def load(name: str, loader: Callable[[Path], T]) -> T:
         except (OSError, ImportError) as error:
             _log.warning("se_fused: %s does not load and is built anew: %s", folder, error)
         if folder.parent != build.PREBUILT:
-            shutil.rmtree(folder)
+            build.remove(folder)
     folder = _new(group)
     try:
         return loader(folder / file)
@@ -159,3 +123,41 @@ def _imported(name: str, file: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def status() -> dict[str, Any]:
+    """What was built, when, by what and for what, where it lies, and what is wrong with it. Builds nothing."""
+    facts: dict[str, Any] = {"builds": [], "older": []}
+    places = {"package": build.PREBUILT}
+    try:
+        facts["cache"] = str(cache.folder())
+        places["cache"] = cache.folder()
+    except BuildError as error:
+        facts["cache"] = str(error)
+    for place, parent in places.items():
+        for folder in sorted(path for path in parent.glob("*") if re.fullmatch(r"[0-9a-f]{24}(-.*)?", path.name)):
+            if _is_of_these_sources(folder):
+                facts["builds"].append({"place": place, "folder": str(folder)} | _described(folder))
+            else:
+                facts["older"].append(str(folder))
+    for tool in (toolchain.compiler, toolchain.nvcc, toolchain.ninja):
+        try:
+            found = tool()
+            facts[tool.__name__] = found if isinstance(found, str) else " ".join(found)
+        except BuildError as error:
+            facts[tool.__name__] = str(error)
+    return facts
+
+
+def _is_of_these_sources(folder: Path) -> bool:
+    with contextlib.suppress(BuildError):
+        return folder.name.split("-")[0] in {recipe.key(group) for group in recipe.GROUPS}
+    return False
+
+
+def _described(folder: Path) -> dict[str, Any]:
+    problem = manifest.damage(folder)
+    if problem is not None:
+        return {"problem": f"it is damaged: {problem}"}
+    given_up = folder / _GIVEN_UP
+    return {**manifest.read(folder), "problem": given_up.read_text() if given_up.exists() else None}

@@ -1,0 +1,44 @@
+"""What a first import says while it compiles: on a terminal a bar, elsewhere one line."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from typing import TYPE_CHECKING
+
+from . import build
+
+if TYPE_CHECKING:
+    import rich.progress
+
+_log = logging.getLogger("se_fused")
+
+
+class Progress(contextlib.ExitStack):
+    """A `build.Watcher`, open while a group is built. Says nothing of a build that is there already."""
+
+    def __init__(self, group: str) -> None:
+        super().__init__()
+        self._group = group
+        self._bar: rich.progress.Progress | None = None
+
+    def waits(self) -> None:
+        _log.warning("se_fused: waiting for another process, which compiles in the same folder")
+
+    def begins(self) -> None:
+        what = f"se_fused: compiling the {self._group.upper()} kernels, once; "
+        what += f"this usually takes {build.usual_seconds(self._group)} s"
+        if not sys.stderr.isatty():
+            _log.warning(what)
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        columns = TextColumn(what), BarColumn(), TextColumn("{task.completed} of {task.total}"), TimeElapsedColumn()
+        self._bar = self.enter_context(Progress(*columns, console=Console(stderr=True), transient=True))
+        self._bar.add_task("")
+
+    def step(self, done: int, steps: int) -> None:
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=done, total=steps)

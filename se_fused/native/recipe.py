@@ -1,0 +1,127 @@
+"""What is compiled from which sources with which flags, written as a file for ninja.
+
+There are two groups: "cpu" (the CPU operators and the module _C) and "cuda" (the CUDA operators). Nothing here needs
+torch: csrc/torch_c.h declares what the code takes of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import shlex
+import sys
+import sysconfig
+from pathlib import Path
+
+from . import gpus, toolchain
+from .toolchain import BuildError
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+_BESIDE, _INSIDE = _PACKAGE.parent / "csrc", _PACKAGE / "csrc"
+SOURCES = _INSIDE if _INSIDE.is_dir() else _BESIDE
+
+GROUPS = {"cpu": ("cpu", "_C"), "cuda": ("cuda",)}  # the libraries of each
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
+NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+# What the loops need to become vector code. Nothing here reorders or contracts arithmetic: NaN and Inf keep their
+# meaning, and an element has the same bits in a vector as alone.
+_KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
+_X86 = {"v3": "x86-64-v3", "v4": "x86-64-v4"}
+# torch's libraries are in the process already. Named here, they are where the loader looks for torch's functions; what
+# is linked are empty libraries of these names, because the linker needs no more.
+_TORCH = ("torch", "torch_cpu")
+
+# Objects: the source and flags of each. Libraries: the objects of each, and the names of others that it needs.
+Recipe = tuple[dict[str, tuple[str, list[str]]], dict[str, tuple[list[str], tuple[str, ...]]]]
+
+
+def instruction_sets() -> dict[str, str]:
+    """What the CPU kernels are compiled for: the suffix of its objects, and its name in SE_FUSED_CPU."""
+    return {"baseline": "baseline", **(_X86 if platform.machine() in ("x86_64", "AMD64") else {})}
+
+
+def file_name(library: str) -> str:
+    return f"_C{sysconfig.get_config_var('EXT_SUFFIX')}" if library == "_C" else f"libse_fused_{library}.so"
+
+
+def key(group: str = "cpu") -> str:
+    """A hash of all that a build of the group is made from, for this Python on this kind of machine.
+
+    Raises:
+        BuildError: if SE_FUSED_CXXFLAGS is no list of words, or the sources cannot be read.
+    """
+    digest = hashlib.sha256()
+    others = {name for name in GROUPS if name != group}
+    try:
+        for path in [*sorted(SOURCES.rglob("*")), Path(__file__)]:
+            if path.suffix in (".h", ".cpp", ".cu", ".cuh", ".py") and path.parent.name not in others:
+                digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    except OSError as error:
+        raise BuildError(f"the sources of the native code cannot be read: {error}") from error
+    facts = (str(sysconfig.get_config_var("EXT_SUFFIX")), platform.machine(), sys.platform)
+    for text in (*toolchain.more_flags(), *facts):
+        digest.update(text.encode() + b"\0")
+    return digest.hexdigest()[:24]
+
+
+def of(group: str) -> Recipe:
+    """Objects and libraries of a group. Raises BuildError if a package is missing."""
+    return _cuda() if group == "cuda" else _cpu()
+
+
+def _planner() -> dict[str, tuple[str, list[str]]]:
+    return {f"plan_{path.stem}": (f"plan/{path.name}", []) for path in sorted((SOURCES / "plan").glob("*.cpp"))}
+
+
+def _cpu() -> Recipe:
+    try:
+        import pybind11
+    except ImportError as error:
+        raise BuildError("pybind11 is not installed: pip install pybind11") from error
+    python = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_paths()["include"]]
+    kernels: dict[str, tuple[str, list[str]]] = {"binding": ("cpu/binding.cpp", [])}
+    for isa, name in instruction_sets().items():
+        march = [f"-march={name}"] if name in _X86.values() else []
+        for kernel in ("forward", "backward"):
+            kernels[f"{kernel}_{isa}"] = (f"cpu/{kernel}.cpp", [*_KERNEL_FLAGS, f"-DSE_CPU_ISA={isa}", *march])
+    module = {"python": ("python.cpp", python), "direct": ("direct.cpp", python)} | _planner()
+    return kernels | module, {"cpu": (list(kernels), _TORCH), "_C": (list(module), ())}
+
+
+def _cuda() -> Recipe:
+    objects = _planner() | {"binding": ("cuda/binding.cpp", [])}
+    objects |= {path.stem: (f"cuda/{path.name}", []) for path in sorted((SOURCES / "cuda").glob("*.cu"))}
+    return objects, {"cuda": (list(objects), _TORCH)}
+
+
+def write_ninja(folder: Path, group: str) -> None:
+    """Write `folder`/build.ninja. Raises BuildError where a tool or package is missing."""
+    from ninja import ninja_syntax
+
+    def quote(*words: str | Path) -> str:
+        return str(ninja_syntax.escape(shlex.join(str(word) for word in words)))
+
+    objects, libraries = of(group)
+    with (folder / "build.ninja").open("w") as file:
+        ninja = ninja_syntax.Writer(file, width=10_000)
+        compiler = quote(*toolchain.compiler(), *FLAGS, *toolchain.more_flags())
+        ninja.rule("cpp", f"{compiler} $flags -MD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
+        if group == "cuda":
+            ninja.rule(
+                "cu", f"{quote(toolchain.nvcc(), *NVCC_FLAGS, *gpus.architecture_flags())} $flags -c $in -o $out"
+            )
+        # nvcc links CUDA's runtime statically: one library serves a torch of any CUDA.
+        linker = quote(toolchain.nvcc()) if group == "cuda" else compiler
+        ninja.rule("link", f"{linker} -shared $in -o $out $flags")
+        ninja.rule("empty", f"{quote(*toolchain.compiler())} -shared -x c++ /dev/null -Wl,-soname,$soname -o $out")
+        for name in _TORCH:
+            ninja.build(f"empty/lib{name}.so", "empty", variables={"soname": f"lib{name}.so"})
+        for name, (source, flags) in objects.items():
+            path = ninja_syntax.escape_path(str(SOURCES / source))
+            ninja.build(f"{name}.o", Path(source).suffix[1:], path, variables={"flags": quote(*flags)})
+        for name, (inputs, needed) in libraries.items():
+            flags = ["-Lempty", "-Xlinker", "--no-as-needed", *(f"-l{each}" for each in needed)] if needed else []
+            ninja.build(
+                file_name(name), "link", [f"{i}.o" for i in inputs], variables={"flags": quote(*flags)},
+                implicit=[f"empty/lib{each}.so" for each in needed],
+            )  # fmt: skip

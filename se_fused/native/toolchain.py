@@ -1,0 +1,81 @@
+"""What a build needs of this machine: compilers, ninja, how many jobs.
+
+Environment: CXX, the C++ compiler; CUDA_HOME, where nvcc is, if not on the PATH; MAX_JOBS, parallel compilations;
+SE_FUSED_CXXFLAGS, more flags for the C++ compiler.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+
+class BuildError(RuntimeError):
+    """The native code could not be built; the first line of the message says why."""
+
+
+def compiler() -> list[str]:
+    """The command of the C++ compiler, such as [/usr/bin/c++] or [ccache, g++]. Raises BuildError if there is none."""
+    command = _words("CXX") or ["c++" if shutil.which("c++") else "g++"]
+    found = shutil.which(command[0])
+    if found is None:
+        raise BuildError(
+            f"no C++ compiler: {command[0]} is not on the PATH; install one (apt install g++, dnf install gcc-c++) or "
+            "name it by CXX"
+        )
+    return [found, *command[1:]]
+
+
+def nvcc() -> str:
+    """The path of nvcc. Raises BuildError if there is none."""
+    home = os.environ.get("CUDA_HOME", "")
+    found = shutil.which(str(Path(home, "bin", "nvcc"))) if home else shutil.which("nvcc")
+    if found is None:
+        place = Path(home, "bin", "nvcc") if home else "nvcc on the PATH"
+        raise BuildError(f"no CUDA compiler: {place} is not there; install the CUDA toolkit, or name it by CUDA_HOME")
+    return found
+
+
+def ninja() -> str:
+    """The path of ninja. Raises BuildError if its package is not installed."""
+    try:
+        import ninja
+    except ImportError as error:
+        raise BuildError("ninja is not installed: pip install ninja") from error
+    return str(Path(ninja.BIN_DIR) / "ninja")
+
+
+def jobs() -> int:
+    """Parallel compilations. Raises BuildError."""
+    asked = os.environ.get("MAX_JOBS", "")
+    if not asked:
+        return os.cpu_count() or 1
+    if not asked.isdigit() or int(asked) == 0:
+        raise BuildError(f"MAX_JOBS is {asked!r}; wanted a number of 1 or more")
+    return int(asked)
+
+
+def more_flags() -> list[str]:
+    """SE_FUSED_CXXFLAGS. Raises BuildError if it is no list of words."""
+    return _words("SE_FUSED_CXXFLAGS")
+
+
+def version(program: str) -> str:
+    """What a compiler says of itself, in one line."""
+    try:
+        done = subprocess.run([program, "--version"], capture_output=True, text=True, check=False, timeout=60)
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"{program}: {error}"
+    lines = done.stdout.splitlines() or [program]
+    return next((line for line in lines if "release" in line), lines[0])  # nvcc's first line has no number
+
+
+def _words(variable: str) -> list[str]:
+    given = os.environ.get(variable, "")
+    try:
+        return shlex.split(given)
+    except ValueError as error:
+        raise BuildError(f"{variable} is {given!r}: {error}") from error
