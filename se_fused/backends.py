@@ -72,7 +72,7 @@ forward_direct: Callable[..., torch.Tensor | None] = _refuse
 
 
 def load() -> None:
-    """Load the compiled parts, building them if need be. A failure leaves its reason for `explain`, and a line in the log.
+    """Load the compiled parts, building them if need be. A failure leaves its reason for `explain` and the log.
 
     Where NVML is there, CUDA stays uninitialised: a GPU is asked for more when a call first meets it.
     """
