@@ -1,6 +1,8 @@
 """Which backend serves a GPU, on a machine that has none: the compiled library is stood in for."""
 
 import ctypes
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -102,3 +104,18 @@ def test_a_compiler_takes_the_answer_and_does_not_look_inside(library):
     torch._dynamo.reset()
     compiled = torch.compile(which, fullgraph=True, backend="eager")
     assert float(compiled(torch.zeros(()))) == 1
+
+
+def test_importing_the_package_imports_no_compiler():
+    code = "import sys, se_fused; print({'torch._dynamo', 'triton', 'rich', 'typer'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+def test_a_compiler_takes_the_limits_of_a_gpu_as_a_constant():
+    def marked():
+        pass
+
+    torch.compiler.assume_constant_result(marked)
+    assert vars(marked)
+    assert vars(marked).items() <= vars(backends._ask_gpu).items()

@@ -91,14 +91,14 @@ def load(name: str, loader: Callable[[Path], T]) -> T:
         try:
             return loader(folder / file)
         except (OSError, ImportError) as error:
-            _log.warning("se_fused: %s does not load and is built anew: %s", folder, error)
+            _log.warning("se_fused: %s does not load and is built anew: %s", folder, error.__cause__ or error)
         if folder.parent != build.PREBUILT:
             build.remove(folder)
     folder = _new(group)
     try:
         return loader(folder / file)
     except (OSError, ImportError) as error:
-        reason = f"{folder / file} was built and does not load: {error}"
+        reason = f"{folder / file} was built and does not load: {error.__cause__ or error}"
         with contextlib.suppress(OSError):  # or every process to come would compile it
             (folder / _GIVEN_UP).write_text(reason)
         raise BuildError(reason) from error

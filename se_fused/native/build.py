@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -76,7 +75,8 @@ def build(parent: Path, group: str = "cpu", watcher: Watcher | None = None) -> P
     target = parent / "-".join([recipe.key(group), *(gpus.architectures() if group == "cuda" else [])])
     if manifest.damage(target) is None:
         return target
-    toolchain.nvcc() if group == "cuda" else toolchain.compiler()  # before anything is written
+    for tool in (toolchain.compiler, *[toolchain.nvcc] * (group == "cuda"), toolchain.ninja, toolchain.jobs):
+        tool()  # before anything is written
     try:
         from filelock import FileLock, Timeout
     except ImportError as error:
@@ -149,7 +149,8 @@ def _run_ninja(folder: Path, watcher: Watcher) -> None:
         # TMPDIR: what a killed compiler leaves goes with the folder.
         env={**os.environ, "NINJA_STATUS": "%f/%t ", "TMPDIR": str(folder)},
     )  # fmt: skip
-    timer = threading.Timer(_TIMEOUT, process.terminate)
+    too_long = threading.Event()
+    timer = threading.Timer(_TIMEOUT, lambda: (too_long.set(), process.terminate()))
     timer.daemon = True
     timer.start()
     assert process.stdout is not None
@@ -168,8 +169,8 @@ def _run_ninja(folder: Path, watcher: Watcher) -> None:
         raise
     finally:
         timer.cancel()
-    if code == -signal.SIGTERM:
-        raise BuildError(f"compilation took more than {_TIMEOUT} s, or was ended by another process")
+    if too_long.is_set():
+        raise BuildError(f"compilation took more than {_TIMEOUT} s")
     if code != 0:
         raise BuildError(f"compilation failed: {_reason(words)}\n{words[-4000:]}")
 

@@ -1,0 +1,114 @@
+"""An installation for a test: a copy of the package, a cache folder, and a compiler that compiles nothing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from se_fused import native
+from se_fused.native import recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILT = native.library("cpu").parent
+# Says who serves, and fails where the numbers are not the formula's.
+USE = """
+import torch, se_fused
+w1, w2, x = torch.randn(4, 8), torch.randn(8, 4), torch.randn(2, 8, 5, 5)
+y = se_fused.squeeze_excite(x, w1, None, w2, None)
+torch.testing.assert_close(y, se_fused.reference.squeeze_excite(x, w1, None, w2, None))
+print(se_fused.explain(x, w1, None, w2, None).backend)
+"""
+# What was compiled before comes out again under its name. `BEFORE` runs first, and each call leaves a line in the log.
+_COMPILER = """#!/bin/sh
+case "$1" in --version) echo "gives what is there 1.0"; exit;; esac
+{before}
+while [ $# -gt 0 ]; do
+  case "$1" in -o) out=$2; shift;; -MF) : > "$2"; shift;; esac
+  shift
+done
+echo "$out" >> "{log}"
+if [ -f "{built}/$out" ]; then cp "{built}/$out" "$out"; else : > "$out"; fi
+"""
+
+
+@dataclass
+class Installation:
+    folder: Path
+
+    def __post_init__(self) -> None:
+        self.site, self.cache = self.folder / "site", self.folder / "cache"
+        self.log = self.folder / "compiled.log"
+        self.log.touch()
+        self.log.chmod(0o666)
+        shutil.copytree(ROOT / "se_fused", self.site / "se_fused", ignore=shutil.ignore_patterns("_native", "*.pyc"))
+        shutil.copytree(ROOT / "csrc", self.site / "se_fused" / "csrc")
+        self.package = self.site / "se_fused"
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith(("SE_FUSED", "TORCH_CUDA"))},
+            "PYTHONPATH": str(self.site),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "SE_FUSED_CACHE": str(self.cache),
+            "CXX": str(self.compiler()),
+        }
+
+    def compiler(self, before: str = "") -> Path:
+        """The compiler, with a line of shell that it begins with."""
+        path = self.folder / "compiler"
+        path.write_text(_COMPILER.format(before=before, log=self.log, built=BUILT))
+        path.chmod(0o755)
+        return path
+
+    def linked(self) -> int:
+        """How often the library was made."""
+        return self.log.read_text().split().count(recipe.file_name("cpu"))
+
+    def build_in(self, parent: Path) -> Path:
+        """A whole build, as the builder leaves it."""
+        parent.mkdir(mode=0o700, exist_ok=True)
+        return Path(shutil.copytree(BUILT, parent / BUILT.name))
+
+    def without(self, *packages: str) -> None:
+        """Packages that cannot be imported."""
+        for name in packages:
+            (self.site / f"{name}.py").write_text(f"raise ImportError(name={name!r})\n")
+
+    def start(self, code: str = USE, as_user: Sequence[str] = ()) -> subprocess.Popen[str]:
+        command = [*as_user, sys.executable, "-c", code]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, cwd=self.folder, env=self.environment, text=True, stdout=pipe, stderr=pipe)
+
+    def use(self, code: str = USE, as_user: Sequence[str] = ()) -> tuple[str, list[str]]:
+        """Who serves, and the lines that were said. Fails if the program does."""
+        process = self.start(code, as_user)
+        output, said = process.communicate(timeout=300)
+        assert process.returncode == 0, said
+        return output.strip(), said.splitlines()
+
+
+def processes(folder: Path) -> list[str]:
+    """The command lines that name `folder`, of the processes that run."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:  # it has just ended
+            continue
+        if str(folder) in words:
+            found.append(words)
+    return found
+
+
+def left(parent: Path) -> set[str]:
+    """What lies in a folder of builds, but for the lock."""
+    return {path.name for path in parent.iterdir()} - {".lock"}
+
+
+def one(lines: Iterable[str], *words: str) -> bool:
+    """Whether there is one line, and it has these words."""
+    lines = list(lines)
+    return len(lines) == 1 and all(word in lines[0] for word in words)
