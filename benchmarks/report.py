@@ -46,7 +46,7 @@ def read(file: Path) -> list[Line]:
         lines = list(csv.DictReader(stream))
     if not lines:
         raise ReportError(f"{file} has no rows")
-    if len({(line["date"], line["commit"], line["cpu"]) for line in lines}) > 1:
+    if len({(line["date"], line["commit"], line.get("cpu")) for line in lines}) > 1:
         raise ReportError(f"{file} mixes rows of several runs")
     return lines
 
