@@ -1,1 +1,1 @@
-"""Measurements of record: each script writes one CSV under results/, and report.py turns it into the README's table."""
+"""Measurements of record: each script writes one CSV under results/, and report.py turns it into a table of docs/."""

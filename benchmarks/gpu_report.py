@@ -90,7 +90,7 @@ def _mean(values: Iterable[float | None]) -> str:
 
 
 def summary(results: Results) -> str:
-    """For the README: the layer by batch, layout and direction; whole networks; the machine."""
+    """The layer by batch, layout and direction; whole networks; the machine."""
     cases = best_measured(results)
     rows = []
     kinds = sorted(
@@ -155,8 +155,7 @@ def _machine(results: Results) -> str:
     return (
         f"{run['gpu']}, driver {run['driver']}, PyTorch {run['torch']}, commit {run['commit']}, {run['date'][:10]}. "
         f"{right} calls right and none wrong beside float64{f', GPU tests: {tests[0]}' if tests else ''}"
-        f"{'; in part: ' * bool(short)}{', '.join(short)}. Ratios are medians over rounds in which the "
-        "variants took turns; one below 1, a loss, is bold; an empty cell was not measured. In a graph: caches cold, "
+        f"{'; in part: ' * bool(short)}{', '.join(short)}. An empty cell was not measured. In a graph: caches cold, "
         "buffers rotating over more than the L2 holds, and the outputs in the first and the last of the timed buffers "
         "compared with float64. As calls: wall clock of a Python loop. Copy: an elementwise kernel that reads and "
         "writes the bytes that no implementation can do without. Networks: 224 pixels, channels_last, float16 for "
@@ -165,7 +164,7 @@ def _machine(results: Results) -> str:
 
 
 def layers(results: Results) -> str:
-    """For docs/benchmarks.md: every call."""
+    """Every call."""
     tables = []
     cases = best_measured(results)
     for dtype, direction, layout in itertools.product(("float16", "float32"), DIRECTIONS, LAYOUTS):
@@ -186,5 +185,4 @@ def layers(results: Results) -> str:
         ]  # fmt: skip
         if rows:
             tables.append(f"{dtype}, {layout}, {DIRECTIONS[direction]}:\n\n{markdown(header, rows)}")
-    tables.append(_machine(results))
     return "\n".join(tables)

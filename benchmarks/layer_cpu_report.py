@@ -1,10 +1,9 @@
-"""The README's tables and figure of layer_cpu.csv. Everything here is a function of the lines of that file."""
+"""The tables of layer_cpu.csv. Everything here is a function of the lines of that file."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 from . import layer_cpu, peers, shapes
 
@@ -63,6 +62,21 @@ def _known(column: Sequence[float | None]) -> list[float]:
     """`column`, or nothing if any of it was not measured: a mean over fewer shapes would be another mean."""
     values = [value for value in column if value is not None]
     return values if len(values) == len(column) else []
+
+
+def mean(
+    lines: Iterable[Line],
+    direction: str,
+    names: Sequence[str],
+    base: str = "fused",
+    members: Sequence[shapes.Shape] = shapes.LAYER,
+) -> float:
+    """The geometric mean of `ratio` over the shapes of a list: float32, contiguous."""
+    cells = select(lines, "float32", "contiguous", direction)
+    known = _known([ratio(cells[str(shape)], names, base) for shape in members])
+    if not known:
+        raise ValueError(f"{' or '.join(names)} beside {base}, {direction}, was not measured at every shape")
+    return statistics.geometric_mean(known)
 
 
 def means(columns: Mapping[str, Sequence[float | None]]) -> dict[str, list[float | None]]:
@@ -171,61 +185,8 @@ def table(lines: list[Line]) -> str:
     run = lines[0]
     parts.append(
         f"{run['cpu']}, {run['threads']} threads for all, PyTorch {run['torch']}, ONNX Runtime {run['onnxruntime']}, "
-        f"OpenVINO {run['openvino']}, backend {run['backend']}, commit {run['commit']}, {run['date']}. Medians over "
-        "interleaved rounds, forward in inference mode. Ratios are medians of the ratios within a round; one below 1, "
-        "a loss, is bold. Best peer: the fastest of eager, torch.compile, ONNX Runtime and OpenVINO. Floor, where "
+        f"OpenVINO {run['openvino']}, backend {run['backend']}, commit {run['commit']}, {run['date']}. Forward in "
+        "inference mode. Best peer: the fastest of eager, torch.compile, ONNX Runtime and OpenVINO. Floor, where "
         "nothing else is said: the bytes that must move, at the speed of a copy measured between the same calls.\n"
     )
     return "\n".join(parts)
-
-
-# Colours of Okabe and Ito, which colour-blind readers tell apart.
-_STYLES = {
-    "fused": ("#D55E00", "o"),
-    "fused_inplace": ("#E69F00", "D"),
-    "compile": ("#0072B2", "s"),
-    "onnxruntime": ("#009E73", "^"),
-    "openvino": ("#CC79A7", "v"),
-}
-
-
-def draw(lines: list[Line], file: Path) -> None:
-    """Speed relative to eager, a row per shape: forward, float32, contiguous. Whiskers reach from p80 to p20."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    cells = select(lines, "float32", "contiguous", "forward")
-    names = [s for s in map(str, shapes.LAYER) if "eager" in cells.get(s, {})]
-    figure, axes = plt.subplots(figsize=(8, 1.6 + 0.42 * len(names)), layout="constrained")
-    for contender, (colour, marker) in _STYLES.items():
-        ys = [y for y, shape in enumerate(names) if contender in cells[shape]]
-        xs, whiskers = [], []
-        for y in ys:
-            cell = cells[names[y]]
-            p20, p50, p80 = (float(cell[contender][f"p{p}_us"]) for p in (20, 50, 80))
-            xs.append(float(cell["eager"]["ratio_to_fused"]) / float(cell[contender]["ratio_to_fused"]))
-            whiskers.append((xs[-1] * (1 - p50 / p80), xs[-1] * (p50 / p20 - 1)))
-        if ys:
-            axes.errorbar(
-                xs, ys, xerr=list(zip(*whiskers, strict=True)), fmt=marker, color=colour, label=LABELS[contender],
-                markersize=7, elinewidth=1, alpha=0.9,
-            )  # fmt: skip
-    floors = [float(cells[s]["eager"]["p50_us"]) / float(cells[s]["eager"]["floor_us"]) for s in names]
-    lanes = range(len(names))
-    axes.vlines(floors, [y - 0.4 for y in lanes], [y + 0.4 for y in lanes], color="black", linewidth=2, label="floor")
-    for y in lanes[1::2]:
-        axes.axhspan(y - 0.5, y + 0.5, color="black", alpha=0.05, linewidth=0)
-    axes.axvline(1, color="grey", linestyle="--", linewidth=1, label=LABELS["eager"])
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
-    axes.set_yticks(lanes, names)
-    axes.set_ylim(len(names) - 0.5, -0.5)
-    run = lines[0]
-    axes.set_xlabel(f"speed relative to eager: right is faster (float32, {run['threads']} threads, {run['cpu']})")
-    axes.grid(axis="x", alpha=0.3)
-    figure.legend(loc="outside upper center", ncols=4, frameon=False)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=150)
-    plt.close(figure)

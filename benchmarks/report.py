@@ -1,4 +1,5 @@
-"""Turns the files of record into the tables of the README and of docs/, each between its two markers, and into figures.
+"""Turns the files of record into the tables of docs/benchmarks.md and the README's headline, each between two markers,
+and into figures.
 
 python -m benchmarks.report            rewrite the tables and figures
 python -m benchmarks.report --check    fail if a table is not the one its files give
@@ -8,17 +9,18 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from . import call_overhead, compiled, gpu_report, layer_cpu, layer_cpu_report
+from . import call_overhead, compiled, coverage, figures, gpu_report, headline, layer_cpu, layer_cpu_report, models
 
 Line = dict[str, str]
 ROOT = layer_cpu.ROOT
-README, BENCHMARKS = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
+DOCS = ROOT / "docs"
+README, BENCHMARKS = ROOT / "README.md", DOCS / "benchmarks.md"
 RESULTS = layer_cpu.RECORD.parent
 
 
@@ -28,14 +30,13 @@ class ReportError(ValueError):
 
 @dataclass(frozen=True)
 class Record:
-    """Where a table comes from, how it is read and made, and the document it stands in; and so for a figure."""
+    """Where a table comes from, how it is read and made, and the document it stands in; and what draws its figures."""
 
     source: Path
     read: Callable[[Path], Any]
     table: Callable[[Any], str]
-    document: Path = README
-    figure: Path | None = None
-    draw: Callable[[Any, Path], None] | None = None
+    document: Path = BENCHMARKS
+    figures: Mapping[Path, Callable[[Any, Path], None]] = field(default_factory=dict)
 
 
 def read(file: Path) -> list[Line]:
@@ -46,23 +47,32 @@ def read(file: Path) -> list[Line]:
         lines = list(csv.DictReader(stream))
     if not lines:
         raise ReportError(f"{file} has no rows")
-    if len({(line["date"], line["commit"], line["cpu"]) for line in lines}) > 1:
+    if len({(line["date"], line["commit"], line.get("cpu")) for line in lines}) > 1:
         raise ReportError(f"{file} mixes rows of several runs")
     return lines
 
 
+def read_headline(folder: Path) -> dict[str, str]:
+    """The README's numbers by name."""
+    layer, networks, covered = (read(folder / file.name) for file in (layer_cpu.RECORD, models.RECORD, coverage.RECORD))
+    return headline.numbers(layer, networks, covered, gpu_report.read(folder / "h200"))
+
+
 # By the name in the markers; of a GPU, by that of its folder.
 RECORDS = {
+    "headline": Record(RESULTS, read_headline, headline.text, README),
     "layer_cpu": Record(
         layer_cpu.RECORD, read, layer_cpu_report.table,
-        figure=ROOT / "docs" / "layer_cpu.png", draw=layer_cpu_report.draw,
+        figures={DOCS / "speed.svg": figures.bars, DOCS / "layer_cpu.png": figures.by_shape},
     ),
-    "compiled": Record(compiled.RECORD, read, compiled.table, BENCHMARKS),
-    "call_overhead": Record(call_overhead.RECORD, read, call_overhead.table, BENCHMARKS),
+    "models": Record(models.RECORD, read, models.table),
+    "compiled": Record(compiled.RECORD, read, compiled.table),
+    "coverage": Record(coverage.RECORD, read, coverage.table),
+    "call_overhead": Record(call_overhead.RECORD, read, call_overhead.table),
 }  # fmt: skip
 for _run in sorted(RESULTS.glob("*/run.json")):
     RECORDS[_run.parent.name] = Record(_run.parent, gpu_report.read, gpu_report.summary)
-    RECORDS[f"{_run.parent.name}_layers"] = Record(_run.parent, gpu_report.read, gpu_report.layers, BENCHMARKS)
+    RECORDS[f"{_run.parent.name}_layers"] = Record(_run.parent, gpu_report.read, gpu_report.layers)
 
 
 def replace_between_markers(text: str, name: str, body: str) -> str:
@@ -101,8 +111,8 @@ def main(
             typer.echo(f"report: {document} is not what its files give; run python -m benchmarks.report", err=True)
             raise typer.Exit(1)
     for record in RECORDS.values() if not check else ():
-        if record.draw is not None and record.figure is not None:
-            record.draw(record.read(record.source), record.figure)
+        for figure, draw in record.figures.items():
+            draw(record.read(record.source), figure)
 
 
 if __name__ == "__main__":

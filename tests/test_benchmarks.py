@@ -1,22 +1,16 @@
-"""The benchmark: only right results are timed, times become the right ratios, the README follows the CSV."""
+"""The benchmark: only right results are timed, and times become the right ratios."""
 
 from __future__ import annotations
 
-import csv
-import dataclasses
-import io
 import itertools
 import math
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-import typer
-from rich.console import Console
 
-from benchmarks import call_overhead, compiled, layer_cpu, layer_cpu_report, peers, report, shapes, timing
+from benchmarks import compiled, layer_cpu, networks, peers, shapes, timing
 from benchmarks.shapes import Shape
 from benchmarks.timing import Contender
 from examples import zoo
@@ -194,137 +188,23 @@ def test_rest_ends_and_a_busy_process_is_an_error(monkeypatch: pytest.MonkeyPatc
     assert now[0] < 0.06
 
 
-# The CSV and the report.
+# Networks.
 
 
 def test_variants_compute_the_same_and_differ_in_what_they_call() -> None:
     model, x = zoo.build("timm:mobilenetv3_small_100").eval(), torch.randn(1, 3, 64, 64)
+    variants = {contender: compiled.variant(model, contender) for contender in compiled.CONTENDERS}
+    variants["in place"] = networks.variant(model, "in place")
     with torch.no_grad():
         wanted = model(x)
-        for contender in compiled.CONTENDERS:
-            other = compiled.variant(model, contender)
+        for contender, other in variants.items():
             torch.testing.assert_close(other(x), wanted, rtol=1e-4, atol=1e-5)
             calls = sum(isinstance(module, compiled.Call) for module in other.modules())
             assert calls == (9 if contender in ("formula", "operator") else 0)
 
 
-def test_the_bars_that_the_records_must_keep() -> None:
-    """Compiled and replaced networks lose nothing, and a call with nothing to compute costs no more than before."""
-    rows = {(row["network"], row["n"], row["contender"]): row for row in report.read(compiled.RECORD)}
-    replaced = {key: float(row["original_by_this"]) for key, row in rows.items() if key[2] == "replaced"}
-    assert len(replaced) == 4
-    assert min(replaced.values()) >= 0.98, replaced
-    calls = {row["call"]: row for row in report.read(call_overhead.RECORD)}
-    for call in ("bare", "in_place", "strided", "layer", "layer_replaced"):
-        assert float(calls[call]["p20"]) <= 1, calls[call]
-
-
-@pytest.fixture
-def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A CSV of all cases with made-up times in microseconds: a copy 1, in place 1, fused 2, eager 3, others 4."""
-    microseconds = {"copy": 1.0, "multiply": 0.5, "fused_inplace": 1.0, "fused": 2.0, "eager": 3.0}
-
-    def run_case(case: layer_cpu.Case, threads: int, until: float) -> timing.Times:
-        return {name: [microseconds.get(name, 4.0)] * 5 for name in (*case.contenders, *case.floors)}
-
-    monkeypatch.setattr(layer_cpu, "run_case", run_case)
-    file = tmp_path / "layer_cpu.csv"
-    planned = layer_cpu.cases(shapes.LAYER, tuple(peers.PEERS), layer_cpu.DTYPES, layer_cpu.DIRECTIONS)
-    with file.open("w", newline="") as stream:
-        layer_cpu.run(planned, stream, torch.get_num_threads(), minutes=1, console=Console(file=io.StringIO()))
-    return file
-
-
-def edit(file: Path, change: Callable[[dict[str, str]], None]) -> None:
-    lines = list(csv.DictReader(file.open(newline="")))
-    for line in lines:
-        change(line)
-    with file.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, list(lines[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
-
-
-def test_every_shape_is_measured_in_every_format(record: Path) -> None:
-    lines = report.read(record)
-    assert list(lines[0]) == [field.name for field in dataclasses.fields(layer_cpu.Row)]
-    for dtype, layout, direction, contenders in (
-        ("float32", "contiguous", "forward", {*peers.FUSED, *peers.PEERS, *peers.FLOORS}),
-        ("float32", "channels_last", "forward", {*peers.FUSED, "eager", "compile", *peers.FLOORS}),
-        ("bfloat16", "contiguous", "forward", {*peers.FUSED, "eager", "compile", *peers.FLOORS}),
-        ("float32", "contiguous", "backward", {"fused", "eager", "copy"}),
-        ("float32", "contiguous", "forward_backward", {"fused", "eager", "copy"}),
-    ):
-        cells = layer_cpu_report.select(lines, dtype, layout, direction)
-        assert all(set(cells[str(shape)]) == contenders for shape in shapes.LAYER)
-
-
-def test_floor_and_bytes(record: Path) -> None:
-    for direction, maps in layer_cpu.MAPS_MOVED.items():
-        line = layer_cpu_report.select(report.read(record), "float32", "contiguous", direction)["1x72x28x28"]["fused"]
-        assert int(line["bytes"]) == maps * 72 * 28 * 28 * 4
-        assert float(line["floor_us"]) == maps / 2  # a copy, which moves two maps, takes 1
-
-
-def test_the_table_is_a_function_of_the_csv(record: Path) -> None:
-    text = layer_cpu_report.table(report.read(record))
-    assert "| 1x72x28x28 | 2.0 | 3.0 (eager) | 1.50 | 1.50 | 1.0 | 50% |" in text
-    assert "| geometric mean, batch 1 (6 shapes) |  |  | 1.50 | 1.50 |  |  |" in text
-    assert "| 1x72x28x28 | 1.0 | 3.00 | 0.5 | 50% | 6.00 |" in text
-    assert "| geometric mean, batch 1 (6 shapes) |  | 3.00 |  |  | 6.00 |" in text
-    assert "eager / fused 1.50." in text
-    assert "**" not in text
-
-    def slower_at_one_shape(line: dict[str, str]) -> None:
-        if line["shape"] == "16x2048x7x7" and line["contender"] == "eager":
-            line["ratio_to_fused"] = "0.900"
-
-    edit(record, slower_at_one_shape)
-    text = layer_cpu_report.table(report.read(record))
-    assert "**0.90**" in text
-    mean = (1.5**10 * 0.9) ** (1 / 11)
-    assert f"| geometric mean, all 11 shapes |  |  | {mean:.2f} |" in text
-
-
-def test_a_mean_over_fewer_shapes_is_not_given(record: Path) -> None:
-    lines = [line for line in report.read(record) if line["shape"] != "16x2048x7x7"]
-    text = layer_cpu_report.table(lines)
-    assert "geometric mean, batch 1" in text
-    assert "geometric mean, batch 16" not in text
-    assert "geometric mean, all" not in text
-
-
-def test_check_compares_the_readme_with_the_csv(
-    record: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    figure = tmp_path / "figure.png"
-    readme = tmp_path / "README.md"
-    entry = dataclasses.replace(report.RECORDS["layer_cpu"], source=record, figure=figure, document=readme)
-    monkeypatch.setattr(report, "RECORDS", {"layer_cpu": entry})
-    readme.write_text("before\n\n<!-- layer_cpu:begin -->\n<!-- layer_cpu:end -->\n\nafter\n")
-
-    def exit_code(*, check: bool) -> int:
-        try:
-            report.main(check=check)
-        except typer.Exit as stop:
-            return stop.exit_code
-        return 0
-
-    assert exit_code(check=True) == 1
-    assert exit_code(check=False) == 0
-    assert figure.read_bytes().startswith(b"\x89PNG")
-    written = readme.read_text()
-    assert written.startswith("before\n\n<!--")
-    assert written.endswith("-->\n\nafter\n")
-    assert exit_code(check=True) == 0
-    readme.write_text(written.replace("1.50", "1.51", 1))
-    assert exit_code(check=True) == 1
-    readme.write_text("no markers")
-    assert exit_code(check=True) == 2
-    assert "layer_cpu:begin" in capsys.readouterr().err
-    readme.write_text(written)
-    edit(record, lambda line: line.update(commit="other") if line["shape"] == "1x72x28x28" else None)
-    assert exit_code(check=True) == 2
-    assert "several runs" in capsys.readouterr().err
-    record.unlink()
-    assert exit_code(check=True) == 2
+def test_a_wrong_network_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "measure", lambda *_: pytest.fail("timed"))
+    model, x = torch.nn.ReLU(), torch.randn(2, 3)
+    with pytest.raises(AssertionError, match="wrong"):
+        networks.measure(model, x, {"right": lambda: x.relu(), "wrong": lambda: x}, seconds=0)

@@ -10,7 +10,7 @@ import pytest
 import se_fused
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/design.md", "docs/gpu-run.md", "docs/benchmarks.md"]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", *(f"docs/{file.name}" for file in sorted((ROOT / "docs").glob("*.md")))]
 
 
 def code_blocks(text: str, language: str) -> list[str]:

@@ -62,7 +62,7 @@ def test_the_tables_of_a_gpu_run_are_a_function_of_its_files(gpu_run: Path) -> N
     assert "5 % faster at 1 of 2 calls" in text
     assert "took 0.75 to 0.75 of the CUDA kernels' time, at the 1 calls" in text
     assert "a GPU, driver 1, PyTorch 2, commit abc, 2026-01-02. 2 calls right and none wrong" in text
-    assert "GPU tests: 9 passed; in part: sweep 7 of 9 cases. Ratios" in text
+    assert "GPU tests: 9 passed; in part: sweep 7 of 9 cases. An empty cell" in text
     assert "| 32x8x7x7 | 2.00 ( to ) |  | 0.50 | 1.50 | **0.50** | **0.75** | 2.00 | 1.50 |  |" in gpu_report.layers(
         results
     )

@@ -150,7 +150,12 @@ def _run_ninja(folder: Path, watcher: Watcher) -> None:
         env={**os.environ, "NINJA_STATUS": "%f/%t ", "TMPDIR": str(folder)},
     )  # fmt: skip
     too_long = threading.Event()
-    timer = threading.Timer(_TIMEOUT, lambda: (too_long.set(), process.terminate()))
+
+    def stop() -> None:
+        too_long.set()
+        process.terminate()
+
+    timer = threading.Timer(_TIMEOUT, stop)
     timer.daemon = True
     timer.start()
     assert process.stdout is not None

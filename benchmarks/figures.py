@@ -1,0 +1,101 @@
+"""The figures of layer_cpu.csv: forward, float32, contiguous. The same lines give the same bytes, by one matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from . import shapes
+from .layer_cpu_report import LABELS, Line, mean, select
+
+# Colours of Okabe and Ito, which colour-blind readers tell apart.
+_STYLES = {
+    "fused": ("#D55E00", "o"),
+    "fused_inplace": ("#E69F00", "D"),
+    "compile": ("#0072B2", "s"),
+    "onnxruntime": ("#009E73", "^"),
+    "openvino": ("#CC79A7", "v"),
+}
+# A grey with the same contrast, 4.3, on white and on #0d1117: the figure has no background of its own.
+_GREY = "#787a7d"
+_BARS = {
+    "compile": ("torch.compile", "#9aa0a6"),
+    "openvino": ("OpenVINO", "#9aa0a6"),
+    "onnxruntime": ("ONNX Runtime", "#9aa0a6"),
+    "fused": ("se_fused", "#D55E00"),
+    "fused_inplace": ("se_fused, in place", "#D55E00"),
+}
+_GROUPS = {"batch 1": shapes.BATCH_1, "batch 16": shapes.BATCH_16}
+
+
+def speeds(lines: Sequence[Line], members: Sequence[shapes.Shape]) -> dict[str, float]:
+    """Of each contender, the geometric mean of its speed relative to eager."""
+    eager = mean(lines, "forward", ["eager"], members=members)
+    return {name: eager / mean(lines, "forward", [name], members=members) for name in _BARS}
+
+
+def bars(lines: Sequence[Line], file: Path) -> None:
+    """Speed relative to eager at a glance: a bar for each contender, a panel for each batch."""
+    with matplotlib.rc_context({"svg.hashsalt": "se_fused", "text.color": _GREY, "font.size": 10}):
+        figure = Figure(figsize=(7.9, 2.4), layout="constrained")
+        panels = figure.subplots(1, len(_GROUPS), sharex=True, sharey=True)
+        for axes, (batch, members) in zip(panels, _GROUPS.items(), strict=True):
+            _panel(axes, speeds(lines, members))
+            axes.set_title(f"{batch} ({len(members)} shapes)", fontsize=10)
+        how = f"forward, float32, {lines[0]['threads']} CPU threads, geometric mean"
+        figure.suptitle(f"Speed of an SE layer relative to eager PyTorch: {how}", fontsize=10)
+        figure.savefig(file, transparent=True, metadata={"Date": None, "Creator": None})
+
+
+def _panel(axes: Axes, found: dict[str, float]) -> None:
+    for y, (name, (_, colour)) in enumerate(_BARS.items()):
+        axes.barh(y, found[name], height=0.7, color=colour)
+        weight = "bold" if name.startswith("fused") else "normal"
+        axes.text(max(found[name], 1) + 0.05, y, f"{found[name]:.2f}x", va="center", weight=weight)
+    axes.axvline(1, color=_GREY, linewidth=1)
+    axes.set_yticks(range(len(_BARS)), [label for label, _ in _BARS.values()])
+    axes.set_xticks([1], ["eager"])
+    axes.tick_params(length=0, colors=_GREY)
+    axes.margins(x=0.15)
+    axes.spines[:].set_visible(False)
+
+
+def by_shape(lines: Sequence[Line], file: Path) -> None:
+    """Speed relative to eager, a row per shape. Whiskers reach from p80 to p20."""
+    cells = select(lines, "float32", "contiguous", "forward")
+    names = [s for s in map(str, shapes.LAYER) if "eager" in cells.get(s, {})]
+    figure = Figure(figsize=(8, 1.6 + 0.42 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    for contender, (colour, marker) in _STYLES.items():
+        ys = [y for y, shape in enumerate(names) if contender in cells[shape]]
+        xs, whiskers = [], []
+        for y in ys:
+            cell = cells[names[y]]
+            p20, p50, p80 = (float(cell[contender][f"p{p}_us"]) for p in (20, 50, 80))
+            xs.append(float(cell["eager"]["ratio_to_fused"]) / float(cell[contender]["ratio_to_fused"]))
+            whiskers.append((xs[-1] * (1 - p50 / p80), xs[-1] * (p50 / p20 - 1)))
+        if ys:
+            axes.errorbar(
+                xs, ys, xerr=list(zip(*whiskers, strict=True)), fmt=marker, color=colour, label=LABELS[contender],
+                markersize=7, elinewidth=1, alpha=0.9,
+            )  # fmt: skip
+    floors = [float(cells[s]["eager"]["p50_us"]) / float(cells[s]["eager"]["floor_us"]) for s in names]
+    lanes = range(len(names))
+    axes.vlines(floors, [y - 0.4 for y in lanes], [y + 0.4 for y in lanes], color="black", linewidth=2, label="floor")
+    for y in lanes[1::2]:
+        axes.axhspan(y - 0.5, y + 0.5, color="black", alpha=0.05, linewidth=0)
+    axes.axvline(1, color="grey", linestyle="--", linewidth=1, label=LABELS["eager"])
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+    axes.set_yticks(lanes, names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    run = lines[0]
+    axes.set_xlabel(f"speed relative to eager: right is faster (float32, {run['threads']} threads, {run['cpu']})")
+    axes.grid(axis="x", alpha=0.3)
+    figure.legend(loc="outside upper center", ncols=4, frameon=False)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=150)

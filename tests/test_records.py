@@ -1,0 +1,215 @@
+"""The files of record, and what is made of them: each table and figure is a function of its files."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from rich.console import Console
+
+from benchmarks import (
+    call_overhead,
+    compiled,
+    coverage,
+    figures,
+    headline,
+    layer_cpu,
+    layer_cpu_report,
+    models,
+    networks,
+    peers,
+    report,
+    shapes,
+    timing,
+)
+from examples import zoo
+
+
+def test_the_bars_that_the_records_must_keep() -> None:
+    """Compiled and replaced networks lose nothing, and a call with nothing to compute costs no more than before."""
+    rows = {(row["network"], row["n"], row["contender"]): row for row in report.read(compiled.RECORD)}
+    replaced = {key: float(row["original_by_this"]) for key, row in rows.items() if key[2] == "replaced"}
+    assert len(replaced) == 4
+    assert min(replaced.values()) >= 0.98, replaced
+    calls = {row["call"]: row for row in report.read(call_overhead.RECORD)}
+    for call in ("bare", "in_place", "strided", "layer", "layer_replaced"):
+        assert float(calls[call]["p20"]) <= 1, calls[call]
+
+
+@pytest.fixture
+def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A CSV of all cases with made-up times in microseconds: a copy 1, in place 1, fused 2, eager 3, others 4."""
+    microseconds = {"copy": 1.0, "multiply": 0.5, "fused_inplace": 1.0, "fused": 2.0, "eager": 3.0}
+
+    def run_case(case: layer_cpu.Case, threads: int, until: float) -> timing.Times:
+        return {name: [microseconds.get(name, 4.0)] * 5 for name in (*case.contenders, *case.floors)}
+
+    monkeypatch.setattr(layer_cpu, "run_case", run_case)
+    file = tmp_path / "layer_cpu.csv"
+    planned = layer_cpu.cases(shapes.LAYER, tuple(peers.PEERS), layer_cpu.DTYPES, layer_cpu.DIRECTIONS)
+    with file.open("w", newline="") as stream:
+        layer_cpu.run(planned, stream, torch.get_num_threads(), minutes=1, console=Console(file=io.StringIO()))
+    return file
+
+
+def edit(file: Path, change: Callable[[dict[str, str]], None]) -> None:
+    lines = list(csv.DictReader(file.open(newline="")))
+    for line in lines:
+        change(line)
+    with file.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(lines[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+def test_every_shape_is_measured_in_every_format(record: Path) -> None:
+    lines = report.read(record)
+    assert list(lines[0]) == [field.name for field in dataclasses.fields(layer_cpu.Row)]
+    for dtype, layout, direction, contenders in (
+        ("float32", "contiguous", "forward", {*peers.FUSED, *peers.PEERS, *peers.FLOORS}),
+        ("float32", "channels_last", "forward", {*peers.FUSED, "eager", "compile", *peers.FLOORS}),
+        ("bfloat16", "contiguous", "forward", {*peers.FUSED, "eager", "compile", *peers.FLOORS}),
+        ("float32", "contiguous", "backward", {"fused", "eager", "copy"}),
+        ("float32", "contiguous", "forward_backward", {"fused", "eager", "copy"}),
+    ):
+        cells = layer_cpu_report.select(lines, dtype, layout, direction)
+        assert all(set(cells[str(shape)]) == contenders for shape in shapes.LAYER)
+
+
+def test_floor_and_bytes(record: Path) -> None:
+    for direction, maps in layer_cpu.MAPS_MOVED.items():
+        line = layer_cpu_report.select(report.read(record), "float32", "contiguous", direction)["1x72x28x28"]["fused"]
+        assert int(line["bytes"]) == maps * 72 * 28 * 28 * 4
+        assert float(line["floor_us"]) == maps / 2  # a copy, which moves two maps, takes 1
+
+
+def test_the_table_is_a_function_of_the_csv(record: Path) -> None:
+    text = layer_cpu_report.table(report.read(record))
+    assert "| 1x72x28x28 | 2.0 | 3.0 (eager) | 1.50 | 1.50 | 1.0 | 50% |" in text
+    assert "| geometric mean, batch 1 (6 shapes) |  |  | 1.50 | 1.50 |  |  |" in text
+    assert "| 1x72x28x28 | 1.0 | 3.00 | 0.5 | 50% | 6.00 |" in text
+    assert "| geometric mean, batch 1 (6 shapes) |  | 3.00 |  |  | 6.00 |" in text
+    assert "eager / fused 1.50." in text
+    assert "**" not in text
+
+    def slower_at_one_shape(line: dict[str, str]) -> None:
+        if line["shape"] == "16x2048x7x7" and line["contender"] == "eager":
+            line["ratio_to_fused"] = "0.900"
+
+    edit(record, slower_at_one_shape)
+    text = layer_cpu_report.table(report.read(record))
+    assert "**0.90**" in text
+    mean = (1.5**10 * 0.9) ** (1 / 11)
+    assert f"| geometric mean, all 11 shapes |  |  | {mean:.2f} |" in text
+
+
+def test_a_mean_over_fewer_shapes_is_not_given(record: Path) -> None:
+    lines = [line for line in report.read(record) if line["shape"] != "16x2048x7x7"]
+    text = layer_cpu_report.table(lines)
+    assert "geometric mean, batch 1" in text
+    assert "geometric mean, batch 16" not in text
+    assert "geometric mean, all" not in text
+
+
+def test_check_compares_a_document_with_the_csv(
+    record: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figure = tmp_path / "figure.png"
+    document = tmp_path / "tables.md"
+    drawn = {figure: figures.by_shape}
+    entry = dataclasses.replace(report.RECORDS["layer_cpu"], source=record, figures=drawn, document=document)
+    monkeypatch.setattr(report, "RECORDS", {"layer_cpu": entry})
+    document.write_text("before\n\n<!-- layer_cpu:begin -->\n<!-- layer_cpu:end -->\n\nafter\n")
+
+    def exit_code(*, check: bool) -> int:
+        try:
+            report.main(check=check)
+        except typer.Exit as stop:
+            return stop.exit_code
+        return 0
+
+    assert exit_code(check=True) == 1
+    assert exit_code(check=False) == 0
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    written = document.read_text()
+    assert written.startswith("before\n\n<!--")
+    assert written.endswith("-->\n\nafter\n")
+    assert exit_code(check=True) == 0
+    document.write_text(written.replace("1.50", "1.51", 1))
+    assert exit_code(check=True) == 1
+    document.write_text("no markers")
+    assert exit_code(check=True) == 2
+    assert "layer_cpu:begin" in capsys.readouterr().err
+    document.write_text(written)
+    edit(record, lambda line: line.update(commit="other") if line["shape"] == "1x72x28x28" else None)
+    assert exit_code(check=True) == 2
+    assert "several runs" in capsys.readouterr().err
+    record.unlink()
+    assert exit_code(check=True) == 2
+
+
+def test_the_figure_at_a_glance(record: Path, tmp_path: Path) -> None:
+    lines = report.read(record)
+    assert figures.speeds(lines, shapes.BATCH_1) == pytest.approx(
+        {"compile": 0.75, "openvino": 0.75, "onnxruntime": 0.75, "fused": 1.5, "fused_inplace": 3}
+    )
+    first, second = tmp_path / "first.svg", tmp_path / "second.svg"
+    for file in (first, second):
+        figures.bars(lines, file)
+    assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.fixture
+def networks_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A models.csv of two small layers and made-up times in microseconds."""
+    microseconds = {"eager original": 3000.0, "eager replaced": 2000.0, "eager in place": 4000.0}
+
+    def measure(model: torch.nn.Module, x: torch.Tensor, calls: dict[str, object], seconds: float) -> timing.Times:
+        return {name: [microseconds.get(name, 1000.0)] * 5 for name in calls}
+
+    layer = zoo.import_torchvision().ops.SqueezeExcitation
+    monkeypatch.setattr(networks, "measure", measure)
+    monkeypatch.setattr(networks, "build", lambda *_: (torch.nn.Sequential(layer(8, 2), layer(8, 2)), torch.ones(1)))
+    file = tmp_path / "models.csv"
+    models.main(out=file, seconds=0, threads=torch.get_num_threads())
+    return file
+
+
+def test_the_table_of_networks(networks_record: Path) -> None:
+    text = models.table(report.read(networks_record))
+    for network in models.NETWORKS:
+        for n in models.BATCHES:
+            label = f"{network.split(':')[1]} (2 SE layers) | {n}"
+            assert f"| {label} | 3.0 (3.0 to 3.0) | 1.50 | **0.75** | 1.0 (1.0 to 1.0) | 1.00 | 1.00 |" in text
+    assert "medians of 5 or more interleaved rounds" in text
+
+
+def test_the_table_of_what_replace_covers() -> None:
+    line = {"date": "2026-01-02", "commit": "abc", "torch": "2", "library": "a", "version": "1", "near": "0"}
+    none = line | {"model": "x", "replaced": "0", "skipped": "3"}
+    text = coverage.table([none, line | {"model": "y", "replaced": "5", "skipped": "1"}])
+    assert "| a 1 | 2 | 5 | 4 | x |" in text
+    assert "PyTorch 2, commit abc, 2026-01-02." in text
+
+
+def test_the_headline_is_a_function_of_the_records(record: Path, networks_record: Path, tmp_path: Path) -> None:
+    for name in ("coverage.csv", "h200"):
+        source = report.RESULTS / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
+    found = report.read_headline(tmp_path)
+    for name, wanted in {
+        "layer_eager": "1.5", "layer_peer": "2.0", "layer_losses": "0", "in_place_eager": "3.0", "in_place_peer": "4.0",
+        "training_eager": "1.5", "models": "4", "models_batches": "1 and 16", "models_replaced": "1.50 to 1.50",
+        "models_in_place": "**0.75** to **0.75**", "coverage_libraries": "timm, torchvision and transformers",
+    }.items():  # fmt: skip
+        assert found[name] == wanted, name
+    text = headline.text(found)
+    assert "1.5 times as fast as eager PyTorch and 2.0 times" in text
+    assert "{" not in text
