@@ -35,7 +35,7 @@ prebuild:
 wheel: $(VENV)/wheel
 	rm -rf build
 	SE_FUSED_BUILD=all $(BIN)/python -m build --wheel --outdir build/wheel
-	$(BIN)/auditwheel repair --exclude 'libtorch*' --wheel-dir dist build/wheel/*.whl
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair --exclude 'libtorch*' --wheel-dir dist build/wheel/*.whl
 
 sdist: $(VENV)/wheel
 	$(BIN)/python -m build --sdist --outdir dist

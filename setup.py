@@ -62,7 +62,10 @@ class BuildWithNative(build_py):
             shutil.copytree(ROOT / "csrc", package / "csrc")
         native.mkdir(exist_ok=True)
         try:
-            for group in groups():
+            chosen = groups()
+            if "cuda" in chosen:  # what is asked for wrongly is said before anything is compiled
+                toolchain.nvcc(), gpus.architectures()
+            for group in chosen:
                 print(f"se_fused: native code in {build.build(native, group, Watcher())}", flush=True)
         except BuildError as error:
             raise SystemExit(f"se_fused: {error}\n(SE_FUSED_BUILD=none installs without native code)") from error

@@ -6,6 +6,8 @@ SE_FUSED_CXXFLAGS, more flags for the C++ compiler.
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import os
 import shlex
 import shutil
@@ -45,7 +47,15 @@ def ninja() -> str:
         import ninja
     except ImportError as error:
         raise BuildError("ninja is not installed: pip install ninja") from error
-    return str(Path(ninja.BIN_DIR) / "ninja")
+    places = [Path(ninja.BIN_DIR, "ninja")]
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        # Where pip isolates a build, BIN_DIR is empty; the list of the package's files has the program.
+        files = importlib.metadata.files("ninja") or ()
+        places += [Path(str(file.locate())) for file in files if file.name == "ninja"]
+    found = next((str(path) for path in places if path.is_file()), shutil.which("ninja"))
+    if found is None:
+        raise BuildError("ninja is installed without its program: pip install --force-reinstall ninja")
+    return found
 
 
 def jobs() -> int:
