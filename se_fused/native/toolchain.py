@@ -40,12 +40,16 @@ def nvcc() -> str:
 
 
 def ninja() -> str:
-    """The path of ninja. Raises BuildError if its package is not installed."""
+    """The path of ninja. Raises BuildError if it is not installed."""
     try:
         import ninja
     except ImportError as error:
         raise BuildError("ninja is not installed: pip install ninja") from error
-    return str(Path(ninja.BIN_DIR) / "ninja")
+    # Its package does not find the program in pip's isolated builds, where it is on the PATH.
+    found = shutil.which("ninja", path=ninja.BIN_DIR or None)
+    if found is None:
+        raise BuildError(f"the program ninja is not in {ninja.BIN_DIR or 'any folder of the PATH'}: pip install ninja")
+    return found
 
 
 def jobs() -> int:
