@@ -41,15 +41,11 @@ def output(*command, **more):
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, **more).stdout.strip()
 
 
-def tested(python, torch, wheel, work):
-    """The line of one torch."""
+def tested(python, torch, wheel, tests, work):
+    """The line of one torch, and what failed."""
     output(python, "-m", "venv", "--clear", work / "venv")
     python = work / "venv" / "bin" / "python"
     output(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", torch, wheel, *BESIDE)
-    tests = work / "tests_only"
-    for name in ("tests", "examples", "benchmarks"):
-        shutil.copytree(ROOT / name, tests / name, dirs_exist_ok=True)
-    shutil.copy(ROOT / "pyproject.toml", tests)
     facts = json.loads(output(python, "-c", FACTS, cwd=tests, env=os.environ | {"CXX": "none"}))
     files = [f"tests/test_{name}.py" for name in CORE.split()]
     done = subprocess.run([python, "-m", "pytest", "-rfE", *files], cwd=tests, stdout=subprocess.PIPE, text=True)
@@ -67,12 +63,17 @@ def main(python, *torches):
     changed = output("git", "status", "--porcelain", "--", ".", ":!docs", cwd=ROOT)
     commit = output("git", "rev-parse", "--short", "HEAD", cwd=ROOT) + ("+" if changed else "")
     notes = []
-    with tempfile.TemporaryDirectory() as work:
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        tests = work / "checkout_without_package"
+        for name in ("tests", "examples", "benchmarks"):
+            shutil.copytree(ROOT / name, tests / name)
+        shutil.copy(ROOT / "pyproject.toml", tests)
         output(python, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", work, ROOT)
-        (wheel,) = Path(work).glob("*.whl")
+        (wheel,) = work.glob("*.whl")
         for torch in torches:
             print(f"== {python} {torch}", flush=True)
-            line, note = tested(python, torch, wheel, Path(work))
+            line, note = tested(python, torch, wheel, tests, work)
             notes.append(note)
             line |= {"date": datetime.date.today().isoformat(), "commit": commit, "note": note}
             with RECORD.open("a", newline="") as file:
