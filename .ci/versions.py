@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """The core of the tests on the installed package, for versions of Python and torch: a line each in docs/versions.csv.
 
-    .ci/versions.py PYTHON TORCH...     such as: .ci/versions.py python3.12 torch==2.10.0 torch
+    .ci/versions.py PYTHON TORCH...     such as: .ci/versions.py python3.12 torch==2.10.0 "torch==2.12.*" torch
 
-Builds one wheel, which then serves each torch in an environment of its own (up to 6 GB, removed afterwards). Nothing
-is taken from the checkout but the tests. Fails if a test does, or if something cannot be installed.
+PYTHON needs pip and venv. Builds one wheel, which then serves each torch in an environment of its own (up to 6 GB,
+removed afterwards). Nothing is taken from the checkout but the tests. Fails if a test does, or if something cannot be
+installed.
 """
 
 import csv
