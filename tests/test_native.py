@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from se_fused import native
-from se_fused.native import BuildError, build, cache, gpus, manifest, recipe
+from se_fused.native import BuildError, build, cache, gpus, manifest, recipe, toolchain
 
 
 @pytest.fixture
@@ -118,3 +118,16 @@ def test_a_cache_that_others_may_write_to_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("SE_FUSED_CACHE", str(tmp_path))
     with pytest.raises(BuildError, match="others than this user may write to"):
         cache.folder()
+
+
+def test_ninja_is_found_on_the_path_where_its_package_does_not_know_it(monkeypatch, tmp_path):
+    """As in pip's isolated builds, which are in no environment of their own."""
+    import ninja
+
+    monkeypatch.setattr(ninja, "BIN_DIR", "")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(BuildError, match="not in any folder of the PATH"):
+        toolchain.ninja()
+    program = tmp_path / "ninja"
+    program.touch(mode=0o700)
+    assert toolchain.ninja() == str(program)

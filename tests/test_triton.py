@@ -227,7 +227,7 @@ def test_a_gpu_without_the_cuda_library_is_served_by_triton_and_told_once(monkey
     with se_fused.use_backend("auto"):
         assert [backends.select(cuda), backends.select(cuda)] == ["triton", "triton"]
         assert backends.takes_triton(cuda)
-    assert caplog.messages == ["se_fused: Triton serves cuda tensors: no nvcc was found"]
+    assert caplog.messages == ["se_fused: Triton serves cuda tensors: no nvcc was found (python -m se_fused info)"]
 
 
 def test_without_triton_the_reason_is_kept(monkeypatch):

@@ -16,6 +16,7 @@ def enable() -> None:
     from triton.runtime import interpreter
 
     _round_to_nearest(interpreter)
+    _numbers_of_one_element(interpreter)
     _patch_once_a_launch(interpreter)
 
 
@@ -31,6 +32,17 @@ def _round_to_nearest(interpreter) -> None:
         return rounded.view(torch.int16).numpy().view(np.uint16)
 
     interpreter._convert_float = to_nearest
+
+
+def _numbers_of_one_element(interpreter) -> None:
+    """As Triton has it from 3.7 on: 3.6 makes an int of an array of one element, which numpy does not from 2.5 on."""
+    patch = interpreter._patch_lang_tensor
+
+    def patch_index(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patch_index
 
 
 def _patch_once_a_launch(interpreter) -> None:

@@ -6,8 +6,6 @@ SE_FUSED_CXXFLAGS, more flags for the C++ compiler.
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
 import os
 import shlex
 import shutil
@@ -42,19 +40,15 @@ def nvcc() -> str:
 
 
 def ninja() -> str:
-    """The path of ninja. Raises BuildError if its package is not installed."""
+    """The path of ninja. Raises BuildError if it is not installed."""
     try:
         import ninja
     except ImportError as error:
         raise BuildError("ninja is not installed: pip install ninja") from error
-    places = [Path(ninja.BIN_DIR, "ninja")]
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        # Where pip isolates a build, BIN_DIR is empty; the list of the package's files has the program.
-        files = importlib.metadata.files("ninja") or ()
-        places += [Path(str(file.locate())) for file in files if file.name == "ninja"]
-    found = next((str(path) for path in places if path.is_file()), shutil.which("ninja"))
+    # Its package does not find the program in pip's isolated builds, where it is on the PATH.
+    found = shutil.which("ninja", path=ninja.BIN_DIR or None)
     if found is None:
-        raise BuildError("ninja is installed without its program: pip install --force-reinstall ninja")
+        raise BuildError(f"the program ninja is not in {ninja.BIN_DIR or 'any folder of the PATH'}: pip install ninja")
     return found
 
 
