@@ -1,6 +1,7 @@
 """Prose is executed: the README's Python runs, and every path and name it and the documents mention exists."""
 
 import contextlib
+import csv
 import io
 import re
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import se_fused
+from examples import zoo
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", *(f"docs/{file.name}" for file in sorted((ROOT / "docs").glob("*.md")))]
@@ -18,12 +20,33 @@ def code_blocks(text: str, language: str) -> list[str]:
 
 
 def test_the_readmes_python_prints_what_it_says():
+    zoo.import_torchvision()  # timm's import needs it
     text = (ROOT / "README.md").read_text()
-    (program,), (expected,) = code_blocks(text, "python"), code_blocks(text, "text")
-    output = io.StringIO()
+    programs, expected = code_blocks(text, "python"), code_blocks(text, "text")
+    assert len(programs) == 3
+    output, names = io.StringIO(), {}
     with contextlib.redirect_stdout(output):
-        exec(compile(program, "README.md", "exec"), {})
-    assert output.getvalue().split() == expected.split()
+        for program in programs:  # one after the other, as a reader types them
+            exec(compile(program, "README.md", "exec"), names)
+    assert output.getvalue() == "".join(expected)
+
+
+def minor(version: str) -> str:
+    """3.11 of 3.11.7, 2.13 of 2.13.0+cpu."""
+    return ".".join(version.split(".")[:2])
+
+
+def test_the_versions_that_were_tried_are_those_of_the_record():
+    text = (ROOT / "docs" / "installing.md").read_text()
+    table = re.search(r"^\| Python \| torch .*?\n\n", text, re.DOTALL | re.MULTILINE)[0]
+    header, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.strip().splitlines())
+    torches = [cell.removeprefix("torch ") for cell in header[1:]]
+    claimed = {(row[0], torch): cell for row in rows for torch, cell in zip(torches, row[1:], strict=True)}
+    with (ROOT / "docs" / "versions.csv").open(newline="") as file:
+        last = {(minor(line["python"]), minor(line["torch"])): line for line in csv.DictReader(file)}
+    assert {pair for pair, cell in claimed.items() if cell == "yes"} == set(last)
+    assert set(claimed.values()) == {"yes", "not tried"}
+    assert all(line["failed"] == "0" and int(line["passed"]) > 800 for line in last.values())
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
