@@ -67,7 +67,7 @@ $(VENV)/torch: $(VENV)/python constraints.txt
 	$(PIP) torch setuptools ninja pybind11
 	touch $@
 
-$(VENV)/package: $(VENV)/torch pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
+$(VENV)/package: $(VENV)/torch pyproject.toml setup.py $(wildcard csrc/* csrc/*/* se_fused/native/*)
 	$(PIP) --no-build-isolation --editable .
 	touch $@
 

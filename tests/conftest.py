@@ -40,3 +40,11 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def place(tmp_path):
+    """An installation to break (installation.py)."""
+    from installation import Installation
+
+    return Installation(tmp_path)

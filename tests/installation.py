@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from se_fused import native
-from se_fused.native import recipe
+from se_fused.native import manifest, recipe
 
 ROOT = Path(__file__).resolve().parents[1]
+LIBRARY, MODULE = (recipe.file_name(library) for library in recipe.GROUPS["cpu"])
 BUILT = native.library("cpu").parent
 # Says who serves, and fails where the numbers are not the formula's.
 USE = """
@@ -112,3 +113,16 @@ def one(lines: Iterable[str], *words: str) -> bool:
     """Whether there is one line, and it has these words."""
     lines = list(lines)
     return len(lines) == 1 and all(word in lines[0] for word in words)
+
+
+def cut(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def of_another_torch(build_folder: Path) -> None:
+    """The library needs a function that this torch has not; build.json is in order."""
+    source = build_folder / "other.cpp"
+    source.write_text('extern "C" void torch_of_tomorrow(); struct S { S() { torch_of_tomorrow(); } } s;')
+    subprocess.run(["c++", "-shared", "-fPIC", source, "-o", build_folder / LIBRARY], check=True)
+    source.unlink()
+    manifest.write(build_folder, {"group": "cpu"}, [LIBRARY, MODULE])

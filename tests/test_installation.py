@@ -3,28 +3,19 @@
 import json
 import os
 import pty
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
-from installation import BUILT, USE, Installation, left, one, processes
+from installation import BUILT, USE, left, of_another_torch, one, processes
 
-from se_fused.native import build, manifest, recipe
+from se_fused.native import build
 
-LIBRARY = recipe.file_name("cpu")
-MODULE = recipe.file_name("_C")
 NOBODY = 54321  # a user whom the system does not know
-
-
-@pytest.fixture
-def place(tmp_path):
-    return Installation(tmp_path)
 
 
 def test_nothing_is_said_where_the_package_has_its_libraries(place):
@@ -77,78 +68,55 @@ def test_what_cannot_be_built_is_said_in_one_line_and_the_reference_serves(place
         assert left(place.cache) == set()
 
 
-def cut(file: Path) -> None:
-    os.truncate(file, file.stat().st_size // 2)
+def test_a_package_without_sources(place):
+    place.build_in(place.package / "_native")
+    shutil.rmtree(place.package / "csrc")
+    served, said = place.use()
+    assert served == "reference"
+    assert one(said, "the sources of the native code cannot be read: there is no folder")
 
 
-def of_another_torch(build_folder: Path) -> None:
-    """The library needs a function that this torch has not; build.json is in order."""
-    source = build_folder / "other.cpp"
-    source.write_text('extern "C" void torch_of_tomorrow(); struct S { S() { torch_of_tomorrow(); } } s;')
-    subprocess.run(["c++", "-shared", "-fPIC", source, "-o", build_folder / LIBRARY], check=True)
-    source.unlink()
-    manifest.write(build_folder, {"group": "cpu"}, [LIBRARY, MODULE])
+@pytest.mark.parametrize("name", ["my site", "a|b", "$HOME", "a:b", "quo'te\"", "a\nb", "ü"])
+def test_the_package_may_lie_in_a_folder_of_any_name(place, name):
+    site = place.site.rename(place.folder / name)
+    code = USE
+    if ":" in name:  # PYTHONPATH has no way to say this
+        place.environment["PYTHONPATH"], code = "", f"import sys; sys.path[:0] = [{str(site)!r}]\n{USE}"
+    else:
+        place.environment["PYTHONPATH"] = str(site)
+    served, said = place.use(code)
+    assert served == "cpu"
+    assert one(said, "compiling the CPU kernels")
 
 
-def linked(build_folder: Path) -> None:
-    moved = build_folder.rename(build_folder.with_name("elsewhere"))
-    build_folder.symlink_to(moved)
-
-
-DAMAGE = {
-    "empty": (lambda folder: (folder / LIBRARY).write_bytes(b""), f"{LIBRARY} has 0 bytes of"),
-    "cut in half": (lambda folder: cut(folder / LIBRARY), f"{LIBRARY} has"),
-    "the module cut in half": (lambda folder: cut(folder / MODULE), f"{MODULE} has"),
-    "random": (
-        lambda folder: (folder / LIBRARY).write_bytes(os.urandom((folder / LIBRARY).stat().st_size)),
-        f"{LIBRARY} is not as it was built",
-    ),
-    "missing": (lambda folder: (folder / LIBRARY).unlink(), f"No such file or directory: '.*{LIBRARY}"),
-    "a folder": (
-        lambda folder: ((folder / LIBRARY).unlink(), (folder / LIBRARY).mkdir()),
-        f"{LIBRARY} is no regular file",
-    ),
-    "without build.json": (lambda folder: (folder / manifest.NAME).unlink(), "it has no build.json"),
-    "with half a build.json": (lambda folder: cut(folder / manifest.NAME), "JSONDecodeError"),
-    "with a build.json of nothing": (lambda folder: (folder / manifest.NAME).write_text("{}"), "names no files"),
-    "empty folder": (lambda folder: (shutil.rmtree(folder), folder.mkdir()), "it has no build.json"),
-    "of another torch": (of_another_torch, "undefined symbol: torch_of_tomorrow"),
-    "a link": (linked, "it is a link"),
+STRANGE = {
+    "stderr is closed": "import os, sys; os.close(2); sys.stderr = None",
+    "stderr is stood in for": "import sys\nclass W:\n def write(*_): 0\n def flush(_): 0\nsys.stderr = W()",
+    "Python is a part of a program": "import sys; sys.executable = '/bin/true'",
+    "there is no executable": "import sys; sys.executable = ''",
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "where"),
-    [*((name, "cache") for name in DAMAGE), *((name, "package") for name in ("cut in half", "of another torch"))],
-)
-def test_a_damaged_build_is_never_loaded_and_built_anew(place, name, where):
-    spoil, words = DAMAGE[name]
-    parent = place.cache if where == "cache" else place.package / "_native"
-    folder = place.build_in(parent)
-    spoil(folder)
-    served, said = place.use()
+@pytest.mark.parametrize("name", STRANGE)
+def test_strange_processes_build_as_others_do(place, name):
+    served, _ = place.use(f"{STRANGE[name]}\n{USE}")
     assert served == "cpu"
-    assert any(str(folder) in line for line in said)
-    assert any(re.search(words, line) for line in said), said
-    assert place.linked() == 1
-    assert manifest.damage(place.cache / BUILT.name) is None
 
 
-def test_a_damaged_package_without_a_compiler_is_served_by_the_reference(place):
-    cut(place.build_in(place.package / "_native") / LIBRARY)
-    place.environment |= {"CXX": "c+++"}
-    served, said = place.use()
-    assert served == "reference"
-    assert len(said) == 2
-    assert "is damaged and not used" in said[0]
-    assert "c+++ is not on the PATH" in said[1]
-
-
-def test_a_file_where_the_build_would_be_is_replaced(place):
-    place.cache.mkdir(mode=0o700)
-    (place.cache / BUILT.name).write_text("a file")
+def test_a_relative_compiler_is_found(place):
+    place.environment["CXX"] = "./compiler"
     assert place.use()[0] == "cpu"
-    assert manifest.damage(place.cache / BUILT.name) is None
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_info_shows_paths_as_they_are(place, encoding):
+    place.environment |= {
+        "SE_FUSED_CACHE": f"{place.folder}/[/red]:smile:ü",
+        "PYTHONIOENCODING": encoding,
+        "COLUMNS": "500",
+    }
+    shown, _ = place.use("from se_fused.__main__ import app; app(['info'])")
+    assert "[/red]:smile:" + ("ü" if encoding == "utf-8" else r"\xfc") in shown
 
 
 def test_what_killed_builds_left_is_swept(place):
@@ -159,7 +127,10 @@ def test_what_killed_builds_left_is_swept(place):
     assert left(place.cache) == {BUILT.name}
 
 
-def test_eight_first_imports_at_once_compile_once(place):
+@pytest.mark.parametrize("found", ["nothing", "a build that does not load"])
+def test_eight_first_imports_at_once_compile_once(place, found):
+    if found != "nothing":
+        of_another_torch(place.build_in(place.cache))
     place.compiler("sleep 0.2")
     started = [place.start() for _ in range(8)]
     ended = [process.communicate(timeout=300) for process in started]
@@ -168,7 +139,8 @@ def test_eight_first_imports_at_once_compile_once(place):
     assert place.linked() == 1
     said = [line for _, errors in ended for line in errors.splitlines()]
     assert sum("compiling the CPU kernels" in line for line in said) == 1
-    assert all("compiling" in line or "waiting for another process" in line for line in said)
+    expected = ("compiling", "waiting for another process", *["torch_of_tomorrow"] * (found != "nothing"))
+    assert all(any(words in line for words in expected) for line in said)
 
 
 def wait_for(condition, seconds=60):
@@ -216,7 +188,8 @@ def test_a_compilation_that_takes_too_long_is_ended(place, monkeypatch):
     wait_for(lambda: not processes(place.cache), 20)
 
 
-def test_on_a_terminal_there_is_a_bar(place):
+@pytest.mark.parametrize("term", ["xterm", "dumb"])
+def test_on_a_terminal_there_is_a_bar(place, term):
     place.compiler("sleep 0.1")
     ours, theirs = pty.openpty()
     shown = []
@@ -230,7 +203,7 @@ def test_on_a_terminal_there_is_a_bar(place):
 
     reader = threading.Thread(target=read)
     reader.start()
-    place.environment |= {"TERM": "xterm", "COLUMNS": "200"}
+    place.environment |= {"TERM": term, "COLUMNS": "200"}
     done = subprocess.run(
         [sys.executable, "-c", "import se_fused"], env=place.environment, cwd=place.folder, stderr=theirs, check=True
     )
@@ -239,8 +212,8 @@ def test_on_a_terminal_there_is_a_bar(place):
     text = b"".join(shown).decode()
     assert done.returncode == 0
     assert "compiling the CPU kernels, once; this usually takes" in text
-    assert " of 16" in text
-    assert "\x1b[" in text
+    assert (" of 16" in text) is (term == "xterm")
+    assert ("\x1b[" in text) is (term == "xterm")
 
 
 # Who may write where.

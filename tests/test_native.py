@@ -23,10 +23,13 @@ def places(monkeypatch, tmp_path):
 
 
 def made(folder, name, content=b"a library"):
-    """A build of one file, as the builder leaves it."""
-    folder.mkdir()
-    (folder / name).write_bytes(content)
-    manifest.write(folder, {"group": "cuda" if "cuda" in name else "cpu"}, [name])
+    """A build, as the builder leaves it."""
+    group = "cuda" if "cuda" in name else "cpu"
+    files = [recipe.file_name(library) for library in recipe.GROUPS[group]]
+    folder.mkdir(exist_ok=True)
+    for file in files:
+        (folder / file).write_bytes(content)
+    manifest.write(folder, {"group": group}, files)
     return folder
 
 
@@ -56,7 +59,7 @@ def test_a_library_that_does_not_load_is_built_anew(places, monkeypatch, broken,
     good = b"a library"
     builds = []
 
-    def make(parent, group="cpu", watcher=None, content=good):
+    def make(parent, group="cpu", watcher=None, refused=None, content=good):
         builds.append(made(parent / recipe.key(group), "libse_fused_cpu.so", content))
         return builds[-1]
 
@@ -78,7 +81,7 @@ def test_a_library_that_does_not_load_is_built_anew(places, monkeypatch, broken,
 def test_a_library_that_never_loads_is_built_once(places, monkeypatch):
     builds = []
 
-    def make(parent, group="cpu", watcher=None):
+    def make(parent, group="cpu", watcher=None, refused=None):
         builds.append(made(parent / recipe.key(group), "libse_fused_cpu.so"))
         return builds[-1]
 
@@ -87,9 +90,37 @@ def test_a_library_that_never_loads_is_built_once(places, monkeypatch):
 
     monkeypatch.setattr(build, "build", make)
     for _ in range(3):
-        with pytest.raises(BuildError, match="was built and does not load: wrong ELF class"):
+        with pytest.raises(
+            BuildError, match="was built and does not load: wrong ELF class; to build it again, remove it"
+        ):
             native.load("cpu", never)
     assert len(builds) == 1, "neither again nor by the next process"
+    assert native.load("cpu", lambda path: path).parent == builds[0], "where what was in the way is gone, it loads"
+
+
+def test_a_disk_without_execution_is_named(places, monkeypatch):
+    monkeypatch.setattr(build, "build", lambda parent, *_: made(parent / recipe.key(), "libse_fused_cpu.so"))
+
+    def noexec(path):
+        raise OSError("failed to map segment from shared object")
+
+    with pytest.raises(BuildError, match="as where its disk is mounted noexec; SE_FUSED_CACHE names another"):
+        native.load("cpu", noexec)
+
+
+def test_a_package_folder_that_cannot_be_read_is_passed_over(places, monkeypatch, caplog):
+    _, cached = places
+    made(cached / recipe.key(), "libse_fused_cpu.so")
+    found = native._found
+
+    def closed(parent, *arguments):
+        if parent == build.PREBUILT:
+            raise PermissionError(13, "Permission denied", str(parent))
+        return found(parent, *arguments)
+
+    monkeypatch.setattr(native, "_found", closed)
+    assert native.library("cpu").parent.parent == cached
+    assert "Permission denied" in caplog.text
 
 
 def test_the_cache_folder_needs_a_name_or_platformdirs(monkeypatch, tmp_path):

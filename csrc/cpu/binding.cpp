@@ -59,8 +59,8 @@ int threads() {
 // torch's own threads, so that torch.set_num_threads holds here too.
 se::cpu::Pool pool() {
   return {[](int64_t count, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
-            const Loop loop{body, context};
-            se::check(torch_parallel_for(0, count, grain, &Loop::run, const_cast<Loop*>(&loop)), "parallel_for");
+            Loop loop{body, context};
+            se::check(torch_parallel_for(0, count, grain, &Loop::run, &loop), "parallel_for");
           },
           threads()};
 }

@@ -41,20 +41,27 @@ def _existing(group: str) -> Iterator[Path]:
     """The builds that serve this machine and are whole: in the package, in the cache."""
     places: list[Callable[[], Path]] = [lambda: build.PREBUILT, cache.folder]
     for place in places:
-        with contextlib.suppress(BuildError):  # no cache folder
-            folder = _found(place(), group)
-            damage = None if folder is None else manifest.damage(folder)
-            if damage is not None:
-                _log.warning("se_fused: %s is damaged and not used: %s", folder, damage)
-            elif folder is not None:
-                yield folder
+        try:
+            parent = place()
+        except BuildError:  # no cache folder
+            continue
+        try:
+            folder = _found(parent, group)
+        except OSError as error:
+            _log.warning("se_fused: %s is not used: %s", parent, error)
+            continue
+        damage = None if folder is None else manifest.damage(folder)
+        if damage is not None:
+            _log.warning("se_fused: %s is damaged and not used: %s", folder, damage)
+        elif folder is not None:
+            yield folder
 
 
-def _new(group: str) -> Path:
+def _new(group: str, refused: dict[str, Any] | None = None) -> Path:
     """A build made in the cache; where none can be made, a packaged one that serves some of this machine's GPUs."""
     try:
         with Progress(group) as progress:
-            return build.build(cache.folder(), group, progress)
+            return build.build(cache.folder(), group, progress, refused)
     except BuildError:
         packaged = _found(build.PREBUILT, group, any) if group == "cuda" else None
         if packaged is None or manifest.damage(packaged) is not None:
@@ -78,30 +85,44 @@ def library(name: str) -> Path:
 
 
 def load(name: str, loader: Callable[[Path], T]) -> T:
-    """What `loader` makes of `library(name)`. One that does not load is built anew, in the cache.
+    """What `loader` makes of `library(name)`. One that does not load is built anew, in the cache, once.
 
     Raises:
         BuildError: if it has to be built and cannot be, or does not load even then.
     """
-    group, file = _group(name), recipe.file_name(name)
+    group, file, refused = _group(name), recipe.file_name(name), None
     for folder in _existing(group):
-        given_up = folder / _GIVEN_UP
-        if given_up.exists():
-            raise BuildError(f"{given_up.read_text()}; to build it again, remove {folder}")
         try:
             return loader(folder / file)
         except (OSError, ImportError) as error:
+            if _given_up(folder):
+                raise BuildError(_does_not_load(folder, error)) from error
             _log.warning("se_fused: %s does not load and is built anew: %s", folder, error.__cause__ or error)
-        if folder.parent != build.PREBUILT:
-            build.remove(folder)
-    folder = _new(group)
+            with contextlib.suppress(OSError, ValueError):  # another process has removed it
+                refused = manifest.read(folder)
+    folder = _new(group, refused)
     try:
         return loader(folder / file)
     except (OSError, ImportError) as error:
-        reason = f"{folder / file} was built and does not load: {error.__cause__ or error}"
         with contextlib.suppress(OSError):  # or every process to come would compile it
-            (folder / _GIVEN_UP).write_text(reason)
-        raise BuildError(reason) from error
+            (folder / _GIVEN_UP).write_text(str(error.__cause__ or error), encoding="utf-8")
+        raise BuildError(_does_not_load(folder, error)) from error
+
+
+def _does_not_load(folder: Path, error: Exception) -> str:
+    reason = str(error.__cause__ or error)
+    hint = ", as where its disk is mounted noexec; SE_FUSED_CACHE names another" if "failed to map" in reason else ""
+    return f"{folder} was built and does not load: {reason}{hint}; to build it again, remove it"
+
+
+def _given_up(folder: Path) -> str | None:
+    """Why a build did not load that was made here; None if it did, or was not tried."""
+    try:
+        return (folder / _GIVEN_UP).read_text(encoding="utf-8", errors="replace") or "it does not load"
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return str(error)
 
 
 def load_facts() -> ModuleType:
@@ -129,23 +150,28 @@ def status() -> dict[str, Any]:
     """What was built, when, by what and for what, where it lies, and what is wrong with it. Builds nothing."""
     facts: dict[str, Any] = {"builds": [], "older": []}
     places = {"package": build.PREBUILT}
-    try:
-        facts["cache"] = str(cache.folder())
-        places["cache"] = cache.folder()
-    except BuildError as error:
-        facts["cache"] = str(error)
+    tools: dict[str, Callable[[], object]] = {
+        "cache": cache.folder, "compiler": lambda: " ".join(toolchain.compiler()), "nvcc": toolchain.nvcc,
+        "ninja": toolchain.ninja,
+    }  # fmt: skip
+    for name, tool in tools.items():
+        try:
+            facts[name] = str(tool())
+        except Exception as error:  # whatever is wrong with an installation is to be said here
+            facts[name] = str(error)
+        else:
+            places |= {name: Path(facts[name])} if name == "cache" else {}
     for place, parent in places.items():
-        for folder in sorted(path for path in parent.glob("*") if re.fullmatch(r"[0-9a-f]{24}(-.*)?", path.name)):
+        try:
+            folders = [path for path in sorted(parent.glob("*")) if re.fullmatch(r"[0-9a-f]{24}(-.*)?", path.name)]
+        except OSError as error:
+            facts["builds"].append({"place": place, "folder": str(parent), "problem": str(error)})
+            continue
+        for folder in folders:
             if _is_of_these_sources(folder):
                 facts["builds"].append({"place": place, "folder": str(folder)} | _described(folder))
             else:
                 facts["older"].append(str(folder))
-    for tool in (toolchain.compiler, toolchain.nvcc, toolchain.ninja):
-        try:
-            found = tool()
-            facts[tool.__name__] = found if isinstance(found, str) else " ".join(found)
-        except BuildError as error:
-            facts[tool.__name__] = str(error)
     return facts
 
 
@@ -159,5 +185,4 @@ def _described(folder: Path) -> dict[str, Any]:
     problem = manifest.damage(folder)
     if problem is not None:
         return {"problem": f"it is damaged: {problem}"}
-    given_up = folder / _GIVEN_UP
-    return {**manifest.read(folder), "problem": given_up.read_text() if given_up.exists() else None}
+    return {**manifest.read(folder), "problem": _given_up(folder)}

@@ -34,14 +34,14 @@ def folder() -> Path:
 
 def _named() -> Path:
     named = os.environ.get("SE_FUSED_CACHE")
-    if named:
-        return Path(named)
     try:
+        if named:
+            return Path(named).expanduser()
         import platformdirs
-    except ImportError as error:
-        raise BuildError("platformdirs is not installed; SE_FUSED_CACHE names a cache folder") from error
-    try:
+
         path = Path(platformdirs.user_cache_dir("se_fused"))
+    except (ImportError, AttributeError) as error:
+        raise BuildError("platformdirs is not installed; SE_FUSED_CACHE names a cache folder") from error
     except RuntimeError as error:  # a user without a home
         raise BuildError(f"no cache folder: {error}; SE_FUSED_CACHE names one") from error
     if not path.is_absolute():  # of a user whom the system does not know, "~" stays as it is

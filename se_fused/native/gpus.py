@@ -53,7 +53,9 @@ def here() -> list[int]:
 def _of_torch() -> list[int]:
     """The same without NVML, by a process of its own, which takes seconds."""
     program = "import torch; print(*map(torch.cuda.get_device_capability, range(torch.cuda.device_count())))"
-    command = [sys.executable or "python3", "-c", program]
+    if not os.path.basename(sys.executable or "").startswith("python"):  # a program that Python is a part of
+        return []
+    command = [sys.executable, "-c", program]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     except (OSError, subprocess.SubprocessError):

@@ -6,6 +6,7 @@ A library that was cut short kills the process that maps it (SIGBUS). So each is
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import json
@@ -15,6 +16,8 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from . import recipe
 
 NAME = "build.json"
 
@@ -28,8 +31,10 @@ def write(folder: Path, facts: dict[str, Any], files: Iterable[str]) -> None:
         "files": {name: {"bytes": (folder / name).stat().st_size, "sha256": _sum(folder / name)} for name in files},
     }
     (folder / NAME).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    for path in (*folder.iterdir(), folder):
+    for path in folder.iterdir():
         _flush(path)
+    with contextlib.suppress(OSError):  # some network file systems flush no folders
+        _flush(folder)
 
 
 def _flush(path: Path) -> None:
@@ -53,20 +58,31 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with the build in `folder`; None if every file is as it was built."""
+    """What is wrong with the build in `folder`; None if every file of its group is as it was built."""
+    group = "cuda" if "-" in folder.name else "cpu"
     try:
         if folder.is_symlink():
             return "it is a link"
-        if not (folder / NAME).exists():
+        if not folder.joinpath(NAME).is_file():
             return f"it has no {NAME}"
-        for name, wanted in read(folder)["files"].items():
-            path = folder / name
+        files = read(folder)["files"]
+        for name in (recipe.file_name(library) for library in recipe.GROUPS[group]):
+            if name not in files:
+                return f"{NAME} does not name {name}"
+            path, wanted = folder / name, files[name]
             if not stat.S_ISREG(path.lstat().st_mode):
                 return f"{name} is no regular file"
             if path.stat().st_size != wanted["bytes"]:
                 return f"{name} has {path.stat().st_size} bytes of {wanted['bytes']}"
             if _sum(path) != wanted["sha256"]:
                 return f"{name} is not as it was built"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:  # of whatever JSON it is
         return f"{type(error).__name__}: {error}"
     return None

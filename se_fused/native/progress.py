@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger("se_fused")
 
 
-class Progress(contextlib.ExitStack):
-    """A `build.Watcher`, open while a group is built. Says nothing of a build that is there already."""
+class Progress(build.Watcher, contextlib.ExitStack):
+    """Open while a group is built. Says nothing of a build that is there already."""
 
     def __init__(self, group: str) -> None:
         super().__init__()
@@ -29,15 +29,24 @@ class Progress(contextlib.ExitStack):
     def begins(self) -> None:
         what = f"se_fused: compiling the {self._group.upper()} kernels, once; "
         what += f"this usually takes {build.usual_seconds(self._group)} s"
-        if not sys.stderr.isatty():
+        if not self._opens_bar(what):
             _log.warning(what)
-            return
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-        columns = TextColumn(what), BarColumn(), TextColumn("{task.completed} of {task.total}"), TimeElapsedColumn()
-        self._bar = self.enter_context(Progress(*columns, console=Console(stderr=True), transient=True))
-        self._bar.add_task("")
+    def _opens_bar(self, what: str) -> bool:
+        """Whether stderr is a terminal, and now has a bar."""
+        try:
+            if not sys.stderr.isatty():
+                return False
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        except (AttributeError, ValueError, ImportError):  # stderr is closed or stood in for; there is no rich
+            return False
+        console = Console(stderr=True)
+        if console.is_interactive:
+            columns = TextColumn(what), BarColumn(), MofNCompleteColumn(separator=" of "), TimeElapsedColumn()
+            self._bar = self.enter_context(Progress(*columns, console=console, transient=True))
+            self._bar.add_task("", total=None)
+        return self._bar is not None
 
     def step(self, done: int, steps: int) -> None:
         if self._bar is not None:

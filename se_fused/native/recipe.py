@@ -26,6 +26,7 @@ NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 # What the loops need to become vector code. Nothing here reorders or contracts arithmetic: NaN and Inf keep their
 # meaning, and an element has the same bits in a vector as alone.
 _KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
+_SUFFIXES = (".h", ".cpp", ".cu", ".cuh", ".py")
 _X86 = {"v3": "x86-64-v3", "v4": "x86-64-v4"}
 # torch's libraries are in the process already. Named here, they are where the loader looks for torch's functions; what
 # is linked are empty libraries of these names, because the linker needs no more.
@@ -53,8 +54,12 @@ def key(group: str = "cpu") -> str:
     digest = hashlib.sha256()
     others = {name for name in GROUPS if name != group}
     try:
+        if not SOURCES.is_dir():
+            raise FileNotFoundError(f"there is no folder {SOURCES}")
         for path in [*sorted(SOURCES.rglob("*")), Path(__file__)]:
-            if path.suffix in (".h", ".cpp", ".cu", ".cuh", ".py") and path.parent.name not in others:
+            if path.suffix not in _SUFFIXES or path.parent.name in others:
+                continue
+            if path.is_file() and not path.name.startswith("."):  # an editor's
                 digest.update(path.name.encode() + b"\0" + path.read_bytes())
     except OSError as error:
         raise BuildError(f"the sources of the native code cannot be read: {error}") from error
@@ -65,7 +70,7 @@ def key(group: str = "cpu") -> str:
 
 
 def of(group: str) -> Recipe:
-    """Objects and libraries of a group. Raises BuildError if a package is missing."""
+    """Objects and libraries of a group."""
     return _cuda() if group == "cuda" else _cpu()
 
 
@@ -74,11 +79,7 @@ def _planner() -> dict[str, tuple[str, list[str]]]:
 
 
 def _cpu() -> Recipe:
-    try:
-        import pybind11
-    except ImportError as error:
-        raise BuildError("pybind11 is not installed: pip install pybind11") from error
-    python = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_paths()["include"]]
+    python = ["-isystem", "pybind11", "-isystem", "python"]
     kernels: dict[str, tuple[str, list[str]]] = {"binding": ("cpu/binding.cpp", [])}
     for isa, name in instruction_sets().items():
         march = [f"-march={name}"] if name in _X86.values() else []
@@ -95,14 +96,28 @@ def _cuda() -> Recipe:
 
 
 def write_ninja(folder: Path, group: str) -> None:
-    """Write `folder`/build.ninja. Raises BuildError where a tool or package is missing."""
+    """Write `folder`/build.ninja, beside links to what it reads: so no path of this machine is in a library, and none
+    has characters that ninja has no escape for.
+
+    Raises:
+        BuildError: where a tool or package is missing.
+    """
     from ninja import ninja_syntax
+
+    (folder / "csrc").symlink_to(SOURCES)
+    if group == "cpu":
+        try:
+            import pybind11
+        except ImportError as error:
+            raise BuildError("pybind11 is not installed: pip install pybind11") from error
+        (folder / "pybind11").symlink_to(pybind11.get_include())
+        (folder / "python").symlink_to(sysconfig.get_paths()["include"])
 
     def quote(*words: str | Path) -> str:
         return str(ninja_syntax.escape(shlex.join(str(word) for word in words)))
 
     objects, libraries = of(group)
-    with (folder / "build.ninja").open("w") as file:
+    with (folder / "build.ninja").open("w", encoding="utf-8", errors="surrogateescape") as file:
         ninja = ninja_syntax.Writer(file, width=10_000)
         compiler = quote(*toolchain.compiler(), *FLAGS, *toolchain.more_flags())
         ninja.rule("cpp", f"{compiler} $flags -MD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
@@ -117,8 +132,7 @@ def write_ninja(folder: Path, group: str) -> None:
         for name in _TORCH:
             ninja.build(f"empty/lib{name}.so", "empty", variables={"soname": f"lib{name}.so"})
         for name, (source, flags) in objects.items():
-            path = ninja_syntax.escape_path(str(SOURCES / source))
-            ninja.build(f"{name}.o", Path(source).suffix[1:], path, variables={"flags": quote(*flags)})
+            ninja.build(f"{name}.o", Path(source).suffix[1:], f"csrc/{source}", variables={"flags": quote(*flags)})
         for name, (inputs, needed) in libraries.items():
             flags = ["-Lempty", "-Xlinker", "--no-as-needed", *(f"-l{each}" for each in needed)] if needed else []
             ninja.build(

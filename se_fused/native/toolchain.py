@@ -7,6 +7,7 @@ SE_FUSED_CXXFLAGS, more flags for the C++ compiler.
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -26,7 +27,7 @@ def compiler() -> list[str]:
             f"no C++ compiler: {command[0]} is not on the PATH; install one (apt install g++, dnf install gcc-c++) or "
             "name it by CXX"
         )
-    return [found, *command[1:]]
+    return [os.path.abspath(found), *command[1:]]
 
 
 def nvcc() -> str:
@@ -36,7 +37,7 @@ def nvcc() -> str:
     if found is None:
         place = Path(home, "bin", "nvcc") if home else "nvcc on the PATH"
         raise BuildError(f"no CUDA compiler: {place} is not there; install the CUDA toolkit, or name it by CUDA_HOME")
-    return found
+    return os.path.abspath(found)
 
 
 def ninja() -> str:
@@ -46,10 +47,11 @@ def ninja() -> str:
     except ImportError as error:
         raise BuildError("ninja is not installed: pip install ninja") from error
     # Its package does not find the program in pip's isolated builds, where it is on the PATH.
-    found = shutil.which("ninja", path=ninja.BIN_DIR or None)
+    folder = getattr(ninja, "BIN_DIR", "")
+    found = shutil.which("ninja", path=folder or None)
     if found is None:
-        raise BuildError(f"the program ninja is not in {ninja.BIN_DIR or 'any folder of the PATH'}: pip install ninja")
-    return found
+        raise BuildError(f"the program ninja is not in {folder or 'any folder of the PATH'}: pip install ninja")
+    return os.path.abspath(found)
 
 
 def jobs() -> int:
@@ -57,7 +59,7 @@ def jobs() -> int:
     asked = os.environ.get("MAX_JOBS", "")
     if not asked:
         return os.cpu_count() or 1
-    if not asked.isdigit() or int(asked) == 0:
+    if not re.fullmatch(r"\s*[1-9][0-9]{0,5}\s*", asked):
         raise BuildError(f"MAX_JOBS is {asked!r}; wanted a number of 1 or more")
     return int(asked)
 
@@ -67,13 +69,15 @@ def more_flags() -> list[str]:
     return _words("SE_FUSED_CXXFLAGS")
 
 
-def version(program: str) -> str:
+def version(command: list[str]) -> str:
     """What a compiler says of itself, in one line."""
     try:
-        done = subprocess.run([program, "--version"], capture_output=True, text=True, check=False, timeout=60)
+        done = subprocess.run(
+            [*command, "--version"], capture_output=True, text=True, errors="replace", check=False, timeout=60
+        )
     except (OSError, subprocess.SubprocessError) as error:
-        return f"{program}: {error}"
-    lines = done.stdout.splitlines() or [program]
+        return f"{command[0]}: {error}"
+    lines = done.stdout.splitlines() or command
     return next((line for line in lines if "release" in line), lines[0])  # nvcc's first line has no number
 
 

@@ -1,0 +1,86 @@
+"""What is installed here: for `python -m se_fused info`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+from typing import Any
+
+import torch
+from rich.table import Table
+
+import se_fused
+
+from . import backends, native
+from .native import BuildError
+
+VARIABLES = (
+    "SE_FUSED_BACKEND", "SE_FUSED_CPU", "SE_FUSED_CACHE", "SE_FUSED_CXXFLAGS",
+    "CXX", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS",
+)  # fmt: skip
+
+
+def _devices() -> list[str]:
+    return ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+
+
+def facts() -> dict[str, Any]:
+    """Versions, builds of the native code, variables, and why each backend does not serve each device."""
+    found: dict[str, Any] = {
+        "se_fused": se_fused.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+    }
+    # Where the compiled part is not loaded, asking for its facts would compile it.
+    found["cpu_features"] = None
+    if backends.why_not("cpu", torch.device("cpu")) is None:
+        with contextlib.suppress(BuildError):  # the module alone may be missing; the list of builds says why
+            found["cpu_features"] = native.load_facts().cpu_features()
+    found["native"] = native.status()
+    found["environment"] = {name: os.environ.get(name) for name in VARIABLES}
+    found["backends"] = {
+        device: {name: backends.why_not(name, torch.device(device)) for name in backends.BACKENDS}
+        for device in _devices()
+    }
+    return found
+
+
+def table(facts: dict[str, Any], encoding: str) -> Table:
+    """`facts` for a terminal of this encoding."""
+    rows = Table(show_header=False)
+    rows.add_column(no_wrap=True)
+    rows.add_column(overflow="fold")  # a folder to be copied
+
+    def add(name: str, text: str) -> None:  # a path may have what this terminal cannot show
+        rows.add_row(name, text.encode(encoding, "backslashreplace").decode(encoding))
+
+    for name, value in facts.items():
+        if name == "environment":
+            for variable, setting in value.items():
+                add(variable, "not set" if setting is None else setting)
+        elif name == "backends":
+            for device, reasons in value.items():
+                for backend, reason in reasons.items():
+                    add(f"{backend} on {device}", reason or "usable")
+        elif name == "native":
+            for build in value["builds"]:
+                add(f"build in the {build['place']}", _described(build))
+            if value["older"]:
+                add("of other versions, removable", "\n".join(value["older"]))
+            for tool in ("cache", "compiler", "nvcc", "ninja"):
+                add(tool, value[tool])
+        elif value is not None:
+            add(name, ", ".join(value) if isinstance(value, list) else str(value))
+    return rows
+
+
+def _described(build: dict[str, Any]) -> str:
+    """A build as `info` prints it: what, for what, when, by what, where, and what is wrong with it."""
+    lines = [build["folder"], f"problem: {build['problem']}" if build["problem"] else "whole"]
+    if "group" in build:
+        targets = ", ".join(map(str, build.get("architectures") or build.get("instruction_sets") or ()))
+        lines.insert(0, f"{build['group']} kernels for {targets}")
+        lines.insert(1, f"built {build.get('built')} by {build.get('nvcc') or build.get('compiler')}")
+    return "\n".join(lines)
