@@ -31,7 +31,8 @@ prebuild:
 		--disable-pip-version-check --no-deps --editable .
 	du -sh se_fused/_native
 
-# For every torch from 2.10 on, of one Python: PYTHON. With CUDA kernels where nvcc is, for TORCH_CUDA_ARCH_LIST or all.
+# For every torch from 2.10 on and one Python, PYTHON. Where nvcc is, with CUDA kernels for TORCH_CUDA_ARCH_LIST, else for
+# the GPUs that are here, else for all.
 wheel: $(VENV)/wheel
 	rm -rf build
 	SE_FUSED_BUILD=all $(BIN)/python -m build --wheel --outdir build/wheel
@@ -67,7 +68,7 @@ $(VENV)/torch: $(VENV)/python constraints.txt
 	$(PIP) torch setuptools ninja pybind11
 	touch $@
 
-$(VENV)/package: $(VENV)/torch pyproject.toml setup.py $(wildcard csrc/* csrc/*/* se_fused/native/*)
+$(VENV)/package: $(VENV)/torch pyproject.toml setup.py $(wildcard csrc/* csrc/*/* se_fused/native/*.py)
 	$(PIP) --no-build-isolation --editable .
 	touch $@
 

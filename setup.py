@@ -23,8 +23,8 @@ from se_fused.native import BuildError, build, gpus, recipe, toolchain  # noqa: 
 
 def groups():
     """What to build. Raises BuildError if SE_FUSED_BUILD names nothing that can be built."""
-    asked = os.environ.get("SE_FUSED_BUILD", "")
-    if asked.strip() == "none":
+    asked = os.environ.get("SE_FUSED_BUILD", "").strip()
+    if asked == "none":
         return []
     if asked not in ("", "all"):
         chosen = [name.strip() for name in asked.split(",")]
@@ -35,7 +35,8 @@ def groups():
         toolchain.nvcc()
     except BuildError:
         return ["cpu"]
-    return ["cpu", "cuda"] if asked or gpus.here() or os.environ.get("TORCH_CUDA_ARCH_LIST") else ["cpu"]
+    wanted = asked or os.environ.get("TORCH_CUDA_ARCH_LIST") or any(gpu >= gpus.OLDEST for gpu in gpus.here())
+    return ["cpu", "cuda"] if wanted else ["cpu"]
 
 
 class Log(build.Watcher):
@@ -64,12 +65,15 @@ class BuildWithNative(build_py):
         try:
             chosen = groups()
             if "cuda" in chosen:  # what is asked for wrongly is said before anything is compiled
-                toolchain.nvcc(), gpus.architectures()
+                toolchain.nvcc()
+                gpus.architectures()
             for group in chosen:
                 print(f"se_fused: native code in {build.build(native, group, Log())}", flush=True)
         except BuildError as error:
-            raise SystemExit(f"se_fused: {error}\n(SE_FUSED_BUILD=none installs without native code)") from error
-        (native / ".lock").unlink(missing_ok=True)
+            ways = "SE_FUSED_BUILD=cpu installs without CUDA kernels, SE_FUSED_BUILD=none without native code"
+            raise SystemExit(f"se_fused: {error}\n({ways})") from error
+        if not self.editable_mode:
+            (native / ".lock").unlink(missing_ok=True)
 
 
 class PlatformDistribution(Distribution):

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The core of the tests on the installed package, for versions of Python and torch: a line each in docs/versions.csv.
+"""The core of the tests on the installed package, by Python and torch: one line for each pair in docs/versions.csv.
 
     .ci/versions.py PYTHON TORCH...     such as: .ci/versions.py python3.12 torch==2.10.0 "torch==2.12.*" torch
 
@@ -33,7 +33,7 @@ assert pathlib.Path(se_fused.__file__).is_relative_to(sys.prefix), se_fused.__fi
 why = backends.why_not("cpu", torch.device("cpu"))
 assert why is None, why
 built = json.loads((native.library("cpu").parent / "build.json").read_text())["compiler"]
-direct = "yes" if hasattr(torch.Tensor, "__dlpack_c_exchange_api__") else "no"
+direct = "no" if backends.forward_direct is backends._refuse else "yes"
 print(json.dumps(dict(python=platform.python_version(), torch=torch.__version__, built_with=built, direct=direct)))
 """
 

@@ -11,17 +11,18 @@ from .layer_cpu_report import Line, mean
 PEERS = ("compile", "onnxruntime", "openvino")
 _GPU_NETWORKS = [("original", "graph"), ("original", "calls")]
 TEXT = """
-* **One SE layer** on a CPU runs at {layer_eager} times eager speed, and {layer_peer} times that of the fastest of
-  torch.compile, ONNX Runtime and OpenVINO; in place {in_place_eager} and {in_place_peer} times.
-* **Training** one layer, forward and backward, runs at {training_eager} times eager speed (geometric means of
-  {layer_shapes} shapes, float32, {threads} threads).
+* **One SE layer** on a CPU runs at {layer_eager} times eager speed, and at {layer_peer} times that of the fastest of
+  torch.compile, ONNX Runtime and OpenVINO. In place, where the result overwrites the input: {in_place_eager} and
+  {in_place_peer} times. These are geometric means of {layer_shapes} shapes (float32, {threads} threads).
+* **Training** one layer, forward and backward, runs at {training_eager} times eager speed, on the same shapes.
 * **Whole networks** on a CPU run at {models_replaced} times eager speed after `replace`, in place {models_in_place}
   ({models} timm networks, batch {models_batches}). Under torch.compile ({models_compiled}) nothing changes.
 * **`replace`** replaces {coverage_replaced} SE layers in {coverage_models} models of {coverage_libraries};
   it keeps {coverage_skipped}, and says why.
-* **On a GPU** (one {gpu}) all {gpu_right} calls agree with float64. Whole networks run at {gpu_networks} times eager
-  speed, one layer at {gpu_calls_eager} times (batch 1, float16). Inside a CUDA graph it takes {gpu_graph_compile} times
-  as long as torch.compile's.
+* **On a GPU** (one {gpu}) all {gpu_right} calls that were compared with float64 agree. Whole networks run at
+  {gpu_networks} times eager speed: some get slower. One layer, called from Python, runs at {gpu_calls_eager} times
+  (batch 1, float16); inside a CUDA graph it takes {gpu_graph_compile} times as long as the layer that
+  torch.compile makes.
 
 [How this was measured](docs/benchmarks.md)
 """

@@ -67,8 +67,8 @@ def table(facts: dict[str, Any], encoding: str) -> Table:
         elif name == "native":
             for build in value["builds"]:
                 add(f"build in the {build['place']}", _described(build))
-            if value["older"]:
-                add("of other versions, removable", "\n".join(value["older"]))
+            if value["others"]:
+                add("for other sources, flags or Pythons", "\n".join(value["others"]))
             for tool in ("cache", "compiler", "nvcc", "ninja"):
                 add(tool, value[tool])
         elif value is not None:
@@ -78,9 +78,11 @@ def table(facts: dict[str, Any], encoding: str) -> Table:
 
 def _described(build: dict[str, Any]) -> str:
     """A build as `info` prints it: what, for what, when, by what, where, and what is wrong with it."""
-    lines = [build["folder"], f"problem: {build['problem']}" if build["problem"] else "whole"]
-    if "group" in build:
-        targets = ", ".join(map(str, build.get("architectures") or build.get("instruction_sets") or ()))
-        lines.insert(0, f"{build['group']} kernels for {targets}")
-        lines.insert(1, f"built {build.get('built')} by {build.get('nvcc') or build.get('compiler')}")
+    targets = build.get("architectures") or build.get("instruction_sets") or ["?"]
+    lines = [
+        f"{build.get('group')} kernels for {', '.join(map(str, targets))}",
+        f"built {build.get('built')} by {build.get('nvcc') or build.get('compiler')}",
+        build["folder"],
+        f"problem: {build['problem']}" if build["problem"] else "no problem",
+    ]
     return "\n".join(lines)

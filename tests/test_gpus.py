@@ -42,6 +42,7 @@ def test_every_name_that_torch_knows_is_known():
 def test_without_a_gpu_all_architectures_are_compiled(monkeypatch):
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     monkeypatch.setattr(gpus, "here", list)
+    monkeypatch.setattr(gpus, "_of_torch", list)
     assert gpus.architectures() == [*gpus.ARCHITECTURES[:-1], "120+PTX"]
 
 
@@ -82,6 +83,7 @@ def test_for_gpus_that_are_too_old_nothing_is_compiled(monkeypatch):
         (["90a"], 90, True),
         (["100a"], 103, False),
         (["100a+PTX"], 120, False),
+        (["100f+PTX"], 120, False),
         (["100"], 103, True),
     ],
 )

@@ -211,5 +211,5 @@ def test_the_headline_is_a_function_of_the_records(record: Path, networks_record
     }.items():  # fmt: skip
         assert found[name] == wanted, name
     text = headline.text(found)
-    assert "1.5 times eager speed, and 2.0 times" in text
+    assert "1.5 times eager speed, and at 2.0 times" in text
     assert "{" not in text

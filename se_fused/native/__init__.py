@@ -64,7 +64,7 @@ def _new(group: str, refused: dict[str, Any] | None = None) -> Path:
             return build.build(cache.folder(), group, progress, refused)
     except BuildError:
         packaged = _found(build.PREBUILT, group, any) if group == "cuda" else None
-        if packaged is None or manifest.damage(packaged) is not None:
+        if packaged is None or refused is not None or manifest.damage(packaged) is not None:
             raise
         return packaged
 
@@ -104,7 +104,7 @@ def load(name: str, loader: Callable[[Path], T]) -> T:
     try:
         return loader(folder / file)
     except (OSError, ImportError) as error:
-        with contextlib.suppress(OSError):  # or every process to come would compile it
+        with contextlib.suppress(OSError):  # else every process to come compiles it
             (folder / _GIVEN_UP).write_text(str(error.__cause__ or error), encoding="utf-8")
         raise BuildError(_does_not_load(folder, error)) from error
 
@@ -148,7 +148,7 @@ def _imported(name: str, file: Path) -> ModuleType:
 
 def status() -> dict[str, Any]:
     """What was built, when, by what and for what, where it lies, and what is wrong with it. Builds nothing."""
-    facts: dict[str, Any] = {"builds": [], "older": []}
+    facts: dict[str, Any] = {"builds": [], "others": []}
     places = {"package": build.PREBUILT}
     tools: dict[str, Callable[[], object]] = {
         "cache": cache.folder, "compiler": lambda: " ".join(toolchain.compiler()), "nvcc": toolchain.nvcc,
@@ -159,8 +159,9 @@ def status() -> dict[str, Any]:
             facts[name] = str(tool())
         except Exception as error:  # whatever is wrong with an installation is to be said here
             facts[name] = str(error)
-        else:
-            places |= {name: Path(facts[name])} if name == "cache" else {}
+            continue
+        if name == "cache":
+            places[name] = Path(facts[name])
     for place, parent in places.items():
         try:
             folders = [path for path in sorted(parent.glob("*")) if re.fullmatch(r"[0-9a-f]{24}(-.*)?", path.name)]
@@ -168,21 +169,22 @@ def status() -> dict[str, Any]:
             facts["builds"].append({"place": place, "folder": str(parent), "problem": str(error)})
             continue
         for folder in folders:
-            if _is_of_these_sources(folder):
+            if _serves_here(folder):
                 facts["builds"].append({"place": place, "folder": str(folder)} | _described(folder))
             else:
-                facts["older"].append(str(folder))
+                facts["others"].append(str(folder))
     return facts
 
 
-def _is_of_these_sources(folder: Path) -> bool:
+def _serves_here(folder: Path) -> bool:
+    """Whether a build is of these sources and flags, for this Python."""
     with contextlib.suppress(BuildError):
         return folder.name.split("-")[0] in {recipe.key(group) for group in recipe.GROUPS}
     return False
 
 
 def _described(folder: Path) -> dict[str, Any]:
-    problem = manifest.damage(folder)
-    if problem is not None:
-        return {"problem": f"it is damaged: {problem}"}
-    return {**manifest.read(folder), "problem": _given_up(folder)}
+    facts = {"group": "cuda" if "-" in folder.name else "cpu", "problem": manifest.damage(folder) or _given_up(folder)}
+    with contextlib.suppress(OSError, ValueError, RecursionError):  # that is its damage
+        facts = {**manifest.read(folder), **facts}
+    return facts

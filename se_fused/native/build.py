@@ -24,13 +24,14 @@ PREBUILT = Path(__file__).resolve().parents[1] / "_native"
 _TIMEOUT = 1800  # seconds
 # Measured on two cores of an EPYC: seconds that one core compiles, for the CPU group and for each CUDA architecture.
 _CPU_SECONDS, _CUDA_SECONDS = 50, 40
+_LONGEST = 10  # of one file
 # Becomes ninja. Its stdin ends without a line when the process that builds is no more: then ninja is asked to stop, and
 # ends the compilers.
 _NOT_AN_ORPHAN = 'exec 3<&0; (read _ <&3 || kill $$) >/dev/null 2>&1 & exec "$@" 3<&- </dev/null'
 
 
 class Watcher:
-    """Who is told how a build goes on; this one says nothing."""
+    """Is told how a build proceeds; this base class ignores it."""
 
     def waits(self) -> None:
         """Another process builds in the same folder."""
@@ -45,7 +46,7 @@ class Watcher:
 def usual_seconds(group: str) -> int:
     """About how long a build takes here."""
     work = _CUDA_SECONDS * len(gpus.architectures()) if group == "cuda" else _CPU_SECONDS
-    return round(work / min(toolchain.jobs(), os.cpu_count() or 1))
+    return max(_LONGEST, round(work / toolchain.jobs()))
 
 
 def build(
@@ -88,7 +89,10 @@ def build(
 
 
 def _serves(target: Path, refused: dict[str, Any] | None) -> bool:
-    return manifest.damage(target) is None and manifest.read(target) != refused
+    try:
+        return manifest.damage(target) is None and manifest.read(target) != refused
+    except OSError:  # another process has just replaced it
+        return False
 
 
 def _build(parent: Path, target: Path, group: str, watcher: Watcher, refused: dict[str, Any] | None) -> Path:

@@ -110,7 +110,7 @@ def runs_on(architectures: list[str], gpu: int) -> bool:
     """Whether code for these architectures runs on a GPU: machine code in one major version, PTX on all later ones."""
     for name in architectures:
         oldest = number(name)
-        if "a" in name:  # of this very architecture
+        if re.search("[af]", name):  # of this very architecture, or of its family: taken for the first
             if oldest == gpu:
                 return True
         elif oldest <= gpu and (oldest // 10 == gpu // 10 or name.endswith("+PTX")):

@@ -1,7 +1,6 @@
 """build.json, which every build has: what was built, when, by what, and the sum of each file.
 
-A library that was cut short kills the process that maps it (SIGBUS). So each is checked before it is loaded: 2 MB take
-2 ms.
+A library that was cut short kills the process that maps it (SIGBUS). So each is checked before it is loaded.
 """
 
 from __future__ import annotations
@@ -83,6 +82,6 @@ def damage(folder: Path) -> str | None:
         TypeError,
         AttributeError,
         RecursionError,
-    ) as error:  # of whatever JSON it is
+    ) as error:  # the file may hold any JSON
         return f"{type(error).__name__}: {error}"
     return None

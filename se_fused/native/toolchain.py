@@ -58,7 +58,7 @@ def jobs() -> int:
     """Parallel compilations. Raises BuildError."""
     asked = os.environ.get("MAX_JOBS", "")
     if not asked:
-        return os.cpu_count() or 1
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if not re.fullmatch(r"\s*[1-9][0-9]{0,5}\s*", asked):
         raise BuildError(f"MAX_JOBS is {asked!r}; wanted a number of 1 or more")
     return int(asked)
