@@ -25,7 +25,7 @@ torch.testing.assert_close(y, se_fused.reference.squeeze_excite(x, w1, None, w2,
 print(se_fused.explain(x, w1, None, w2, None).backend)
 """
 _CLEARED = ("SE_FUSED", "TORCH_CUDA", "CUDA", "MAX_JOBS")
-# What was compiled before comes out again under its name. `BEFORE` runs first, and each call leaves a line in the log.
+# What was compiled before comes out again under its name. `before` runs first, and each call leaves a line in the log.
 _COMPILER = """#!/bin/sh
 case "$1" in --version) echo "gives what is there 1.0"; exit;; esac
 {before}
@@ -51,11 +51,7 @@ class Installation:
         shutil.copytree(ROOT / "csrc", self.site / "se_fused" / "csrc")
         self.package = self.site / "se_fused"
         self.environment = {
-            **{
-                name: value
-                for name, value in os.environ.items()
-                if not name.startswith(("SE_FUSED", "TORCH_CUDA", "CUDA", "MAX_JOBS"))
-            },
+            **{name: value for name, value in os.environ.items() if not name.startswith(_CLEARED)},
             "PYTHONPATH": str(self.site),
             "PYTHONDONTWRITEBYTECODE": "1",
             "SE_FUSED_CACHE": str(self.cache),

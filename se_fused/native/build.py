@@ -91,7 +91,7 @@ def build(
 def _serves(target: Path, refused: dict[str, Any] | None) -> bool:
     try:
         return manifest.damage(target) is None and manifest.read(target) != refused
-    except OSError:  # another process has just replaced it
+    except (OSError, ValueError):  # another process has just replaced it
         return False
 
 
