@@ -50,11 +50,14 @@ def _existing(group: str) -> Iterator[Path]:
         except OSError as error:
             _log.warning("se_fused: %s is not used: %s", parent, error)
             continue
-        damage = None if folder is None else manifest.damage(folder)
-        if damage is not None:
-            _log.warning("se_fused: %s is damaged and not used: %s", folder, damage)
-        elif folder is not None:
+        if folder is None:
+            continue
+        if manifest.damage(folder) is None:
             yield folder
+            continue
+        damage = manifest.damage(folder)  # again: another process may just have replaced it
+        if damage is not None and folder.is_dir():
+            _log.warning("se_fused: %s is damaged and not used: %s", folder, damage)
 
 
 def _new(group: str, refused: dict[str, Any] | None = None) -> Path:

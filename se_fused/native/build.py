@@ -101,7 +101,6 @@ def _build(parent: Path, target: Path, group: str, watcher: Watcher, refused: di
         shutil.rmtree(left, ignore_errors=True)
     if _serves(target, refused):
         return target
-    _remove(target)
     folder = parent / f"building-{target.name}"
     folder.mkdir()
     try:
@@ -117,6 +116,7 @@ def _build(parent: Path, target: Path, group: str, watcher: Watcher, refused: di
                 raise BuildError(f"compilation failed: {toolchain.compiler()[0]} ended well and wrote no {file}")
             (folder / file).rename(finished / file)
         manifest.write(finished, _facts(group) | {"seconds": round(time.monotonic() - began, 1)}, files)
+        _remove(target)  # what is replaced
         finished.rename(target)
         return target
     finally:
