@@ -1,6 +1,8 @@
 // The activations and their derivatives. Those that stand around the SE layers of real networks are inlined for V
 // values at a time, so that the run-time code is switched on once a vector; the others, and float64, are called for
 // each value, which keeps their long exponentials out of every kernel.
+// Maps of half precision take silu and hardswish in fast arithmetic, whose error is less than a quarter of a rounding
+// step of the map's type (tests/test_half_activations.py).
 // NaN and the infinities behave as in PyTorch: comparisons are arranged so that a NaN falls through.
 #pragma once
 
@@ -11,7 +13,7 @@
 namespace se::cuda {
 
 constexpr double kSqrtHalf = 0.70710678118654752440, kSqrtTwoOverPi = 0.79788456080286535588;
-constexpr double kGeluCubic = 0.044715, kLeakySlope = 0.01;
+constexpr double kGeluCubic = 0.044715, kLeakySlope = 0.01, kLog2E = 1.44269504088896340736;
 
 template <class A>
 __device__ A clamp(A v, A low, A high) {
@@ -70,6 +72,63 @@ __device__ A silu_gradient(A v, A g) {
 template <class A>
 __device__ A hardswish_gradient(A v, A g) {
   return v <= -3 ? A(0) : v >= 3 ? g : g * (v / 3 + A(0.5));
+}
+
+// The special function unit's 2^v and 1 / v, each within 2 units in the last place of float; a subnormal result is 0.
+__device__ inline float exp2_approx(float v) {
+#ifdef __CUDACC__
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(v));
+  return result;
+#else
+  return cuda_on_cpu::exp2_approx(v);
+#endif
+}
+__device__ inline float reciprocal_approx(float v) {
+#ifdef __CUDACC__
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(v));
+  return result;
+#else
+  return cuda_on_cpu::reciprocal_approx(v);
+#endif
+}
+
+// sigmoid(v) = kUnit / (kUnit + kUnit e^-v). A sum above 2^126 has a subnormal reciprocal, which becomes 0: with kUnit
+// = 1 from v = -87.4 on, where silu(v) has long been 0 in float16, but is -2^-119.6. bfloat16 reaches down to 2^-133:
+// with kUnit = 2^-16 the end is at v = -98.4, where silu(v) is -2^-135.4.
+template <class T>
+constexpr int kShift = std::is_same_v<T, __nv_bfloat16> ? 16 : 0;
+template <class T>
+constexpr float kUnit = 1.0f / (1 << kShift<T>);
+
+// log2(kUnit e^-v)
+template <class T>
+__device__ float sigmoid_exponent(float v) {
+  return std::fma(v, static_cast<float>(-kLog2E), static_cast<float>(-kShift<T>));
+}
+
+template <class T>
+__device__ float fast_silu(float v) {
+  return v * kUnit<T> * reciprocal_approx(kUnit<T> + exp2_approx(sigmoid_exponent<T>(v)));
+}
+
+// 1 - sigmoid(v) is e r, because a large v would multiply the rounding error of a difference. e ends at 2^127, because
+// an infinite e would make e r NaN where r is 0.
+template <class T>
+__device__ float fast_silu_gradient(float v, float g) {
+  const float e = exp2_approx(std::fmin(sigmoid_exponent<T>(v), 127.0f));
+  const float r = reciprocal_approx(kUnit<T> + e);
+  return g * (kUnit<T> * r * std::fma(v, e * r, 1.0f));
+}
+
+// float's 1/6 is too large by 2^-26 / 3: -3 still gives 0, and beside it the result errs by 3 * 2^-26, less than the
+// smallest float16 and a fifth of float's step at v.
+__device__ inline float fast_hardswish(float v) { return v * __saturatef(std::fma(v, 1.0f / 6, 0.5f)); }
+
+// At -1.5, where v / 3 + 0.5 is 0, float's 1/3 would leave 2^-26; v + 1.5 is exact there.
+__device__ inline float fast_hardswish_gradient(float v, float g) {
+  return v <= -3 ? 0.0f : v >= 3 ? g : g * ((v + 1.5f) * (1.0f / 3));
 }
 
 template <class A>
@@ -132,19 +191,23 @@ __device__ void each(A (&v)[V], Function&& function) {
   for (int i = 0; i < V; ++i) v[i] = function(v[i]);
 }
 
-template <int V, class A>
-constexpr bool kInlined = V > 1 && std::is_same_v<A, float>;
+template <class T>
+constexpr bool kHalf = sizeof(T) == 2;
 
-// v = activation(v)
-template <int V, class A>
+// In half precision even a value alone: backward finds a maximum by equality, whether in a vector or in a row's tail.
+template <class T, int V>
+constexpr bool kInlined = kHalf<T> || (V > 1 && std::is_same_v<T, float>);
+
+// v = activation(v), for values of maps of T
+template <class T, int V, class A = Accumulator<T>>
 __device__ void activate(Activation activation, const Options& o, A (&v)[V]) {
   if (activation == Activation::kIdentity) return;
-  if constexpr (kInlined<V, A>) {
+  if constexpr (kInlined<T, V>) {
     switch (activation) {
       case Activation::kRelu: return each(v, relu<A>);
       case Activation::kRelu6: return each(v, relu6<A>);
-      case Activation::kSilu: return each(v, silu<A>);
-      case Activation::kHardswish: return each(v, hardswish<A>);
+      case Activation::kSilu: return each(v, kHalf<T> ? fast_silu<T> : silu<A>);
+      case Activation::kHardswish: return each(v, kHalf<T> ? fast_hardswish : hardswish<A>);
       default: break;
     }
   }
@@ -157,16 +220,16 @@ __device__ void each(const A (&v)[V], A (&g)[V], Gradient&& gradient) {
   for (int i = 0; i < V; ++i) g[i] = gradient(v[i], g[i]);
 }
 
-// g = g activation'(v)
-template <int V, class A>
+// g = g activation'(v), for values of maps of T
+template <class T, int V, class A = Accumulator<T>>
 __device__ void chain(Activation activation, const Options& o, const A (&v)[V], A (&g)[V]) {
   if (activation == Activation::kIdentity) return;
-  if constexpr (kInlined<V, A>) {
+  if constexpr (kInlined<T, V>) {
     switch (activation) {
       case Activation::kRelu: return each(v, g, relu_gradient<A>);
       case Activation::kRelu6: return each(v, g, relu6_gradient<A>);
-      case Activation::kSilu: return each(v, g, silu_gradient<A>);
-      case Activation::kHardswish: return each(v, g, hardswish_gradient<A>);
+      case Activation::kSilu: return each(v, g, kHalf<T> ? fast_silu_gradient<T> : silu_gradient<A>);
+      case Activation::kHardswish: return each(v, g, kHalf<T> ? fast_hardswish_gradient : hardswish_gradient<A>);
       default: break;
     }
   }

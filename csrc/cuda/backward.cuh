@@ -55,7 +55,7 @@ struct Maps {
 };
 
 // u and dv of V elements from `at` on, whose gates are s; raw: x as it was.
-template <int V, class M, class A>
+template <class T, int V, class M, class A = Accumulator<T>>
 __device__ void gradient_of_v(const Backward& f, const M& maps, int64_t at, bool reads_x, const A (&s)[V], A (&raw)[V],
                               A (&u)[V], A (&dv)[V]) {
   maps.g.load(at, dv);
@@ -63,7 +63,7 @@ __device__ void gradient_of_v(const Backward& f, const M& maps, int64_t at, bool
   maps.x.load(at, raw);
 #pragma unroll
   for (int i = 0; i < V; ++i) u[i] = raw[i];
-  activate(f.options.pre_act, f.options, u);
+  activate<T>(f.options.pre_act, f.options, u);
   if (f.options.post_act == Activation::kIdentity) return;
   A v[V], residual[V];
 #pragma unroll
@@ -71,12 +71,13 @@ __device__ void gradient_of_v(const Backward& f, const M& maps, int64_t at, bool
   if (f.residual && f.residual != f.x) maps.residual.load(at, residual);
 #pragma unroll
   for (int i = 0; i < V; ++i) v[i] = f.residual ? u[i] * s[i] + residual[i] : u[i] * s[i];
-  chain(f.options.post_act, f.options, v, dv);
+  chain<T>(f.options.post_act, f.options, v, dv);
 }
 
 // A reduction (reduce.cuh) to ds, and for the maximum its value and the number of positions that share it.
-template <class A, class M>
+template <class T, class M>
 struct GateGradientOperation {
+  using A = Accumulator<T>;
   struct Part {
     A ds, max, ties;
   };
@@ -108,7 +109,7 @@ struct GateGradientOperation {
   template <int V>
   __device__ void add(int64_t at, const Context<V>& context, Part (&parts)[V]) const {
     A raw[V], u[V], dv[V];
-    gradient_of_v(f, maps, at, true, context.s, raw, u, dv);
+    gradient_of_v<T>(f, maps, at, true, context.s, raw, u, dv);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       parts[i].ds += dv[i] * u[i];
@@ -144,7 +145,7 @@ __device__ void distribute(const Backward& f, const M& maps, const Channels<A>& 
                        (f.dx && (has_max(f) || f.options.pre_act != Activation::kIdentity));
   A s[V], raw[V], u[V], dv[V], du[V], along[V];
   expand(channels.s, s);
-  gradient_of_v(f, maps, at, reads_x, s, raw, u, dv);
+  gradient_of_v<T>(f, maps, at, reads_x, s, raw, u, dv);
   if (f.dresidual) store<V>(static_cast<T*>(f.dresidual) + at, dv);
   if (!f.dx) return;
   expand(channels.mean_share, along);
@@ -158,7 +159,7 @@ __device__ void distribute(const Backward& f, const M& maps, const Channels<A>& 
 #pragma unroll
     for (int i = 0; i < V; ++i) du[i] += (u[i] == max[i] ? A(1) : A(0)) * along[i];
   }
-  if (f.options.pre_act != Activation::kIdentity) chain(f.options.pre_act, f.options, raw, du);
+  if (f.options.pre_act != Activation::kIdentity) chain<T>(f.options.pre_act, f.options, raw, du);
   if (f.residual_is_x) {
 #pragma unroll
     for (int i = 0; i < V; ++i) du[i] += dv[i];

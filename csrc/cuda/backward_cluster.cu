@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardResidents)
 #ifdef SE_FUSED_HAS_CLUSTERS
   const Share share(f, e, by);
   using Slab = decltype(share.slab(nullptr));
-  using Operation = GateGradientOperation<A, Maps<Slab, MaybeResident<T, Slab>>>;
+  using Operation = GateGradientOperation<T, Maps<Slab, MaybeResident<T, Slab>>>;
   using Part = typename Operation::Part;
   const Cluster cluster(residence.size);
   const int64_t own0 = cluster.rank * residence.channels, n = share.n;

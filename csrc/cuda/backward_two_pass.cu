@@ -20,8 +20,8 @@ template <class T>
 using GlobalMaps = Maps<Global<T>, Global<T>>;
 
 template <class T, class A = Accumulator<T>>
-struct StoredGateGradient : GateGradientOperation<A, GlobalMaps<T>> {
-  using Base = GateGradientOperation<A, GlobalMaps<T>>;
+struct StoredGateGradient : GateGradientOperation<T, GlobalMaps<T>> {
+  using Base = GateGradientOperation<T, GlobalMaps<T>>;
   Partial<A> out;
 
   __device__ void store(int64_t n, int64_t split, int64_t channel, const typename Base::Part& p) const {

@@ -34,7 +34,7 @@ struct SqueezeOperation {
   __device__ void add(int64_t at, const Context<V>&, Part (&parts)[V]) const {
     A u[V];
     x.load(at, u);
-    activate(options.pre_act, options, u);
+    activate<T>(options.pre_act, options, u);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       if (has_sum()) parts[i].sum += u[i];
@@ -57,11 +57,11 @@ __device__ void scale(const Forward& f, const X& map, int64_t at, const A (&s)[V
   map.load(at, x);
 #pragma unroll
   for (int i = 0; i < V; ++i) residual[i] = v[i] = x[i];
-  activate(f.options.pre_act, f.options, v);
+  activate<T>(f.options.pre_act, f.options, v);
   if (f.residual && f.residual != f.x) load_streaming<V>(static_cast<const T*>(f.residual) + at, residual);
 #pragma unroll
   for (int i = 0; i < V; ++i) v[i] = f.residual ? v[i] * s[i] + residual[i] : v[i] * s[i];
-  activate(f.options.post_act, f.options, v);
+  activate<T>(f.options.post_act, f.options, v);
   store<V>(static_cast<T*>(f.y) + at, v);
 }
 

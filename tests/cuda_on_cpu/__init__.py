@@ -3,7 +3,7 @@
 `library(...)` builds them; its operators `forward_out` and `backward_out` stand in for those of a backend. What this
 proves: indexing, tails, barriers, shuffles, what the blocks of a cluster exchange, determinism, the bytes that move.
 What it cannot: speed, and the memory model between blocks. Some 900 lines: 500 are the device with its fibers, barriers
-and shuffles, 90 mbarriers and what they count, 50 memory, 130 the stand-in headers, 120 the operators. It is no shorter
+and shuffles, 90 mbarriers and what they count, 50 memory, 150 the stand-in headers, 120 the operators. It is no shorter
 because blocks of a cluster run together, copies of three kinds arrive late, and every misuse has its own words.
 """
 
@@ -30,7 +30,7 @@ from se_fused import launch, ops
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 DEVICE, PROBES = "tests/cuda_on_cpu", "benchmarks/gpu_probes"
-_FLAGS = "-std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-parentheses"
+FLAGS = "-std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-parentheses"
 
 # The binding takes torch's own headers beside csrc/torch_c.h: where the two differ it does not compile.
 _TORCH = Path(torch.__file__).parent
@@ -58,7 +58,7 @@ def compile_library(
     with (output / "build.ninja").open("w") as file:
         ninja = ninja_syntax.Writer(file, width=10_000)
         flags, finished = os.environ.get("SE_FUSED_CXXFLAGS", ""), finished or {}
-        common = f"{_FLAGS} {optimization} {flags} -I {root / DEVICE} {_TORCH_HEADERS}"
+        common = f"{FLAGS} {optimization} {flags} -I {root / DEVICE} {_TORCH_HEADERS}"
         ninja.rule("cpp", f"c++ -x c++ {common} -MD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
         ninja.rule("link", f"c++ -shared {flags} $in -o $out {_TORCH_LIBRARIES}")
         for source in sources(root):

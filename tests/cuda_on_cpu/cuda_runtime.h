@@ -1,6 +1,7 @@
 // Stands in for CUDA's header of this name: as much of it as the kernels use.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 
 #include "machine.h"
@@ -30,6 +31,28 @@ struct alignas(16) uint4 {
 };
 
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(uint64_t{a} * b >> 32); }
+
+inline float __saturatef(float v) { return v > 0 ? v < 1 ? v : 1 : 0; }  // of NaN: 0
+
+namespace cuda_on_cpu {
+
+// The special function unit at its worst: off by 2 units in the last place, as the tables of maximum errors in the CUDA
+// Programming Guide allow for exp2f, for __expf near 0 and for __fdividef, which are made of these instructions. A hash
+// of the argument draws whether up or down; a bit of `directions` turns that round for all. A subnormal result is 0, as
+// the PTX ISA has it for .ftz.
+inline unsigned directions = 0;
+inline float approximation(double exact, float argument, unsigned direction) {
+  auto result = static_cast<float>(exact);
+  uint32_t bits;
+  std::memcpy(&bits, &argument, sizeof(bits));
+  const float towards = (bits * 0x9e3779b9 >> 31 ^ direction) & 1 ? INFINITY : -INFINITY;
+  if (std::isnormal(result)) result = std::nextafter(std::nextafter(result, towards), towards);
+  return std::fabs(result) < FLT_MIN ? std::copysign(0.0f, result) : result;
+}
+inline float exp2_approx(float v) { return approximation(std::exp2(double{v}), v, directions); }
+inline float reciprocal_approx(float v) { return approximation(1 / double{v}, v, directions >> 1); }
+
+}  // namespace cuda_on_cpu
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
