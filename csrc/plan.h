@@ -5,6 +5,7 @@
 #include <array>
 #include <cstdint>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "se.h"
@@ -105,7 +106,7 @@ struct Plan {
   int64_t scratch_bytes;
 
   void add(const char* name, int64_t blocks, int64_t shared_bytes, int cluster = 0);
-  const Launch& launch(const std::string& name) const;
+  const Launch& launch(std::string_view name) const;
   std::string text() const;
 };
 

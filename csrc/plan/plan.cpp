@@ -196,11 +196,11 @@ void Plan::add(const char* name, int64_t blocks, int64_t shared_bytes, int clust
   launches[launch_count++] = {name, blocks, shared_bytes, cluster};
 }
 
-const Launch& Plan::launch(const std::string& name) const {
+const Launch& Plan::launch(std::string_view name) const {
   for (int i = 0; i < launch_count; ++i) {
     if (launches[i].name == name) return launches[i];
   }
-  throw std::logic_error("se_fused: the plan has no launch " + name);
+  throw std::logic_error("se_fused: the plan has no launch " + std::string(name));
 }
 
 std::string Plan::text() const {
