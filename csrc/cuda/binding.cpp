@@ -1,10 +1,9 @@
 // Registers the CUDA kernels as se_fused::forward_out and se_fused::backward_out, by the LibTorch stable ABI.
 #include <exception>
 #include <memory>
-#include <mutex>
 #include <string>
-#include <unordered_map>
 
+#include "../plan/cache.h"
 #include "../stable.h"
 #include "kernels.h"
 
@@ -12,19 +11,7 @@ namespace {
 
 using se::Tensor;
 
-std::mutex mutex;  // of what follows
-std::string forced;
-std::unordered_map<int, se::Device> known;
-
-const se::Device& limits(int index) {
-  const auto found = known.find(index);
-  return found != known.end() ? found->second : known.emplace(index, se::cuda::device_limits(index)).first->second;
-}
-
-se::Plan plan(const se::Call& call, int index) {
-  const std::lock_guard<std::mutex> lock(mutex);
-  return se::make_plan(call, limits(index), forced);
-}
+se::Plans plans(se::cuda::device_limits);
 
 class DeviceGuard {
  public:
@@ -61,9 +48,9 @@ struct Cuda {
     const int index = x.device_index();
     const DeviceGuard guard(index);
     void* const stream = current_stream(index);
-    const se::Plan plan = ::plan(se::call_of(f), index);
-    const Tensor memory = scratch(plan.scratch_bytes, index);
-    se::cuda::run(f, plan, memory.data(), stream);
+    const std::shared_ptr<const se::Plan> plan = plans.plan(se::call_of(f), index);
+    const Tensor memory = scratch(plan->scratch_bytes, index);
+    se::cuda::run(f, *plan, memory.data(), stream);
   }
 };
 
@@ -76,8 +63,7 @@ const se::Registered<Cuda> registered("CUDA");
 // that follow, or "".
 extern "C" __attribute__((visibility("default"))) const char* se_fused_device_limits(int index, int64_t* out) try {
   const DeviceGuard guard(index);
-  const std::lock_guard<std::mutex> lock(mutex);
-  const se::Device& device = limits(index);
+  const se::Device& device = plans.device(index);
   *out++ = device.capability;
   *out++ = device.multiprocessors;
   *out++ = device.shared_per_block;
@@ -90,7 +76,4 @@ extern "C" __attribute__((visibility("default"))) const char* se_fused_device_li
   *out = dynamic_cast<const se::cuda::NeverRuns*>(&error) != nullptr;
   return reason.c_str();
 }
-extern "C" __attribute__((visibility("default"))) void se_fused_force_plan(const char* text) {
-  const std::lock_guard<std::mutex> lock(mutex);
-  forced = text;
-}
+extern "C" __attribute__((visibility("default"))) void se_fused_force_plan(const char* text) { plans.force(text); }

@@ -3,17 +3,20 @@
 // read and written are those of the plan.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <memory>
 #include <string>
 
 #include "../../csrc/cuda/kernels.h"
+#include "../../csrc/plan/cache.h"
 #include "../../csrc/stable.h"
 #include "machine.h"
 
 namespace {
 
-std::string device = "H200", forced;
-se::Plan last_plan;
+std::string device = "H200";
+se::Plans plans([](int index) { return se::device_presets()[index]; });
+std::shared_ptr<const se::Plan> last_plan;
 
 int64_t bytes(se::DType dtype) { return se::element_bytes(dtype); }
 
@@ -60,12 +63,11 @@ void watch(const se::Backward& f, int64_t map) {
 struct OnCpu {
   template <class Direction>
   static void run(const Direction& f, const se::Tensor&) {
-    const se::Device* found = nullptr;
-    for (const se::Device& preset : se::device_presets()) {
-      if (preset.name == device) found = &preset;
-    }
-    STD_TORCH_CHECK(found, "cuda_on_cpu: no device ", device);
-    const se::Plan plan = last_plan = se::make_plan(se::call_of(f), *found, forced);
+    const std::vector<se::Device>& known = se::device_presets();
+    const auto found = std::find_if(known.begin(), known.end(), [](auto& preset) { return preset.name == device; });
+    STD_TORCH_CHECK(found != known.end(), "cuda_on_cpu: no device ", device);
+    last_plan = plans.plan(se::call_of(f), static_cast<int>(found - known.begin()));
+    const se::Plan& plan = *last_plan;
     const std::unique_ptr<unsigned char[]> scratch(new unsigned char[plan.scratch_bytes]);
     cuda_on_cpu::forget_all();
     watch(f, f.n * f.c * f.l * bytes(f.dtype));
@@ -103,12 +105,12 @@ STABLE_TORCH_LIBRARY_IMPL(cuda_on_cpu, CPU, m) {
 
 CUDA_ON_CPU_API void cuda_on_cpu_setup(const char* device_name, const char* plan, uint64_t seed) {
   device = device_name;
-  forced = plan;
+  plans.force(plan);
   cuda_on_cpu::set_seed(seed);
 }
 CUDA_ON_CPU_API const char* cuda_on_cpu_plan() {
   static std::string text;
-  text = last_plan.text();
+  text = last_plan->text();
   return text.c_str();
 }
 CUDA_ON_CPU_API double cuda_on_cpu_wide_share() {

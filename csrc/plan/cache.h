@@ -1,0 +1,77 @@
+// The plans of calls that come again, because finding one takes a fraction of the time of making it.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <tuple>
+#include <unordered_map>
+#include <utility>
+
+#include "../plan.h"
+
+namespace se {
+
+// For any number of threads.
+class Plans {
+ public:
+  // Calls of a device: a model has tens of layers, so a process has some hundred. Inputs whose sizes never come again
+  // would fill any number; with an emptied cache a call costs no more than its plan takes to make.
+  static constexpr size_t kMost = 1024;
+
+  // limits: of the device with this index, asked once where it does not raise.
+  explicit Plans(std::function<Device(int index)> limits) : limits_(std::move(limits)) {}
+
+  const Device& device(int index) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return known(index).device;
+  }
+
+  // As make_plan; shared, because another thread may empty the cache meanwhile.
+  std::shared_ptr<const Plan> plan(const Call& call, int index) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    auto& [device, plans] = known(index);
+    const auto found = plans.find(call);
+    if (found != plans.end()) return found->second;
+    auto made = std::make_shared<const Plan>(make_plan(call, device, forced_));
+    if (plans.size() == kMost) plans.clear();
+    return plans.emplace(call, std::move(made)).first->second;
+  }
+
+  // The plan of the calls that follow; "": none.
+  void force(const std::string& text) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    forced_ = text;
+    for (auto& [index, device] : known_) device.plans.clear();
+  }
+
+ private:
+  struct Hash {
+    size_t operator()(const Call& call) const {
+      return std::apply(
+          [](auto... member) {
+            size_t hash = 0;
+            ((hash = hash * 0x9e3779b97f4a7c15 + static_cast<size_t>(member)), ...);
+            return hash;
+          },
+          members(call));
+    }
+  };
+  struct Known {
+    Device device;
+    std::unordered_map<Call, std::shared_ptr<const Plan>, Hash> plans;
+  };
+
+  Known& known(int index) {
+    const auto found = known_.find(index);
+    return found != known_.end() ? found->second : known_.emplace(index, Known{limits_(index), {}}).first->second;
+  }
+
+  std::function<Device(int index)> limits_;
+  std::mutex mutex_;  // of what follows
+  std::string forced_;
+  std::unordered_map<int, Known> known_;
+};
+
+}  // namespace se
