@@ -32,8 +32,10 @@ void* current_stream(int index) {
   return stream;
 }
 
-// From torch's caching allocator: safe in CUDA graphs, and on any number of streams and threads.
-Tensor scratch(int64_t bytes, int index) {
+// From torch's caching allocator: safe in CUDA graphs, and on any number of streams and threads. None for 0 bytes,
+// since torch takes as long for them as for any.
+se::OptionalTensor scratch(int64_t bytes, int index) {
+  if (bytes == 0) return {};
   const int64_t stride = 1;
   AtenTensorHandle memory = nullptr;
   se::check(aoti_torch_empty_strided(1, &bytes, &stride, aoti_torch_dtype_uint8(), aoti_torch_device_type_cuda(), index,
@@ -49,8 +51,8 @@ struct Cuda {
     const DeviceGuard guard(index);
     void* const stream = current_stream(index);
     const std::shared_ptr<const se::Plan> plan = plans.plan(se::call_of(f), index);
-    const Tensor memory = scratch(plan->scratch_bytes, index);
-    se::cuda::run(f, *plan, memory.data(), stream);
+    const se::OptionalTensor memory = scratch(plan->scratch_bytes, index);
+    se::cuda::run(f, *plan, memory ? memory->data() : nullptr, stream);
   }
 };
 
