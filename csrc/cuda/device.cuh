@@ -95,6 +95,23 @@ __device__ Accumulator<T> load_one(const T* p) {
   return v[0];
 }
 
+// Not __stwb, past which the compiler moves no access to memory. 16 bytes are one number to it: of a uint4 it may store
+// each member alone.
+template <class Raw>
+__device__ void write_global(Raw* p, const Raw& raw) {
+#ifdef __CUDACC__
+  if constexpr (sizeof(Raw) == 16) {
+    __int128 whole;
+    memcpy(&whole, &raw, sizeof(whole));
+    *reinterpret_cast<__int128*>(p) = whole;
+  } else {
+    *p = raw;
+  }
+#else
+  cuda_on_cpu::write(p, raw);
+#endif
+}
+
 // Left in the L2 as any store is: the next layer reads it.
 template <int V, class T>
 __device__ void store(T* p, const Accumulator<T> (&v)[V]) {
@@ -103,7 +120,7 @@ __device__ void store(T* p, const Accumulator<T> (&v)[V]) {
   for (int i = 0; i < V; ++i) elements[i] = narrow<T>(v[i]);
   typename Access<V * sizeof(T)>::Type raw;
   memcpy(&raw, elements, sizeof(raw));
-  __stwb(reinterpret_cast<typename Access<V * sizeof(T)>::Type*>(p), raw);
+  write_global(reinterpret_cast<typename Access<V * sizeof(T)>::Type*>(p), raw);
 }
 
 template <class T>

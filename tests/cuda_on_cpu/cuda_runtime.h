@@ -17,7 +17,6 @@
 #define __shfl_xor_sync(mask, value, offset) ::cuda_on_cpu::shuffle_xor(mask, value, offset, __FILE__, __LINE__)
 #define __ldg ::cuda_on_cpu::read
 #define __ldcs ::cuda_on_cpu::read
-#define __stwb ::cuda_on_cpu::write
 
 // Of integers only: sums of floats have an order.
 inline int atomicAdd(int* p, int v) { return cuda_on_cpu::atomic_add(p, v); }

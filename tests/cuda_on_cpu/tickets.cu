@@ -9,7 +9,7 @@ void take_tickets(int* tickets, int* counter) {
   int* arrived = se::cuda::shared_memory<int>();
   if (threadIdx.x == 0) *arrived = 0;
   __syncthreads();
-  if (atomicAdd(arrived, 1) == se::kThreads - 1) __stwb(tickets + blockIdx.x, atomicAdd(counter, 1));
+  if (atomicAdd(arrived, 1) == se::kThreads - 1) se::cuda::write_global(tickets + blockIdx.x, atomicAdd(counter, 1));
 }
 
 }  // namespace
