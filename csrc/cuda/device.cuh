@@ -7,9 +7,12 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <utility>
 
 #include "../plan.h"
 #include "../se.h"
@@ -226,7 +229,23 @@ inline void check(cudaError_t error, const char* name, const Plan& plan) {
                            plan.text());
 }
 
-constexpr int kPortableCluster = 8;
+// Lets `kernel` have, on the current device, clusters of 16 blocks and all the shared memory, in as many blocks as the
+// plan counts on. Once, under a lock and before the first launch: another thread may be about to launch it too.
+inline void allow_clusters(const void* kernel, const char* name, const Plan& plan) {
+  static std::mutex mutex;  // of what follows
+  static std::set<std::pair<const void*, int>> allowed;
+  int device = 0;
+  check(cudaGetDevice(&device), name, plan);
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.count({kernel, device})) return;
+  auto set = [&](cudaFuncAttribute attribute, int64_t value) {
+    check(cudaFuncSetAttribute(kernel, attribute, static_cast<int>(value)), name, plan);
+  };
+  set(cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_per_block);
+  set(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  set(cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  allowed.insert({kernel, device});
+}
 
 // `kernel` on the grid that the plan lists under `name`, in the clusters that it says.
 template <class... Parameters, class... Arguments>
@@ -243,12 +262,7 @@ void launch(const Plan& plan, const char* name, void* stream, void (*kernel)(Par
   attribute.val.clusterDim = {static_cast<unsigned>(planned.cluster), 1, 1};
   config.attrs = &attribute;
   config.numAttrs = planned.cluster > 0;
-  auto allow = [&](cudaFuncAttribute what, int64_t value) {
-    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), what, static_cast<int>(value)), name, plan);
-  };
-  // The same for every call: it belongs to the kernel, and another thread may be about to launch it.
-  if (planned.cluster > 0) allow(cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_per_block);
-  if (planned.cluster > kPortableCluster) allow(cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  if (planned.cluster > 0) allow_clusters(reinterpret_cast<const void*>(kernel), name, plan);
   check(cudaLaunchKernelEx(&config, kernel, arguments...), name, plan);
 }
 

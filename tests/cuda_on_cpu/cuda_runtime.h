@@ -61,8 +61,21 @@ struct dim3 {
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributeNonPortableClusterSizeAllowed };
-inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+enum cudaFuncAttribute {
+  cudaFuncAttributeMaxDynamicSharedMemorySize,
+  cudaFuncAttributePreferredSharedMemoryCarveout,
+  cudaFuncAttributeNonPortableClusterSizeAllowed
+};
+enum { cudaSharedmemCarveoutMaxShared = 100 };
+inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) {
+  ++cuda_on_cpu::runtime.set_attribute;
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetDevice(int* device) {
+  ++cuda_on_cpu::runtime.get_device;
+  *device = cuda_on_cpu::runtime.device;
+  return cudaSuccess;
+}
 inline const char* cudaGetErrorString(cudaError_t) { return "success"; }
 
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
@@ -82,10 +95,12 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs = 0;
 };
 
-// Runs the launch at once; what it finds is raised.
+// Runs the launch at once, if at all; what it finds is raised.
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                const Arguments&... arguments) {
+  ++cuda_on_cpu::runtime.launch;
+  if (cuda_on_cpu::runtime.only_counts) return cudaSuccess;
   const dim3 &grid = config->gridDim, &block = config->blockDim;
   const unsigned cluster = config->numAttrs ? config->attrs->val.clusterDim.x : 1;
   cuda_on_cpu::run({grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, cluster, config->dynamicSmemBytes,

@@ -7,6 +7,7 @@
 // phase ends. An error is kept, the launch abandoned, and std::runtime_error raised.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -56,6 +57,14 @@ struct Counters {
 const Counters& counters();
 void check_access(const void* p, size_t bytes, bool write);
 bool in_shared_memory(const void* p, size_t bytes);  // of this block
+
+// The runtime's calls by the code that launches, which can be counted alone, without a kernel that runs.
+struct Runtime {
+  std::atomic<int> set_attribute, get_device, launch;
+  bool only_counts;
+  static inline thread_local int device;  // the current one
+};
+inline Runtime runtime{};
 
 void set_seed(uint64_t seed);
 void run(Index grid, Index block, unsigned cluster, size_t shared_bytes, const std::function<void()>& kernel);
