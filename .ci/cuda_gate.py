@@ -1,8 +1,8 @@
 """Compiles the CUDA kernels for every architecture, without a GPU, and fails on what would be slow or would not load.
 
-A warning, a register spill, static shared memory, other registers than the committed table's (`--update` rewrites it),
-a hot kernel without 16-byte loads and stores, a library that torch cannot load or that needs a symbol which torch 2.10
-does not have.
+A warning, a register spill, static shared memory, other registers or instructions than the committed tables'
+(`--update` rewrites both), a hot kernel without 16-byte loads and stores, a vector loop that reads shared memory in
+pieces, a library that torch cannot load or that needs a symbol which torch 2.10 does not have.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
 
+import sass
 import torch
 import triton
 
@@ -26,7 +28,7 @@ from se_fused import native
 from se_fused.native import build, gpus, manifest, recipe, toolchain
 
 ROOT = Path(__file__).resolve().parents[1]
-TABLE = ROOT / "csrc" / "cuda" / "registers.csv"
+REGISTERS, INSTRUCTIONS = (ROOT / "csrc" / "cuda" / name for name in ("registers.csv", "instructions.csv"))
 SYMBOLS = ROOT / "tests" / "torch_2_10_symbols.txt"
 PROBES = ROOT / "benchmarks" / "gpu_probes" / "probes.cu"
 SASS_OF = "90"
@@ -34,13 +36,16 @@ SASS_OF = "90"
 TOGETHER = [tuple(group) for _, group in groupby(gpus.ARCHITECTURES, lambda sm: sm[0] if sm[0] == "8" else sm)]
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
+Code = dict[tuple[str, str], list[sass.Instruction]]  # of each kernel on each architecture
 
-def run(*command: str | Path, **environment: str) -> str:
+
+def run(*command: str | Path, folder: Path | None = None, **environment: str) -> str:
+    words = [str(word) for word in command]
     done = subprocess.run(
-        [str(word) for word in command], capture_output=True, text=True, check=False, env={**os.environ, **environment}
+        words, capture_output=True, text=True, check=False, cwd=folder, env={**os.environ, **environment}
     )
     if done.returncode != 0:
-        sys.exit(f"{' '.join(str(word) for word in command)}\n{done.stdout}{done.stderr}")
+        sys.exit(f"{' '.join(words)}\n{done.stdout}{done.stderr}")
     return done.stdout + done.stderr
 
 
@@ -70,49 +75,92 @@ def compile_one(source: Path, architectures: Sequence[str], folder: Path) -> dic
     return {(kernel, sm): int(count) for kernel, (_, sm, count, _) in zip(kernels, found, strict=True)}
 
 
-def compare(registers: dict[tuple[str, str], int], update: bool) -> None:
-    kernels = sorted({kernel for kernel, _ in registers})
-    rows = [[kernel, *(str(registers[kernel, sm]) for sm in gpus.ARCHITECTURES)] for kernel in kernels]
+def compare(table: Path, columns: Sequence[str], rows: list[list[str]], update: bool) -> list[str]:
+    """How the rows differ from the committed table; with `update`, the table is rewritten."""
     version = re.search(r"release ([\d.]+)", run(toolchain.nvcc(), "--version"))
     assert version is not None
-    header = [f"registers, nvcc {version[1]}", *(f"sm_{sm}" for sm in gpus.ARCHITECTURES)]
+    header = [f"{table.stem}, nvcc {version[1]}", *columns]
     if update:
-        with TABLE.open("w", newline="") as file:
+        with table.open("w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows([header, *rows])
-        return
-    with TABLE.open(newline="") as file:
+        return []
+    with table.open(newline="") as file:
         known = list(csv.reader(file))
     if known[0] != header:
         print(f"the table is of '{known[0][0]}', this is '{header[0]}': not compared")
-    elif known[1:] != rows:
-        changed = [row for row in rows if row not in known] + [["gone:", *row] for row in known[1:] if row not in rows]
-        sys.exit(f"{TABLE.name} differs; .ci/cuda_gate.py --update rewrites it:\n" + "\n".join(map(" ".join, changed)))
+        return []
+    if known[1:] == rows:
+        return []
+    changed = [row for row in rows if row not in known] + [["gone:", *row] for row in known[1:] if row not in rows]
+    return [f"{table.name} differs; .ci/cuda_gate.py --update rewrites it:", *map(" ".join, changed)]
+
+
+def compare_registers(registers: dict[tuple[str, str], int], update: bool) -> list[str]:
+    kernels = sorted({kernel for kernel, _ in registers})
+    rows = [[kernel, *(str(registers[kernel, sm]) for sm in gpus.ARCHITECTURES)] for kernel in kernels]
+    return compare(REGISTERS, [f"sm_{sm}" for sm in gpus.ARCHITECTURES], rows, update)
 
 
 def sass_of(path: Path) -> str:
     return run(TOOLS / "cuobjdump", "-sass", path, PATH=f"{TOOLS}:{os.environ['PATH']}")
 
 
-def check_wide_accesses(objects: list[Path], pool: Executor) -> None:
-    hot = 0
-    for sass in pool.map(sass_of, objects):
-        parts = re.split(r"\n\s+Function : (\w+)\n", sass)[1:]
-        for name, code in zip(short(parts[::2]), parts[1::2], strict=True):
-            writes = re.match(r"(scale|distribute)_|\w+_in_cluster", name) is not None
-            if "double" in name or not (writes or name.startswith("reduce_")):
-                continue
-            width = re.search(r"PositionShare<\w+, (\d+)|^reduce_\w+<(\d+)", name)
-            element = 2 if re.search("__half|__nv_bfloat16", name) else 4
-            if width and int(width[1] or width[2]) * element < 16:
-                continue
-            hot += 1
-            wide = ["LDG", "STG"] if writes else ["LDG"]
-            for wanted in [*wide, "LDGSTS"] if "cluster" in name else wide:
-                if not re.search(rf"{wanted}\.E\S*\.128", code):
-                    sys.exit(f"{name}: no {wanted}.E.128 in its SASS")
-    if hot < 20:
-        sys.exit(f"only {hot} hot kernels found in the SASS")
-    print(f"16-byte accesses in all {hot} hot kernels")
+def disassemble(binary: Path) -> Code:
+    folder = binary.with_suffix(".cubins")
+    folder.mkdir()
+    run(TOOLS / "cuobjdump", "-xelf", "all", binary, folder=folder)
+    code: Code = {}
+    for cubin in sorted(folder.iterdir()):
+        functions = sass.read(run(TOOLS / "nvdisasm", "-c", cubin))
+        sm = cubin.stem.rpartition("_")[2]
+        code |= {(name, sm): lines for name, lines in zip(short(list(functions)), functions.values(), strict=True)}
+    return code
+
+
+def compare_instructions(loops: dict[tuple[str, str], list[sass.Loop]], update: bool) -> list[str]:
+    """A row for each vector loop, and for all architectures on which it costs the same."""
+    same: dict[tuple[str, int, tuple[str, ...]], list[str]] = defaultdict(list)
+    for (name, sm), of in sorted(loops.items(), key=lambda item: gpus.ARCHITECTURES.index(item[0][1])):
+        for number, loop in enumerate(of):
+            same[name, number, loop.row()].append(sm)
+    known = sorted(same.items(), key=lambda item: (item[0][:2], gpus.ARCHITECTURES.index(item[1][0])))
+    rows = [[name, str(number), " ".join(sms), *row] for (name, number, row), sms in known]
+    return compare(INSTRUCTIONS, ["loop", "sm", *sass.COLUMNS], rows, update)
+
+
+def is_hot(name: str, sm: str) -> bool:
+    """Whether it moves maps in accesses of 16 bytes."""
+    if "double" in name or not re.match(r"(scale|distribute|reduce)_|\w+_in_cluster", name):
+        return False
+    if "in_cluster" in name and int(sm) < 90:
+        return False  # empty
+    width = re.search(r"PositionShare<\w+, (\d+)|^reduce_\w+<(\d+)", name)
+    element = 2 if re.search("__half|__nv_bfloat16", name) else 4
+    return not width or int(width[1] or width[2]) * element >= 16
+
+
+def faults(name: str, code: Sequence[sass.Instruction], loops: Sequence[sass.Loop]) -> list[str]:
+    """What makes a hot kernel slow."""
+    cluster = "in_cluster" in name
+    wanted = {"LDGSTS", "STG"} if cluster else {"LDG"} if name.startswith("reduce_") else {"LDG", "STG"}
+    if name.startswith("backward_in_cluster"):
+        wanted.add("LDG")  # forward_in_cluster may have no residual
+    missing = sorted(wanted - {one.kind for one in code})
+    return [f"no {kind}.128" for kind in missing] + (sass.pieces(code, loops) if cluster else [])
+
+
+def check_hot_kernels(code: Code, loops: dict[tuple[str, str], list[sass.Loop]]) -> list[str]:
+    guilty: dict[str, list[str]] = defaultdict(list)
+    for sm in gpus.ARCHITECTURES:
+        hot = sorted(name for name, of in code if of == sm and is_hot(name, sm))
+        if len(hot) < 20:
+            sys.exit(f"only {len(hot)} hot kernels found in the SASS for sm_{sm}")
+        for name in hot:
+            if found := faults(name, code[name, sm], loops[name, sm]):
+                guilty[f"{name}: {'; '.join(found)}"].append(f"sm_{sm}")
+    if not guilty:
+        print("16-byte accesses in all hot kernels")
+    return sorted(f"{what} ({', '.join(sms)})" for what, sms in guilty.items())
 
 
 def check_probes(folder: Path, pool: Executor) -> None:
@@ -176,11 +224,17 @@ def main() -> None:
         for (source, together), job in jobs.items():
             registers |= job.result()
             print(f"compiled {source.name} for sm_{', sm_'.join(together)}", flush=True)
-        compare(registers, "--update" in sys.argv)
-        objects = [folder / f"{source.stem}.{SASS_OF}.o" for source in sources]
-        check_wide_accesses(objects, pool)
+        update = "--update" in sys.argv
+        code: Code = {}
+        for part in pool.map(disassemble, [folder / f"{source.stem}.{sms[0]}.o" for source, sms in jobs]):
+            code |= part
+        loops = {key: sass.vector_loops(lines) for key, lines in code.items()}
+        failed = compare_registers(registers, update) + compare_instructions(loops, update)
+        failed += check_hot_kernels(code, loops)
         check_probes(folder, pool)
-        check_library(objects, folder, pool)
+        check_library([folder / f"{source.stem}.{SASS_OF}.o" for source in sources], folder, pool)
+    if failed:
+        sys.exit("\n".join(failed))
 
 
 if __name__ == "__main__":
