@@ -2,6 +2,7 @@
 // Pure host code without a CUDA header, so that the decisions are tested on any machine. Nothing else chooses.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <string>
@@ -13,12 +14,20 @@
 
 namespace se {
 
-constexpr int kThreads = 256;  // in every block
+constexpr int kThreads = 256;  // in a block of two_pass
+// Of a cluster on a multiprocessor, in blocks of 256 or 512: 80 and 128 registers each.
+constexpr int kMostForwardThreads = 768, kMostBackwardThreads = 512;
 constexpr int kTile = 1024;    // of a vector in shared memory while a matrix is multiplied by it
 constexpr int kSamples = 4;    // that share one reading of the weights, where any do
 constexpr int kColumns = 32;   // of a matrix that a warp takes; of a tile of weight gradients
-// Blocks of a cluster kernel that a multiprocessor holds, as far as their registers go: 80 and 128 a thread.
-constexpr int kForwardResidents = 3, kBackwardResidents = 2;
+
+#ifdef __CUDACC__
+#define SE_FUSED_BOTH __host__ __device__
+#else
+#define SE_FUSED_BOTH
+#endif
+// Where the next vector of numbers begins in shared memory, so that each can be read in 16 bytes.
+SE_FUSED_BOTH constexpr int64_t padded(int64_t numbers) { return (numbers + 3) / 4 * 4; }
 
 // The limits of a device that decisions depend on.
 struct Device {
@@ -28,6 +37,8 @@ struct Device {
   int64_t shared_per_block, shared_per_multiprocessor;  // bytes: what a block can ask for; what all its blocks share
   // How many clusters of 1, 2, 4, 8 and 16 blocks can run at once, each block alone on its multiprocessor: from sm_90.
   std::array<int, 5> clusters;
+  double bytes_per_us;  // of a copy, what is read and what is written
+  int64_t l2_bytes;
 };
 // Those whose numbers of clusters nobody has measured are predicted.
 const std::vector<Device>& device_presets();
@@ -70,6 +81,9 @@ struct Reduction {
   int width;       // bytes of an access
   int lanes;       // NCHW: threads along a row (8, 32 or 256). channels_last: threads along the channels, up to 32
   int splits;      // parts that the positions are cut into
+  // NCHW: rows that a block copies to shared memory first, where accesses of 16 bytes do not fit them, or 0; and the
+  // bytes of that copy, for each map.
+  int64_t rows, slab_bytes;
   int64_t chunks;  // channels_last: blocks side by side along the channels
 };
 
@@ -85,12 +99,9 @@ struct Elementwise {
 // How the blocks of a cluster hold a sample in shared memory.
 struct Residence {
   int size;                      // blocks
-  int samples;                   // of a cluster: 1, or forward and by channels kSamples
-  int64_t channels;              // that each excites
+  int64_t channels;              // that each has and excites
   int64_t slab_bytes;            // of its share of one map
   int64_t work;                  // numbers that its steps need in turn
-  bool wide;                     // whether the share is copied in 16 bytes
-  bool by_channels;              // channels_last: a block has its channels of every position, not its positions
   bool keeps_x, keeps_residual;  // backward: beside g
 };
 
@@ -99,6 +110,16 @@ struct Launch {
   int64_t blocks;
   int64_t shared_bytes;
   int cluster;  // blocks; 0: no cluster
+  int threads;  // in a block
+};
+
+// What a plan is predicted to take, in microseconds (plan/model.cpp).
+struct Prediction {
+  double launches;  // starting them
+  double memory;    // moving the bytes
+  double work;      // the instructions of the busiest multiprocessor
+  double waiting;   // for one thing after another: loads, exchanges, the layers
+  double us() const { return launches + std::max(memory, work) + waiting; }
 };
 
 struct Plan {
@@ -109,20 +130,21 @@ struct Plan {
   bool fused_hidden;         // two_pass: each block of the last launch computes h itself
   Residence residence;       // cluster
   int64_t shared_per_block;  // the limit of the device
-  std::string not_cluster;   // why two_pass
+  std::string other;         // why no other algorithm
+  Prediction predicted;
   int launch_count;
   std::array<Launch, 4> launches;
   int64_t map_bytes_read, map_bytes_written;
   int64_t scratch_bytes;
 
-  void add(const char* name, int64_t blocks, int64_t shared_bytes, int cluster = 0);
+  void add(const char* name, int64_t blocks, int64_t shared_bytes, int cluster = 0, int threads = kThreads);
   const Launch& launch(std::string_view name) const;
   std::string text() const;
 };
 
 // Raises std::invalid_argument, naming the limit, where no plan serves the call. `forced`, for tests and experiments:
-// any of two_pass, width=, lanes=, splits=, per_block= and fused_hidden=, or any of cluster, width=, lanes=, size=,
-// by_channels= and samples=, separated by spaces. fused_hidden= and samples= are of forward alone.
+// any of two_pass, width=, lanes=, splits=, per_block=, rows= and fused_hidden= (forward), or any of cluster, width=,
+// lanes=, size= and threads=, separated by spaces.
 Plan make_plan(const Call& call, const Device& device, const std::string& forced = "");
 
 }  // namespace se

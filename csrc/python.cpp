@@ -44,11 +44,11 @@ se::DType dtype_named(const std::string& name) {
   return found->second;
 }
 
-std::vector<std::tuple<std::string, int64_t, int64_t, int>> launches(const se::Plan& plan) {
-  std::vector<std::tuple<std::string, int64_t, int64_t, int>> list;
+std::vector<std::tuple<std::string, int64_t, int64_t, int, int>> launches(const se::Plan& plan) {
+  std::vector<std::tuple<std::string, int64_t, int64_t, int, int>> list;
   for (int i = 0; i < plan.launch_count; ++i) {
     const se::Launch& l = plan.launches[i];
-    list.emplace_back(l.name, l.blocks, l.shared_bytes, l.cluster);
+    list.emplace_back(l.name, l.blocks, l.shared_bytes, l.cluster, l.threads);
   }
   return list;
 }
@@ -87,22 +87,24 @@ PYBIND11_MODULE(_C, m) {
         "done, where it takes the dispatcher.");
 
   py::class_<se::Device>(m, "Device", "The limits of a GPU that plans depend on.")
-      .def(py::init<std::string, int, int, int64_t, int64_t, std::array<int, 5>>(), py::arg("name"),
+      .def(py::init<std::string, int, int, int64_t, int64_t, std::array<int, 5>, double, int64_t>(), py::arg("name"),
            py::arg("capability"), py::arg("multiprocessors"), py::arg("shared_per_block"),
-           py::arg("shared_per_multiprocessor"), py::arg("clusters"))
+           py::arg("shared_per_multiprocessor"), py::arg("clusters"), py::arg("bytes_per_us"), py::arg("l2_bytes"))
       .def_readonly("name", &se::Device::name)
       .def_readonly("capability", &se::Device::capability)
       .def_readonly("multiprocessors", &se::Device::multiprocessors)
       .def_readonly("shared_per_block", &se::Device::shared_per_block)
       .def_readonly("shared_per_multiprocessor", &se::Device::shared_per_multiprocessor)
-      .def_readonly("clusters", &se::Device::clusters);
+      .def_readonly("clusters", &se::Device::clusters)
+      .def_readonly("bytes_per_us", &se::Device::bytes_per_us)
+      .def_readonly("l2_bytes", &se::Device::l2_bytes);
   m.def("device_presets", &se::device_presets, "Known GPUs.");
   m.def("preset", &preset, py::arg("name"), "The known GPU of this name.");
 
   py::class_<se::Plan>(m, "Plan", "Which kernels serve a call (csrc/plan.h).")
       .def("__str__", &se::Plan::text)
       .def_property_readonly("launches", &launches,
-                             "Name, blocks, bytes of shared memory and blocks a cluster of each launch, in order.")
+                             "Name, blocks, bytes of shared memory, blocks of a cluster and threads of a block of each launch, in order.")
       .def_readonly("fused_hidden", &se::Plan::fused_hidden)
       .def_readonly("map_bytes_read", &se::Plan::map_bytes_read)
       .def_readonly("map_bytes_written", &se::Plan::map_bytes_written)
@@ -110,8 +112,8 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("width", [](const se::Plan& p) { return p.reduction.width; })
       .def_property_readonly("lanes", [](const se::Plan& p) { return p.reduction.lanes; })
       .def_property_readonly("splits", [](const se::Plan& p) { return p.reduction.splits; })
-      .def_property_readonly("by_channels", [](const se::Plan& p) { return p.residence.by_channels; })
-      .def_property_readonly("samples", [](const se::Plan& p) { return p.residence.samples; })
+      .def_property_readonly("rows", [](const se::Plan& p) { return p.reduction.rows; })
+      .def_property_readonly("predicted_us", [](const se::Plan& p) { return p.predicted.us(); })
       .def_property_readonly("per_block", [](const se::Plan& p) { return p.elementwise.per_block; });
   m.def("plan", &plan, py::arg("device"), py::kw_only(), py::arg("backward") = false, py::arg("n"), py::arg("c"),
         py::arg("r"), py::arg("l"), py::arg("dtype") = "float32", py::arg("channels_last") = false,

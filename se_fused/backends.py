@@ -142,7 +142,7 @@ def _ask_gpu(index: int) -> list[int] | str:
     """
     if index not in _gpus:
         assert _cuda is not None
-        limits = (ctypes.c_int64 * 9)()
+        limits = (ctypes.c_int64 * 11)()
         reason = _cuda.se_fused_device_limits(index, limits)
         answer = list(limits) if reason is None else f"it does not run on cuda:{index}: {reason.decode()}"
         if reason is not None and not limits[0]:

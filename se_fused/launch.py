@@ -90,7 +90,7 @@ def plan(x: Tensor, r: int, squeeze: str, pre_act: bool, residual: bool, post_ac
     """What the CUDA backend launches for a forward call (csrc/plan.h), in words."""
     facts = native.load_facts()
     limits = backends.cuda_limits(x.device.index)
-    device = facts.Device(torch.cuda.get_device_name(x.device), *limits[:4], limits[4:])
+    device = facts.Device(torch.cuda.get_device_name(x.device), *limits[:4], limits[4:9], *limits[9:])
     n, c = x.shape[:2]
     return str(
         facts.plan(

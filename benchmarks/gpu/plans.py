@@ -16,7 +16,7 @@ from .layer import BATCHES, LAYOUTS, shapes
 from .worker import Rows, Worker
 
 FIELDS = ("shape", "r", "dtype", "layout", "direction", "plan", "p20_us", "p50_us", "p80_us", "ratio_to_planner")
-SIZES = (1, 2, 4, 8, 16)
+SIZES, THREADS = (1, 2, 4, 8, 16), (256, 512)
 PLANNERS = "planner's"
 
 
@@ -29,13 +29,8 @@ def rows() -> list[Row]:
     ]
 
 
-def plans_of(row: Row) -> list[str]:
-    """All that may serve a row beside the planner's choice."""
-    sizes = [f"cluster size={size}" for size in SIZES]
-    if row.layout != "contiguous":
-        sizes = [f"{plan} by_channels={by}" for plan in sizes for by in (0, 1)]
-    together = ["cluster samples=4"] if row.direction == "forward" and row.shape.n > 1 else []
-    return ["two_pass", *sizes, *together]
+# All that may serve a call beside the planner's choice.
+PLANS = ["two_pass", *(f"cluster size={size} threads={threads}" for size in SIZES for threads in THREADS)]
 
 
 def measure(row: Row, worker: Worker) -> Times:
@@ -47,7 +42,7 @@ def measure(row: Row, worker: Worker) -> Times:
     count = calls.replay_calls(row, sets)
     replays = {}
     with torch.set_grad_enabled(row.direction == "both"):
-        for plan in ["", *(plans_of(row) if worker.backend == "cuda" else [])]:
+        for plan in ["", *(PLANS if worker.backend == "cuda" else [])]:
             try:
                 with se_fused.use_backend(worker.backend, plan):
                     replay = calls.Replay(functions, count, device)

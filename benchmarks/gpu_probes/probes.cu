@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads) exchange_by_barrier(float* out, int 
     float* mine = parts + round % 2 * count;
     if (i < count) mine[i] = number(cluster.rank, i, round);
     cluster.sync();
-    if (i < count) total += sum_over_blocks(cluster, mine, i);
+    if (i < count) total += cluster.sum(mine, i);
   }
   if (i < count) store_one(out + int64_t{blockIdx.x} * count + i, total);
   cluster.sync();

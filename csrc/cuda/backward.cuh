@@ -6,6 +6,12 @@
 
 namespace se::cuda {
 
+// Neither an activation of the maps nor a maximum: a residual then only adds to what is stored.
+inline bool is_plain(const Backward& f) {
+  return f.options.squeeze == Squeeze::kMean && f.options.pre_act == Activation::kIdentity &&
+         f.options.post_act == Activation::kIdentity;
+}
+
 // [N, splits, C] each; maxima and ties are null where `squeeze` is the mean.
 template <class A>
 struct Partial {
@@ -13,8 +19,9 @@ struct Partial {
   int splits;
 
   __device__ A gate(const Backward& f, int64_t n, int64_t channel) const {
-    A sum = 0;
-    for (int split = 0; split < splits; ++split) sum += load_one(ds + (n * splits + split) * f.c + channel);
+    const A* partial = ds + n * splits * f.c + channel;
+    A sum = load_one(partial);
+    merge_splits(partial, splits, f.c, [&](A other) { sum += other; });
     return sum;
   }
   __device__ void maximum(const Backward& f, int64_t n, int64_t channel, A& max, A& count) const {
@@ -28,9 +35,10 @@ struct Partial {
   }
 };
 
+// The gate of a row of [N, C].
 template <class A>
-__device__ A gate_of(const Backward& f, int64_t n, int64_t channel) {
-  return activate_one(f.options.gate, f.options, load_one(static_cast<const A*>(f.p2) + n * f.c + channel));
+__device__ A gate_of(const Backward& f, int64_t row) {
+  return activate_one(f.options.gate, f.options, load_one(static_cast<const A*>(f.p2) + row));
 }
 
 // dp2 = ds gate'(p2)
@@ -47,73 +55,111 @@ __device__ A hidden_gradient_of(const Backward& f, int64_t n, int64_t k, A dh) {
 
 __device__ inline bool has_max(const Backward& f) { return f.options.squeeze != Squeeze::kMean; }
 
-// Where the maps are read (device.cuh).
-template <class G, class X>
+// Where the maps are read (device.cuh). kPlain: neither an activation of the maps nor a maximum, so that dx does not
+// depend on x. F: Backward, or a reference to a kernel's parameter, of which a copy would lie in local memory.
+template <class T, class G, class X, bool kPlain, class F = Backward>
 struct Maps {
+  using A = Accumulator<T>;
+  template <int V>
+  struct Fetched {
+    Vector<V, T> g, x, residual;
+  };
+
+  F f;
   G g;
   X x, residual;
+
+  __device__ bool has_post() const { return !kPlain && f.options.post_act != Activation::kIdentity; }
+  __device__ bool has_own_residual() const { return has_post() && f.residual && f.residual != f.x; }
+  template <int V>
+  __device__ Fetched<V> fetch(Index at, bool reads_x) const {
+    Fetched<V> fetched{};
+    fetched.g = g.template load<V>(at);
+    if (reads_x) fetched.x = x.template load<V>(at);
+    if (has_own_residual()) fetched.residual = residual.template load<V>(at);
+    return fetched;
+  }
+  // u and dv of V elements, whose gates are s; raw: x as it was.
+  template <int V>
+  __device__ void gradient_of_v(const Fetched<V>& fetched, bool reads_x, const A (&s)[V], A (&raw)[V], A (&u)[V],
+                                A (&dv)[V]) const {
+    fetched.g.unpack(dv);
+    if (!reads_x) return;
+    fetched.x.unpack(raw);
+    fetched.x.unpack(u);
+    if constexpr (!kPlain) activate<T>(f.options.pre_act, f.options, u);
+    if (!has_post()) return;
+    A v[V], residual[V];
+    fetched.x.unpack(residual);
+    if (has_own_residual()) fetched.residual.unpack(residual);
+#pragma unroll
+    for (int i = 0; i < V; ++i) v[i] = f.residual ? u[i] * s[i] + residual[i] : u[i] * s[i];
+    chain<T>(f.options.post_act, f.options, v, dv);
+  }
 };
 
-// u and dv of V elements from `at` on, whose gates are s; raw: x as it was.
-template <class T, int V, class M, class A = Accumulator<T>>
-__device__ void gradient_of_v(const Backward& f, const M& maps, int64_t at, bool reads_x, const A (&s)[V], A (&raw)[V],
-                              A (&u)[V], A (&dv)[V]) {
-  maps.g.load(at, dv);
-  if (!reads_x) return;
-  maps.x.load(at, raw);
-#pragma unroll
-  for (int i = 0; i < V; ++i) u[i] = raw[i];
-  activate<T>(f.options.pre_act, f.options, u);
-  if (f.options.post_act == Activation::kIdentity) return;
-  A v[V], residual[V];
-#pragma unroll
-  for (int i = 0; i < V; ++i) residual[i] = raw[i];
-  if (f.residual && f.residual != f.x) maps.residual.load(at, residual);
-#pragma unroll
-  for (int i = 0; i < V; ++i) v[i] = f.residual ? u[i] * s[i] + residual[i] : u[i] * s[i];
-  chain<T>(f.options.post_act, f.options, v, dv);
-}
+template <class A, bool kPlain>
+struct GateGradient {
+  A ds, max, ties;
+};
+template <class A>
+struct GateGradient<A, true> {
+  A ds;
+};
 
 // A reduction (reduce.cuh) to ds, and for the maximum its value and the number of positions that share it.
-template <class T, class M>
+template <class T, class M, bool kPlain>
 struct GateGradientOperation {
   using A = Accumulator<T>;
-  struct Part {
-    A ds, max, ties;
-  };
+  using Part = GateGradient<A, kPlain>;
   template <int V>
   struct Context {
     A s[V];
   };
-  static constexpr int kBlocks = kBackwardBlocks;
+  static constexpr int kBlocks = kBackwardBlocks<kPlain, A>, kAhead = kPlain ? 4 : 2;
 
-  Backward f;
   M maps;
 
-  __device__ Part empty() const { return {0, -INFINITY, 0}; }
+  __device__ Part empty() const {
+    if constexpr (kPlain) return {0};
+    else return {0, -INFINITY, 0};
+  }
   __device__ Part merge(const Part& a, const Part& b) const {
-    const A ties = a.max > b.max ? a.ties : a.max == b.max ? a.ties + b.ties : b.ties;
-    return {a.ds + b.ds, max_keep_nan(a.max, b.max), ties};
+    if constexpr (kPlain) {
+      return {a.ds + b.ds};
+    } else {
+      const A ties = a.max > b.max ? a.ties : a.max == b.max ? a.ties + b.ties : b.ties;
+      return {a.ds + b.ds, max_keep_nan(a.max, b.max), ties};
+    }
   }
   __device__ Part shuffle_xor(const Part& p, int offset) const {
-    return {cuda::shuffle_xor(p.ds, offset), cuda::shuffle_xor(p.max, offset), cuda::shuffle_xor(p.ties, offset)};
+    const A ds = cuda::shuffle_xor(p.ds, offset);
+    if constexpr (kPlain) return {ds};
+    else return {ds, cuda::shuffle_xor(p.max, offset), cuda::shuffle_xor(p.ties, offset)};
   }
   template <int V>
-  __device__ Context<V> context(int64_t n, int64_t channel, int step) const {
+  __device__ Context<V> context(int64_t row, int step) const {
     Context<V> context{};
-    if (f.options.post_act == Activation::kIdentity) return context;
+    if (!maps.has_post()) return context;
 #pragma unroll
-    for (int i = 0; i < V; ++i) context.s[i] = gate_of<A>(f, n, channel + i * step);
+    for (int i = 0; i < V; ++i) context.s[i] = gate_of<A>(maps.f, row + i * step);
     return context;
   }
   template <int V>
-  __device__ void add(int64_t at, const Context<V>& context, Part (&parts)[V]) const {
+  __device__ auto fetch(Index at) const {
+    return maps.template fetch<V>(at, true);
+  }
+  template <int V>
+  __device__ void add(const typename M::template Fetched<V>& fetched, const Context<V>& context,
+                      Part (&parts)[V]) const {
     A raw[V], u[V], dv[V];
-    gradient_of_v<T>(f, maps, at, true, context.s, raw, u, dv);
+    maps.gradient_of_v(fetched, true, context.s, raw, u, dv);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       parts[i].ds += dv[i] * u[i];
-      if (has_max(f)) parts[i] = merge({0, u[i], 1}, parts[i]);
+      if constexpr (!kPlain) {
+        if (has_max(maps.f)) parts[i] = merge({0, u[i], 1}, parts[i]);
+      }
     }
   }
 };
@@ -128,7 +174,7 @@ struct Channels {
       : s(memory), mean_share(s + count), max(mean_share + count), max_share(max + count) {}
 
   __device__ void set(const Backward& f, int i, int64_t n, int64_t channel, A dz, A maximum, A ties) const {
-    s[i] = gate_of<A>(f, n, channel);
+    s[i] = gate_of<A>(f, n * f.c + channel);
     if (f.options.squeeze == Squeeze::kMeanMax) dz /= 2;
     mean_share[i] = f.options.squeeze == Squeeze::kMax ? A(0) : dz / static_cast<A>(f.l);
     if (!has_max(f)) return;
@@ -138,33 +184,70 @@ struct Channels {
   }
 };
 
-// dx and dresidual of the V elements from `at` on. expand(values, along): the values of their channels.
-template <class T, int V, class M, class Expand, class A = Accumulator<T>>
-__device__ void distribute(const Backward& f, const M& maps, const Channels<A>& channels, int64_t at, Expand&& expand) {
-  const bool reads_x = f.options.post_act != Activation::kIdentity ||
-                       (f.dx && (has_max(f) || f.options.pre_act != Activation::kIdentity));
-  A s[V], raw[V], u[V], dv[V], du[V], along[V];
-  expand(channels.s, s);
-  gradient_of_v<T>(f, maps, at, reads_x, s, raw, u, dv);
-  if (f.dresidual) store<V>(static_cast<T*>(f.dresidual) + at, dv);
-  if (!f.dx) return;
-  expand(channels.mean_share, along);
-#pragma unroll
-  for (int i = 0; i < V; ++i) du[i] = dv[i] * s[i] + along[i];
-  if (has_max(f)) {
-    A max[V];
-    expand(channels.max, max);
-    expand(channels.max_share, along);
-    // A product, as PyTorch's: an infinite or NaN dz makes the other positions NaN.
-#pragma unroll
-    for (int i = 0; i < V; ++i) du[i] += (u[i] == max[i] ? A(1) : A(0)) * along[i];
+// dx and dresidual of a share's elements (elementwise.cuh).
+template <class T, class M, bool kPlain>
+struct DistributeOperation {
+  using A = Accumulator<T>;
+  static constexpr int kAhead = kPlain ? 4 : 2;
+  template <int V>
+  using Fetched = typename M::template Fetched<V>;
+  template <int V>
+  struct Gathered {
+    A s[V], mean_share[V], max[V], max_share[V];
+  };
+
+  M maps;
+  Channels<A> channels;
+
+  __device__ bool reads_x() const {
+    const Backward& f = maps.f;
+    return !kPlain && (f.options.post_act != Activation::kIdentity ||
+                       (f.dx && (has_max(f) || f.options.pre_act != Activation::kIdentity)));
   }
-  if (f.options.pre_act != Activation::kIdentity) chain<T>(f.options.pre_act, f.options, raw, du);
-  if (f.residual_is_x) {
-#pragma unroll
-    for (int i = 0; i < V; ++i) du[i] += dv[i];
+  template <int V>
+  __device__ Fetched<V> fetch(Index at) const {
+    return maps.template fetch<V>(at, reads_x());
   }
-  store<V>(static_cast<T*>(f.dx) + at, du);
+  template <int V, class Along>
+  __device__ Gathered<V> gather(Along&& along) const {
+    Gathered<V> gathered{};
+    along(channels.s, gathered.s);
+    along(channels.mean_share, gathered.mean_share);
+    if (!kPlain && has_max(maps.f)) {
+      along(channels.max, gathered.max);
+      along(channels.max_share, gathered.max_share);
+    }
+    return gathered;
+  }
+  template <int V>
+  __device__ void finish(Index at, const Gathered<V>& gathered, const Fetched<V>& fetched) const {
+    const Backward& f = maps.f;
+    A raw[V], u[V], dv[V], du[V];
+    maps.gradient_of_v(fetched, reads_x(), gathered.s, raw, u, dv);
+    if (f.dresidual) store<V>(static_cast<T*>(f.dresidual) + at.at, dv);
+    if (!f.dx) return;
+#pragma unroll
+    for (int i = 0; i < V; ++i) du[i] = dv[i] * gathered.s[i] + gathered.mean_share[i];
+    if constexpr (!kPlain) {
+      if (has_max(f)) {
+        // A product, as PyTorch's: an infinite or NaN dz makes the other positions NaN.
+#pragma unroll
+        for (int i = 0; i < V; ++i) du[i] += (u[i] == gathered.max[i] ? A(1) : A(0)) * gathered.max_share[i];
+      }
+      if (f.options.pre_act != Activation::kIdentity) chain<T>(f.options.pre_act, f.options, raw, du);
+    }
+    if (f.residual_is_x) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) du[i] += dv[i];
+    }
+    store<V>(static_cast<T*>(f.dx) + at.at, du);
+  }
+};
+
+// body(std::bool_constant<kPlain>())
+template <class Body>
+void with_form(const Backward& f, Body&& body) {
+  is_plain(f) ? body(std::true_type()) : body(std::false_type());
 }
 
 template <class A>

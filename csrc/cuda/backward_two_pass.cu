@@ -9,38 +9,48 @@
 // Needs:  nothing: any shape, alignment and device.
 // Why:    the fallback of every faster algorithm; W1 is read once a sample, because a block needs its own columns only.
 #include "backward.cuh"
-#include "elementwise.cuh"
 #include "kernels.h"
-#include "reduce.cuh"
+#include "slab.cuh"
 
 namespace se::cuda {
 namespace {
 
-template <class T>
-using GlobalMaps = Maps<Global<T>, Global<T>>;
+template <class T, bool kPlain>
+using GlobalMaps = Maps<T, Global<T>, Global<T>, kPlain>;
 
-template <class T, class A = Accumulator<T>>
-struct StoredGateGradient : GateGradientOperation<T, GlobalMaps<T>> {
-  using Base = GateGradientOperation<T, GlobalMaps<T>>;
+template <class T, bool kPlain, class A = Accumulator<T>>
+struct StoredGateGradient : GateGradientOperation<T, GlobalMaps<T, kPlain>, kPlain> {
+  using Base = GateGradientOperation<T, GlobalMaps<T, kPlain>, kPlain>;
   Partial<A> out;
 
-  __device__ void store(int64_t n, int64_t split, int64_t channel, const typename Base::Part& p) const {
-    const int64_t at = (n * out.splits + split) * this->f.c + channel;
+  __device__ const Problem& problem() const { return this->maps.f; }
+  template <class Copy>
+  __device__ auto staged(Copy&& copy) const {
+    using Staged = Maps<T, Slab<T>, Slab<T>, kPlain, const Backward&>;
+    const auto& maps = this->maps;
+    return GateGradientOperation<T, Staged, kPlain>{
+        Staged{maps.f, copy(maps.g.map), copy(maps.x.map),
+               maps.has_own_residual() ? copy(maps.residual.map) : Slab<T>{}}};
+  }
+  __device__ void store(int64_t row, unsigned split, const typename Base::Part& p) const {
+    const int64_t at = place_of_split(row, split, out.splits, this->maps.f.c);
     store_one(out.ds + at, p.ds);
-    if (!out.maxima) return;
-    store_one(out.maxima + at, p.max);
-    store_one(out.ties + at, p.ties);
+    if constexpr (!kPlain) {
+      if (!out.maxima) return;
+      store_one(out.maxima + at, p.max);
+      store_one(out.ties + at, p.ties);
+    }
   }
 };
 
 template <class T, class A = Accumulator<T>>
-__global__ void __launch_bounds__(kThreads, kBackwardBlocks) hidden_gradient(Backward f, Partial<A> partial, A* dp1) {
+__global__ void __launch_bounds__(kThreads, kBackwardBlocks<true, A>) hidden_gradient(const __grid_constant__ Backward f, Partial<A> partial, A* dp1) {
   const auto column_blocks = static_cast<unsigned>((f.r + kColumns - 1) / kColumns);
   const int64_t r0 = int64_t{blockIdx.x % column_blocks} * kColumns;
   const int64_t n0 = int64_t{blockIdx.x / column_blocks} * kSamples;
   const int columns = static_cast<int>(f.r - r0 < kColumns ? f.r - r0 : kColumns);
   const int samples = static_cast<int>(f.n - n0 < kSamples ? f.n - n0 : kSamples);
-  A *tile = shared_memory<A>(), *warps = tile + kSamples * kTile, *dh = warps + kSamples * kThreads;
+  A *tile = shared_memory<A>(), *warps = tile + kSamples * kTile, *dh = warps + kWarpSums<T>;
   const Matrix<T> w2{f.w2, f.weight_dtype, f.r};
   transposed_product<kSamples>(w2.from(0, r0), f.c, columns, samples, tile, warps, dh, [&](int s, int64_t k) {
     return gate_gradient(f, n0 + s, k, partial.gate(f, n0 + s, k));
@@ -53,7 +63,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks) hidden_gradient(Bac
 
 template <class T, class Share, class A = Accumulator<T>>
 __device__ Channels<A> excite_backward(const Backward& f, const Partial<A>& partial, const A* dp1, const Share& share) {
-  A *tile = shared_memory<A>(), *warps = tile + kTile, *values = warps + kThreads;
+  A *tile = shared_memory<A>(), *warps = tile + kTile, *values = warps + kWarpSums<T>;
   const Channels<A> out(values, share.channels);
   const int64_t n = share.n;
   const Matrix<T> w1{f.w1, f.weight_dtype, f.c}, w2{f.w2, f.weight_dtype, f.c};
@@ -73,16 +83,13 @@ __device__ Channels<A> excite_backward(const Backward& f, const Partial<A>& part
   return out;
 }
 
-template <class T, class Share, class A = Accumulator<T>>
-__global__ void __launch_bounds__(kThreads, kBackwardBlocks)
-    distribute_share(Backward f, GlobalMaps<T> maps, Partial<A> partial, const A* dp1, Elementwise e, Divisor by) {
-  const Share share(f, e, by);
-  const Channels<A> channels = excite_backward<T>(f, partial, dp1, share);
-  share.walk([&](auto width, const Place& place) {
-    constexpr int V = decltype(width)::value;
-    distribute<T, V>(f, maps, channels, place.at,
-                     [&](const A* values, A(&along)[V]) { share.along(values, place, along); });
-  });
+// In reverse: what the reduction has read last is still in the L2.
+template <class T, class Share, bool kPlain, class A = Accumulator<T>>
+__global__ void __launch_bounds__(kThreads, kBackwardBlocks<kPlain, A>)
+    distribute_share(const __grid_constant__ GlobalMaps<T, kPlain> maps, Partial<A> partial, const A* dp1, Elementwise e, Divisor by) {
+  const Share share(maps.f, e, by, gridDim.x - 1 - blockIdx.x);
+  const Channels<A> channels = excite_backward<T>(maps.f, partial, dp1, share);
+  share.walk(DistributeOperation<T, GlobalMaps<T, kPlain>, kPlain>{maps, channels});
 }
 
 }  // namespace
@@ -100,16 +107,19 @@ void backward_two_pass(const Backward& f, const Plan& plan, void* scratch, void*
       free += 2 * parts;
     }
     A* dp1 = free;
-    const GlobalMaps<T> maps{
-        {static_cast<const T*>(f.g)}, {static_cast<const T*>(f.x)}, {static_cast<const T*>(f.residual)}};
-    launch_reduction<T>(plan, "reduce", stream, StoredGateGradient<T>{{f, maps}, partial});
-    if (f.r) launch(plan, "hidden_gradient", stream, hidden_gradient<T>, f, partial, dp1);
-    if (f.dx || f.dresidual) {
-      with_share<T>(plan.call, plan.elementwise, [&](auto* share, const Divisor& by) {
+    with_form(f, [&](auto plain) {
+      constexpr bool kPlain = plain.value;
+      const GlobalMaps<T, kPlain> maps{
+          f, {static_cast<const T*>(f.g)}, {static_cast<const T*>(f.x)}, {static_cast<const T*>(f.residual)}};
+      launch_reduction<T>(plan, "reduce", stream, StoredGateGradient<T, kPlain>{{maps}, partial});
+      if (f.r) launch(plan, "hidden_gradient", stream, hidden_gradient<T>, f, partial, dp1);
+      if (!f.dx && !f.dresidual) return;
+      with_share<T>(plan.call, plan.elementwise, [&](auto* share) {
         using Share = std::remove_pointer_t<decltype(share)>;
-        launch(plan, "distribute", stream, distribute_share<T, Share>, f, maps, partial, dp1, plan.elementwise, by);
+        launch(plan, "distribute", stream, distribute_share<T, Share, kPlain>, maps, partial, dp1, plan.elementwise,
+               Divisor(f.l));
       });
-    }
+    });
     if (f.dw1 || f.db1 || f.dw2 || f.db2) launch_weight_gradients(f, plan, partial, dp1, stream);
   });
 }

@@ -71,6 +71,8 @@ extern "C" __attribute__((visibility("default"))) const char* se_fused_device_li
   *out++ = device.shared_per_block;
   *out++ = device.shared_per_multiprocessor;
   for (const int clusters : device.clusters) *out++ = clusters;
+  *out++ = static_cast<int64_t>(device.bytes_per_us);
+  *out++ = device.l2_bytes;
   return nullptr;
 } catch (const std::exception& error) {
   thread_local std::string reason;

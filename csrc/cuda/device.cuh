@@ -20,11 +20,26 @@
 namespace se::cuda {
 
 constexpr int kWarp = 32, kWarps = kThreads / kWarp;
-// Blocks a multiprocessor must be able to hold: 64 registers a thread forward in float32, 128 else, where the general
-// form (any activation, ties of the maximum) spills with fewer.
-template <class A>
-constexpr int kForwardBlocks = sizeof(A) == 8 ? 2 : 4;
-constexpr int kBackwardBlocks = 2;
+// Blocks of two_pass that a multiprocessor must be able to hold: 64 registers a thread where the plain forms do with
+// them, 128 in float64 and in the general form of backward, else 80; with fewer they spill. With four loads of 16 bytes
+// a thread under way, 768 threads have 48 KB under way; an H200 needs 32 KB (4.3 TB/s in 1 us over 132 multiprocessors).
+template <bool kPlain, class A>
+constexpr int kForwardBlocks = sizeof(A) == 8 ? 2 : kPlain ? 4 : 3;
+template <bool kPlain, class A>
+constexpr int kBackwardBlocks = sizeof(A) == 8 || !kPlain ? 2 : 3;
+
+__device__ inline int thread() { return static_cast<int>(threadIdx.x); }
+__device__ inline int threads() { return static_cast<int>(blockDim.x); }
+
+// The threads of a block in groups of `lanes`, a power of two.
+struct Groups {
+  int lanes, shift;
+
+  __device__ explicit Groups(int lanes) : lanes(lanes) { shift = __popc(lanes - 1); }
+  __device__ int lane() const { return thread() & (lanes - 1); }
+  __device__ int group() const { return thread() >> shift; }
+  __device__ int count() const { return threads() >> shift; }
+};
 
 template <class T>
 using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -71,30 +86,42 @@ struct Access<16> {
   using Type = uint4;
 };
 
-template <int V, class T, class Raw>
-__device__ void unpack(const Raw& raw, Accumulator<T> (&v)[V]) {
-  T elements[V];
-  memcpy(elements, &raw, sizeof(raw));
+// V consecutive elements as one access brings them. Loads return it by value: read in place, element by element, 16 bytes
+// of shared memory would take eight accesses.
+template <int V, class T>
+struct Vector {
+  typename Access<V * sizeof(T)>::Type raw;
+
+  __device__ void unpack(Accumulator<T> (&v)[V]) const {
+    T elements[V];
+    memcpy(elements, &raw, sizeof(raw));
 #pragma unroll
-  for (int i = 0; i < V; ++i) v[i] = widen(elements[i]);
+    for (int i = 0; i < V; ++i) v[i] = widen(elements[i]);
+  }
+};
+
+// Of memory that the launch does not write. All loads: from p, aligned to V * sizeof(T).
+template <int V, class T>
+__device__ Vector<V, T> load(const T* p) {
+  return {__ldg(reinterpret_cast<const typename Access<V * sizeof(T)>::Type*>(p))};
 }
 
-// V consecutive elements, aligned to V * sizeof(T), of memory that the launch does not write.
+// Of what is not read again: first to leave the caches. Coherent, because y may be written over x.
 template <int V, class T>
-__device__ void load(const T* p, Accumulator<T> (&v)[V]) {
-  unpack<V, T>(__ldg(reinterpret_cast<const typename Access<V * sizeof(T)>::Type*>(p)), v);
+__device__ Vector<V, T> load_streaming(const T* p) {
+  return {__ldcs(reinterpret_cast<const typename Access<V * sizeof(T)>::Type*>(p))};
 }
 
-// The same for what is not read again: first to leave the caches. Coherent, because y may be written over x.
+// Of shared memory.
 template <int V, class T>
-__device__ void load_streaming(const T* p, Accumulator<T> (&v)[V]) {
-  unpack<V, T>(__ldcs(reinterpret_cast<const typename Access<V * sizeof(T)>::Type*>(p)), v);
+__device__ Vector<V, T> load_shared(const T* p) {
+  return {*reinterpret_cast<const typename Access<V * sizeof(T)>::Type*>(p)};
 }
 
 template <class T>
 __device__ Accumulator<T> load_one(const T* p) {
   Accumulator<T> v[1];
-  load<1>(p, v);
+  load<1>(p).unpack(v);
   return v[0];
 }
 
@@ -132,33 +159,90 @@ __device__ void store_one(T* p, Accumulator<T> v) {
   store<1>(p, one);
 }
 
-// Where a kernel reads a map: Global, in global memory; Streamed, there for the last time; Resident, in shared memory,
-// where a block's share of it begins with element `first` of the map. at: an index into the map.
+// Asks for the line of p, so that it is in the L2 when it is read.
+__device__ inline void prefetch(const void* p) {
+#ifdef __CUDACC__
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+#else
+  cuda_on_cpu::check_access(p, 1, false);
+#endif
+}
+
+// An element of a map: `at` counts from the map's begin, `e` in the copy of a block's share in shared memory.
+struct Index {
+  int64_t at;
+  unsigned e;
+};
+
+// Where a kernel reads a map: Global, in global memory; Streamed, there for the last time; Slab, in shared memory.
+// kAhead: loads of a thread under way; shared memory answers in 30 cycles, which other threads fill.
 template <class T>
 struct Global {
+  static constexpr int kAhead = 4;
   const T* map;
   template <int V>
-  __device__ void load(int64_t at, Accumulator<T> (&v)[V]) const {
-    cuda::load<V>(map + at, v);
+  __device__ Vector<V, T> load(Index i) const {
+    return cuda::load<V>(map + i.at);
   }
 };
 template <class T>
 struct Streamed {
+  static constexpr int kAhead = 4;
   const T* map;
   template <int V>
-  __device__ void load(int64_t at, Accumulator<T> (&v)[V]) const {
-    load_streaming<V>(map + at, v);
+  __device__ Vector<V, T> load(Index i) const {
+    return load_streaming<V>(map + i.at);
   }
 };
 template <class T>
-struct Resident {
-  T* slab;
-  int64_t first;
+struct Slab {
+  static constexpr int kAhead = 2;
+  T* memory;
   template <int V>
-  __device__ void load(int64_t at, Accumulator<T> (&v)[V]) const {
-    unpack<V, T>(*reinterpret_cast<const typename Access<V * sizeof(T)>::Type*>(slab + (at - first)), v);
+  __device__ Vector<V, T> load(Index i) const {
+    return load_shared<V>(memory + i.e);
   }
 };
+
+// finish(i, fetch(i)) for i = first, first + step, ... < end, with kAhead fetched before the first of them is finished,
+// so that as many loads are under way.
+template <int kAhead, class Fetch, class Finish>
+__device__ void in_batches(unsigned first, unsigned end, unsigned step, Fetch&& fetch, Finish&& finish) {
+  decltype(fetch(first)) fetched[kAhead]{};
+  unsigned i = first;
+  for (; i + (kAhead - 1) * step < end; i += kAhead * step) {
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) fetched[j] = fetch(i + j * step);
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) finish(i + j * step, fetched[j]);
+  }
+  if constexpr (kAhead > 1) {
+#pragma unroll
+    for (int j = 0; j < kAhead - 1; ++j) {
+      if (i + j * step < end) fetched[j] = fetch(i + j * step);
+    }
+#pragma unroll
+    for (int j = 0; j < kAhead - 1; ++j) {
+      if (i + j * step < end) finish(i + j * step, fetched[j]);
+    }
+  }
+}
+
+// Partial results [N, splits, C]: where that of a row of [N, C] lies. A division of 64-bit numbers takes 130
+// instructions; most calls have one split.
+__device__ inline int64_t place_of_split(int64_t row, unsigned split, int splits, int64_t c) {
+  if (splits == 1) return row;
+  const int64_t n = row / c;
+  return (n * splits + split) * c + row - n * c;
+}
+
+// merge(partial[split * c]) for split = 1, ..., splits - 1: the first is there already.
+template <class A, class Merge>
+__device__ void merge_splits(const A* partial, int splits, int64_t c, Merge&& merge) {
+  in_batches<8>(
+      1, splits, 1, [&](unsigned split) { return load_one(partial + split * c); },
+      [&](unsigned, A value) { merge(value); });
+}
 
 // A NaN stays, as in PyTorch's amax; fmax would drop it.
 template <class A>
@@ -177,6 +261,13 @@ __device__ A warp_sum(A v) {
 #pragma unroll
   for (int offset = kWarp / 2; offset > 0; offset /= 2) v += shuffle_xor(v, offset);
   return v;
+}
+
+// Tells the compiler of a function that is not inlined.
+__device__ inline void assume_shared([[maybe_unused]] const void* p) {
+#ifdef __CUDACC__
+  __builtin_assume(__isShared(p));
+#endif
 }
 
 template <class T>
@@ -254,7 +345,7 @@ void launch(const Plan& plan, const char* name, void* stream, void (*kernel)(Par
   const Launch& planned = plan.launch(name);
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(planned.blocks));
-  config.blockDim = dim3(kThreads);
+  config.blockDim = dim3(planned.threads);
   config.dynamicSmemBytes = planned.shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
   cudaLaunchAttribute attribute{};

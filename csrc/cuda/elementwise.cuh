@@ -1,10 +1,11 @@
 // A block's share of the maps, walked in accesses of 16 bytes wherever the data allows.
 //
 // A share has: n, c0 and channels (its sample and channels), sample_first() (whether this block reports what it
-// computed for the whole sample), owns(i) (and for the channel c0 + i), walk(body) with body(std::integral_constant
-// <int, V>(), Place) for every V elements, and along(values, place, v): v[k] = values[i] for the channel c0 + i of
-// each of them. `first` and `count` are its elements in the map, where it has all channels of its positions;
-// slab(memory) then reads them where they have been copied to. Divisors: what its constructor takes from the host.
+// computed for the whole sample), owns(i) (and for the channel c0 + i), and walk(operation), for every V elements.
+//
+// An operation has: kAhead (loads under way), fetch<V>(Index), finish(Index, gathered, fetched) and gather<V>(along),
+// which takes what it needs of the elements' channels: along(values, v) is v[k] = values[i] for the channel c0 + i of
+// each of the V elements.
 #pragma once
 
 #include "device.cuh"
@@ -23,117 +24,155 @@ struct Divisor {
   __device__ unsigned divide(unsigned i) const { return (__umulhi(i, multiplier) + i) >> shift; }
 };
 
-// Elements from `at` on in the map, the first of them in channel c0 + i of the share, at position r of L.
-struct Place {
-  int64_t at;
-  int i;
-  unsigned r;
-};
-
 // NCHW: elements [first, first + count) of the map.
 template <class T>
 struct RowShare {
-  static constexpr bool kSplitsPositions = false;
-  using Divisors = Divisor;
-  int64_t n, range, first, count, c0, l;
+  static constexpr int V = 16 / sizeof(T);
+  int64_t n, range, first, c0;
+  unsigned l, count, before;  // before: elements of channel c0 that are not in the share
   int channels;
-  unsigned before;  // elements of channel c0 that are not in the share
   bool wide;
   Divisor by_l;
 
-  __device__ RowShare(const Problem& p, const Elementwise& e, const Divisor& by) : l(p.l), by_l(by) {
+  __device__ RowShare(const Problem& p, const Elementwise& e, const Divisor& by, unsigned block)
+      : l(static_cast<unsigned>(p.l)), by_l(by) {
     const auto ranges = static_cast<unsigned>(e.ranges);
-    n = blockIdx.x / ranges;
-    range = blockIdx.x % ranges;
+    n = block / ranges;
+    range = block - static_cast<unsigned>(n) * ranges;
     const int64_t e0 = range * e.per_block, rest = p.c * l - e0;
-    count = rest < e.per_block ? rest : e.per_block;
+    count = static_cast<unsigned>(rest < e.per_block ? rest : e.per_block);
     first = n * p.c * l + e0;
-    c0 = e0 / l;
-    channels = static_cast<int>((e0 + count - 1) / l - c0) + 1;
+    c0 = channel_of(e0);
+    channels = static_cast<int>(channel_of(e0 + count - 1) - c0) + 1;
     before = static_cast<unsigned>(e0 - c0 * l);
     wide = e.width == 16;
   }
+  // Of an element of the sample. A division of 64-bit numbers takes 130 instructions.
+  __device__ int64_t channel_of(int64_t e) const {
+    return e >> 31 ? e / l : by_l.divide(static_cast<unsigned>(e));
+  }
   __device__ bool sample_first() const { return range == 0; }
   __device__ bool owns(int i) const { return i > 0 || before == 0; }
-  __device__ Resident<T> slab(T* memory) const { return {memory, first}; }
-
-  template <class Body>
-  __device__ void walk(Body&& body) const {
-    constexpr int V = 16 / sizeof(T);
-    const auto size = static_cast<unsigned>(count), to_border = static_cast<unsigned>((V - first % V) % V);
-    const unsigned head = !wide || to_border > size ? size : to_border, vectors = (size - head) / V;
-    auto at = [&](auto width, unsigned e) {
-      const unsigned i = by_l.divide(e + before);
-      body(width, Place{first + e, static_cast<int>(i), e + before - i * static_cast<unsigned>(l)});
-    };
-    for (unsigned v = threadIdx.x; v < vectors; v += kThreads) at(std::integral_constant<int, V>(), head + v * V);
-    // Before the vectors and after them.
-    for (unsigned e = threadIdx.x; e < size - vectors * V; e += kThreads) {
-      at(std::integral_constant<int, 1>(), e < head ? e : e + vectors * V);
-    }
+  __device__ Index index(unsigned e) const { return {first + e, e}; }
+  // Elements before the first border of 16 bytes; all, where the accesses are not wide.
+  __device__ unsigned head() const {
+    const auto to_border = static_cast<unsigned>((V - first % V) % V);
+    return !wide || to_border > count ? count : to_border;
   }
-  template <int V, class A>
-  __device__ void along(const A* values, const Place& place, A (&v)[V]) const {
-    int i = place.i;
-    unsigned r = place.r;
+
+  // kRun: so many elements from each border of as many lie in one channel; W / 2 takes half the instructions of 1.
+  template <int W, int kRun, class Operation>
+  __device__ void finish(const Operation& operation, unsigned e,
+                         const typename Operation::template Fetched<W>& fetched) const {
+    const unsigned i = by_l.divide(e + before), r = e + before - i * l;
+    const auto gathered = operation.template gather<W>([&](const auto* values, auto& v) {
+      v[0] = values[i];
+      if constexpr (kRun == W) {
 #pragma unroll
-    for (int k = 0; k < V; ++k) {
-      v[k] = values[i];
-      if (++r == l) r = 0, ++i;
+        for (int k = 1; k < W; ++k) v[k] = v[0];
+      } else if (l >= W) {
+        const auto next = values[r + W > l ? i + 1 : i];
+#pragma unroll
+        for (int k = 1; k < W; ++k) v[k] = r + k / kRun * kRun < l ? v[0] : next;
+      } else {
+        unsigned at = i, left = l - r;
+#pragma unroll
+        for (int k = 1; k < W; ++k) {
+          if (--left == 0) left = l, ++at;
+          v[k] = values[at];
+        }
+      }
+    });
+    operation.finish(index(e), gathered, fetched);
+  }
+  template <int kRun, class Operation>
+  __device__ void walk_vectors(const Operation& operation, unsigned begin, unsigned vectors) const {
+    in_batches<Operation::kAhead>(
+        threadIdx.x, vectors, blockDim.x,
+        [&](unsigned v) { return operation.template fetch<V>(index(begin + v * V)); },
+        [&](unsigned v, const auto& fetched) { finish<V, kRun>(operation, begin + v * V, fetched); });
+  }
+  template <class Operation>
+  __device__ void walk(const Operation& operation) const {
+    const unsigned begin = head(), vectors = (count - begin) / V;
+    if (begin == 0 && l % V == 0) {
+      walk_vectors<V>(operation, begin, vectors);
+    } else if (begin == 0 && l % (V / 2) == 0) {
+      walk_vectors<V / 2>(operation, begin, vectors);
+    } else {
+      walk_vectors<1>(operation, begin, vectors);
+    }
+    // Before the vectors and after them.
+    for (unsigned i = threadIdx.x; i < count - vectors * V; i += blockDim.x) {
+      const unsigned e = i < begin ? i : i + vectors * V;
+      finish<1, 1>(operation, e, operation.template fetch<1>(index(e)));
     }
   }
 };
 
-// channels_last: positions [l0, l1) of sample n, in the channels [c0, c0 + channels), of which V divides both.
+// channels_last: the channels [c0, c0 + channels), of which W divides both, at the positions [l0, l1) of sample n.
 template <class T, int W>
 struct PositionShare {
-  static constexpr bool kSplitsPositions = true;
-  using Divisors = Divisor;
-  int64_t n, range, l0, l1, c0, first, count, c;
-  int channels;
-  unsigned vectors;  // of a position, in every chunk but the last
-  Divisor by_vectors;
+  int64_t n, first;
+  unsigned range, positions;
+  int c, c0, channels;
 
-  __device__ PositionShare(const Problem& p, const Elementwise& e, const Divisor& by) : c(p.c), by_vectors(by) {
+  __device__ PositionShare(const Problem& p, const Elementwise& e, const Divisor&, unsigned block)
+      : c(static_cast<int>(p.c)) {
     const auto ranges = static_cast<unsigned>(e.ranges), chunks = static_cast<unsigned>(e.chunks);
-    range = blockIdx.x % ranges;
-    c0 = int64_t{blockIdx.x / ranges % chunks} * e.channels;
-    n = blockIdx.x / ranges / chunks;
-    l0 = p.l * range / ranges;  // at most per_block
-    l1 = p.l * (range + 1) / ranges;
-    channels = static_cast<int>(c - c0 < e.channels ? c - c0 : e.channels);
-    vectors = static_cast<unsigned>(e.channels / W);
+    range = block % ranges;
+    c0 = static_cast<int>(block / ranges % chunks * e.channels);
+    n = block / ranges / chunks;
+    const int64_t l0 = range * e.per_block;
+    positions = static_cast<unsigned>(p.l - l0 < e.per_block ? p.l - l0 : e.per_block);
+    channels = c - c0 < e.channels ? c - c0 : static_cast<int>(e.channels);
     first = (n * p.l + l0) * c + c0;
-    count = (l1 - l0) * c;
   }
   __device__ bool sample_first() const { return range == 0 && c0 == 0; }
   __device__ bool owns(int) const { return range == 0; }
-  __device__ Resident<T> slab(T* memory) const { return {memory, first}; }
+  // Of channel c0 + i at a position; packed in shared memory.
+  __device__ Index index(unsigned position, int i) const {
+    return {first + int64_t{position} * c + i, position * static_cast<unsigned>(channels) + i};
+  }
 
+  // body(i, position, step): for the channels c0 + i to c0 + i + W at a position and every step-th after it. A thread
+  // keeps to its channels as long as it can, so that what belongs to them is gathered once.
   template <class Body>
-  __device__ void walk(Body&& body) const {
-    const auto size = static_cast<unsigned>(l1 - l0) * vectors;
-    for (unsigned v = threadIdx.x; v < size; v += kThreads) {
-      const unsigned position = by_vectors.divide(v);
-      const auto i = static_cast<int>((v - position * vectors) * W);
-      if (i < channels) body(std::integral_constant<int, W>(), Place{first + position * c + i, i, 0});
+  __device__ void columns(Body&& body) const {
+    const unsigned vectors = channels / W, threads = blockDim.x;
+    const unsigned lanes = vectors < threads ? vectors : threads, groups = threads / lanes;
+    const unsigned group = threadIdx.x / lanes;
+    if (group >= groups) return;
+    for (unsigned column = threadIdx.x - group * lanes; column < vectors; column += lanes) {
+      body(static_cast<int>(column * W), group, groups);
     }
   }
-  template <int V, class A>
-  __device__ void along(const A* values, const Place& place, A (&v)[V]) const {
+  template <class Operation>
+  __device__ void walk(const Operation& operation) const {
+    columns([&](int i, unsigned position, unsigned step) {
+      const auto gathered = operation.template gather<W>([&](const auto* values, auto& v) {
 #pragma unroll
-    for (int k = 0; k < V; ++k) v[k] = values[place.i + k];
+        for (int k = 0; k < W; ++k) v[k] = values[i + k];
+      });
+      in_batches<Operation::kAhead>(
+          position, positions, step, [&](unsigned at) { return operation.template fetch<W>(index(at, i)); },
+          [&](unsigned at, const auto& fetched) { operation.finish(index(at, i), gathered, fetched); });
+    });
   }
 };
 
-// body(share, by): the type of a block's share, as a null pointer, and what its constructor divides by.
+// body(share): the type of a block's share, as a null pointer.
 template <class T, class Body>
 void with_share(const Call& call, const Elementwise& e, Body&& body) {
-  if (!call.channels_last) return body(static_cast<RowShare<T>*>(nullptr), Divisor(call.l));
-  with_width<T, false>(e.width, [&](auto width) {
-    constexpr int W = decltype(width)::value;
-    body(static_cast<PositionShare<T, W>*>(nullptr), Divisor(e.channels / W));
-  });
+  if (!call.channels_last) return body(static_cast<RowShare<T>*>(nullptr));
+  with_width<T, false>(e.width, [&](auto width) { body(static_cast<PositionShare<T, decltype(width)::value>*>(nullptr)); });
+}
+
+// The shares that clusters hold: in whole 16 bytes.
+template <class T, class Body>
+void with_cluster_share(const Call& call, Body&& body) {
+  if (!call.channels_last) return body(static_cast<RowShare<T>*>(nullptr));
+  body(static_cast<PositionShare<T, 16 / sizeof(T)>*>(nullptr));
 }
 
 }  // namespace se::cuda

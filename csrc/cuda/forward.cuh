@@ -1,44 +1,79 @@
-// What the algorithms of forward share: the squeeze of a channel, and y of V elements.
+// What the algorithms of forward share: the squeeze of a channel, and y of V elements. kPlain: the mean, and neither
+// activations of maps nor a residual; the calls of most networks, which do no work for what they do not ask for.
 #pragma once
 
 #include "activations.cuh"
 
 namespace se::cuda {
 
-// A reduction (reduce.cuh) of u = pre_act(x). X: where x is read.
-template <class T, class X>
+inline bool is_plain(const Problem& p) {
+  return p.options.squeeze == Squeeze::kMean && p.options.pre_act == Activation::kIdentity &&
+         p.options.post_act == Activation::kIdentity && !p.residual;
+}
+
+// body(std::bool_constant<kPlain>())
+template <class Body>
+void with_form(const Problem& p, Body&& body) {
+  is_plain(p) ? body(std::true_type()) : body(std::false_type());
+}
+
+template <class A, bool kPlain>
+struct Squeezing {
+  A sum, max;
+};
+template <class A>
+struct Squeezing<A, true> {
+  A sum;
+};
+
+// A reduction (reduce.cuh) of u = pre_act(x). X: where x is read. O: Options, or a reference to those of a kernel's
+// parameter, of which a copy would lie in local memory.
+template <class T, class X, bool kPlain, class O = Options>
 struct SqueezeOperation {
   using A = Accumulator<T>;
-  struct Part {
-    A sum, max;
-  };
+  using Part = Squeezing<A, kPlain>;
   template <int V>
   struct Context {};
-  static constexpr int kBlocks = kForwardBlocks<A>;
+  template <int V>
+  using Fetched = Vector<V, T>;
+  static constexpr int kBlocks = kForwardBlocks<kPlain, A>, kAhead = kPlain ? 4 : X::kAhead;
 
   X x;
-  Options options;
+  O options;
 
   __device__ bool has_sum() const { return options.squeeze != Squeeze::kMax; }
   __device__ bool has_max() const { return options.squeeze != Squeeze::kMean; }
-  __device__ Part empty() const { return {0, -INFINITY}; }
-  __device__ Part merge(const Part& a, const Part& b) const { return {a.sum + b.sum, max_keep_nan(a.max, b.max)}; }
+  __device__ Part empty() const {
+    if constexpr (kPlain) return {0};
+    else return {0, -INFINITY};
+  }
+  __device__ Part merge(const Part& a, const Part& b) const {
+    if constexpr (kPlain) return {a.sum + b.sum};
+    else return {a.sum + b.sum, max_keep_nan(a.max, b.max)};
+  }
   __device__ Part shuffle_xor(const Part& p, int offset) const {
-    return {cuda::shuffle_xor(p.sum, offset), cuda::shuffle_xor(p.max, offset)};
+    if constexpr (kPlain) return {cuda::shuffle_xor(p.sum, offset)};
+    else return {cuda::shuffle_xor(p.sum, offset), cuda::shuffle_xor(p.max, offset)};
   }
   template <int V>
-  __device__ Context<V> context(int64_t, int64_t, int) const {
+  __device__ Context<V> context(int64_t, int) const {
     return {};
   }
   template <int V>
-  __device__ void add(int64_t at, const Context<V>&, Part (&parts)[V]) const {
+  __device__ Vector<V, T> fetch(Index at) const {
+    return x.template load<V>(at);
+  }
+  template <int V>
+  __device__ void add(const Vector<V, T>& fetched, const Context<V>&, Part (&parts)[V]) const {
     A u[V];
-    x.load(at, u);
-    activate<T>(options.pre_act, options, u);
+    fetched.unpack(u);
+    if constexpr (!kPlain) activate<T>(options.pre_act, options, u);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      if (has_sum()) parts[i].sum += u[i];
-      if (has_max()) parts[i].max = max_keep_nan(parts[i].max, u[i]);
+      if (kPlain || has_sum()) parts[i].sum += u[i];
+      if constexpr (!kPlain) {
+        if (has_max()) parts[i].max = max_keep_nan(parts[i].max, u[i]);
+      }
     }
   }
 };
@@ -49,20 +84,62 @@ __device__ A squeezed(Squeeze squeeze, A sum, A max, int64_t l) {
   const A mean = sum / static_cast<A>(l);
   return squeeze == Squeeze::kMean ? mean : squeeze == Squeeze::kMax ? max : (mean + max) / 2;
 }
-
-// y of the V elements from `at` on, whose gates are s.
-template <class T, int V, class X, class A = Accumulator<T>>
-__device__ void scale(const Forward& f, const X& map, int64_t at, const A (&s)[V]) {
-  A x[V], v[V], residual[V];
-  map.load(at, x);
-#pragma unroll
-  for (int i = 0; i < V; ++i) residual[i] = v[i] = x[i];
-  activate<T>(f.options.pre_act, f.options, v);
-  if (f.residual && f.residual != f.x) load_streaming<V>(static_cast<const T*>(f.residual) + at, residual);
-#pragma unroll
-  for (int i = 0; i < V; ++i) v[i] = f.residual ? v[i] * s[i] + residual[i] : v[i] * s[i];
-  activate<T>(f.options.post_act, f.options, v);
-  store<V>(static_cast<T*>(f.y) + at, v);
+template <class A, bool kPlain>
+__device__ A squeezed(Squeeze squeeze, const Squeezing<A, kPlain>& part, int64_t l) {
+  if constexpr (kPlain) return part.sum / static_cast<A>(l);
+  else return squeezed(squeeze, part.sum, part.max, l);
 }
+
+// y of a share's elements (elementwise.cuh). s: the gates of its channels.
+template <class T, class X, bool kPlain>
+struct ScaleOperation {
+  using A = Accumulator<T>;
+  static constexpr int kAhead = kPlain ? X::kAhead : 2;
+  template <int V>
+  struct Fetched {
+    Vector<V, T> x, residual;
+  };
+  template <int V>
+  struct Gathered {
+    A s[V];
+  };
+
+  const Forward& f;
+  X x;
+  const A* s;
+
+  __device__ bool has_own_residual() const { return !kPlain && f.residual && f.residual != f.x; }
+  template <int V>
+  __device__ Fetched<V> fetch(Index at) const {
+    Fetched<V> fetched{};
+    fetched.x = x.template load<V>(at);
+    if (has_own_residual()) fetched.residual = load_streaming<V>(static_cast<const T*>(f.residual) + at.at);
+    return fetched;
+  }
+  template <int V, class Along>
+  __device__ Gathered<V> gather(Along&& along) const {
+    Gathered<V> gathered;
+    along(s, gathered.s);
+    return gathered;
+  }
+  template <int V>
+  __device__ void finish(Index at, const Gathered<V>& gathered, const Fetched<V>& fetched) const {
+    A v[V];
+    fetched.x.unpack(v);
+    if constexpr (kPlain) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) v[i] *= gathered.s[i];
+    } else {
+      A residual[V];
+      fetched.x.unpack(residual);
+      if (has_own_residual()) fetched.residual.unpack(residual);
+      activate<T>(f.options.pre_act, f.options, v);
+#pragma unroll
+      for (int i = 0; i < V; ++i) v[i] = f.residual ? v[i] * gathered.s[i] + residual[i] : v[i] * gathered.s[i];
+      activate<T>(f.options.post_act, f.options, v);
+    }
+    store<V>(static_cast<T*>(f.y) + at.at, v);
+  }
+};
 
 }  // namespace se::cuda

@@ -43,8 +43,8 @@ __device__ void outer_product(W* out, W* sums, int64_t samples, int64_t rows, in
 }
 
 template <class T, class A = Accumulator<T>>
-__global__ void __launch_bounds__(kThreads, kBackwardBlocks)
-    weight_gradients(Backward f, Partial<A> partial, const A* dp1) {
+__global__ void __launch_bounds__(kThreads, kBackwardBlocks<false, A>)
+    weight_gradients(const __grid_constant__ Backward f, Partial<A> partial, const A* dp1) {
   auto z = [&](int64_t n, int64_t i) { return load_one(static_cast<const A*>(f.z) + n * f.c + i); };
   auto h = [&](int64_t n, int64_t i) {
     if (f.r == 0) return z(n, i);

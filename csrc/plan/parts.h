@@ -13,10 +13,13 @@ constexpr int64_t kLargestShare = (int64_t{1} << 31) - 1;  // elements of a bloc
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 [[noreturn]] void refuse(const std::string& why);
 
+// `value`, which must be one of those allowed for `name`.
+int one_of(const char* name, std::initializer_list<int> allowed, int64_t value);
+
 // What a user asks of the plan.
 struct Forced {
   std::optional<Algorithm> algorithm;
-  std::optional<int64_t> width, lanes, splits, per_block, fused_hidden, size, by_channels, samples;
+  std::optional<int64_t> width, lanes, splits, per_block, rows, fused_hidden, size, threads;
 
   explicit Forced(const std::string& text);
 };
@@ -29,8 +32,23 @@ int width_for(const Call& call, int64_t span, bool half_wide, const std::optiona
 // are left to the caller.
 Reduction whole_reduction(const Call& call, int64_t channels, const Forced& forced);
 
+// NCHW: how a block that has `rows` whole rows in shared memory divides its threads among them. Few lanes a row take
+// the fewest instructions.
+void share_lanes(Reduction& reduction, int64_t rows, int threads, const Forced& forced);
+
+int64_t next_power_of_two(int64_t v);
+
 // The backward launch for the weights and biases.
 void add_weight_gradients(Plan& plan);
+
+inline int most_threads(const Call& call) {
+  return call.direction == Direction::kForward ? kMostForwardThreads : kMostBackwardThreads;
+}
+
+// Of so many elements of a map in shared memory, with the remainder of 16 of the first of them.
+inline int64_t slab_bytes(const Call& call, int64_t elements) {
+  return elements ? ceil_div(elements * element_bytes(call.dtype), 16) * 16 + 16 : 0;
+}
 
 inline bool writes_maps(const Call& call) { return call.dx || call.dresidual; }
 // Whether dx or dresidual depend on x, given dv; and dv itself on x and the residual.
@@ -38,6 +56,9 @@ inline bool reads_x_again(const Call& call) {
   return call.post_act || (call.dx && (call.pre_act || call.squeeze != Squeeze::kMean));
 }
 inline bool reads_residual(const Call& call) { return call.post_act && call.residual; }
+
+// model.cpp
+Prediction predict(const Plan& plan, const Device& device);
 
 void plan_two_pass(Plan& plan, const Device& device, const Forced& forced);
 // Why not, or nothing where `plan` now is one.

@@ -13,18 +13,21 @@ namespace {
 constexpr int64_t kLongestRow = int64_t{1} << 30;  // positions within a block are 32-bit numbers
 constexpr int64_t kLargestGrid = (int64_t{1} << 31) - 1;
 
-int lanes_among(const char* what, std::initializer_list<int> allowed, int64_t lanes) {
-  for (const int value : allowed) {
-    if (value == lanes) return value;
-  }
-  refuse("lanes=" + std::to_string(lanes) + " along " + what);
-}
+}  // namespace
 
 int64_t next_power_of_two(int64_t v) {
   int64_t power = 1;
   while (power < v) power *= 2;
   return power;
 }
+
+void share_lanes(Reduction& reduction, int64_t rows, int threads, const Forced& forced) {
+  int lanes = 1;
+  while (lanes < kColumns && 2 * lanes * rows <= threads) lanes *= 2;
+  reduction.lanes = one_of("lanes", {1, 2, 4, 8, 16, 32}, forced.lanes.value_or(lanes));
+}
+
+namespace {
 
 // Of the addresses of the maps; null is aligned to all.
 int alignment_of(std::initializer_list<const void*> maps) {
@@ -48,6 +51,15 @@ Call call_of(const Problem& p, Direction direction) {
 
 }  // namespace
 
+int one_of(const char* name, std::initializer_list<int> allowed, int64_t value) {
+  std::string list;
+  for (const int each : allowed) {
+    if (each == value) return each;
+    list += (list.empty() ? "" : ", ") + std::to_string(each);
+  }
+  refuse(std::string(name) + "=" + std::to_string(value) + "; wanted one of " + list);
+}
+
 void refuse(const std::string& why) { throw std::invalid_argument("se_fused: no plan: " + why); }
 
 Forced::Forced(const std::string& text) {
@@ -57,9 +69,9 @@ Forced::Forced(const std::string& text) {
     const size_t equals = word.find('=');
     const std::string name = word.substr(0, equals);
     std::optional<Algorithm> of;
-    if (name == "two_pass" || name == "splits" || name == "per_block" || name == "fused_hidden") {
+    if (name == "two_pass" || name == "splits" || name == "per_block" || name == "rows" || name == "fused_hidden") {
       of = Algorithm::kTwoPass;
-    } else if (name == "cluster" || name == "size" || name == "by_channels" || name == "samples") {
+    } else if (name == "cluster" || name == "size" || name == "threads") {
       of = Algorithm::kCluster;
     }
     if (of && algorithm.value_or(*of) != *of) refuse("'" + text + "' asks for both two_pass and cluster");
@@ -70,14 +82,14 @@ Forced::Forced(const std::string& text) {
                                    : name == "splits"       ? &splits
                                    : name == "per_block"    ? &per_block
                                    : name == "fused_hidden" ? &fused_hidden
+                                   : name == "rows"         ? &rows
                                    : name == "size"         ? &size
-                                   : name == "by_channels"  ? &by_channels
-                                   : name == "samples"      ? &samples
+                                   : name == "threads"      ? &threads
                                                             : nullptr;
     if (!slot || equals == std::string::npos) {
       refuse("'" + word +
-             "' is none of two_pass, cluster, width=, lanes=, splits=, per_block=, fused_hidden=, size=, "
-             "by_channels= and samples=");
+             "' is none of two_pass, cluster, width=, lanes=, splits=, per_block=, rows=, fused_hidden=, size= and "
+             "threads=");
     }
     try {
       *slot = std::stoll(word.substr(equals + 1));
@@ -107,15 +119,13 @@ Reduction whole_reduction(const Call& call, int64_t channels, const Forced& forc
   reduction.width = width_for(call, row, !call.channels_last, forced.width);
   if (call.channels_last) {
     const int64_t vectors = channels * element_bytes(call.dtype) / reduction.width;
-    reduction.lanes = lanes_among("the channels", {1, 2, 4, 8, 16, 32},
-                                  forced.lanes.value_or(std::min<int64_t>(kColumns, next_power_of_two(vectors))));
+    const int64_t lanes = std::min<int64_t>(kColumns, next_power_of_two(vectors));
+    reduction.lanes = one_of("lanes", {1, 2, 4, 8, 16, 32}, forced.lanes.value_or(lanes));
   } else {
     const int64_t vectors = row / reduction.width;
     // A group of 8 takes up to 8 accesses a thread, a warp up to 16.
-    reduction.lanes = lanes_among("a row", {8, 32, kThreads},
-                                  forced.lanes.value_or(vectors <= 64    ? 8
-                                                        : vectors <= 512 ? 32
-                                                                         : kThreads));
+    const int64_t lanes = vectors <= 64 ? 8 : vectors <= 512 ? 32 : kThreads;
+    reduction.lanes = one_of("lanes", {8, 32, kThreads}, forced.lanes.value_or(lanes));
   }
   return reduction;
 }
@@ -149,38 +159,59 @@ Call call_of(const Backward& f) {
 }
 
 const std::vector<Device>& device_presets() {
-  constexpr int64_t kKiB = 1 << 10;
-  // The numbers of clusters: RTX 5090 as QuACK measured them; the others for 120 of 132 multiprocessors with clusters
-  // of 8, as seen on an H100, and in proportion.
+  constexpr int64_t kKiB = 1 << 10, kMiB = 1 << 20;
+  // Clusters and copies of the H200 are measured (benchmarks/results/h200); clusters of the RTX 5090 are QuACK's. The
+  // others are predicted: clusters in proportion, copies as 85 to 92 % of the memory's peak.
   static const std::vector<Device> presets{
-      {"T4", 75, 40, 64 * kKiB, 64 * kKiB, {}},
-      {"A100", 80, 108, 163 * kKiB, 164 * kKiB, {}},
-      {"RTX 4090", 89, 128, 99 * kKiB, 100 * kKiB, {}},
-      {"H100", 90, 132, 227 * kKiB, 228 * kKiB, {132, 66, 32, 15, 7}},
-      {"H200", 90, 132, 227 * kKiB, 228 * kKiB, {132, 66, 32, 15, 7}},
-      {"B200", 100, 148, 227 * kKiB, 228 * kKiB, {148, 74, 36, 16, 8}},
-      {"RTX 5090", 120, 170, 99 * kKiB, 100 * kKiB, {170, 85, 41, 19, 0}},
+      {"T4", 75, 40, 64 * kKiB, 64 * kKiB, {}, 0.26e6, 4 * kMiB},
+      {"A100", 80, 108, 163 * kKiB, 164 * kKiB, {}, 1.75e6, 40 * kMiB},
+      {"RTX 4090", 89, 128, 99 * kKiB, 100 * kKiB, {}, 0.92e6, 72 * kMiB},
+      {"H100", 90, 132, 227 * kKiB, 228 * kKiB, {132, 66, 30, 15, 7}, 3.0e6, 50 * kMiB},
+      {"H200", 90, 132, 227 * kKiB, 228 * kKiB, {132, 66, 30, 15, 7}, 4.25e6, 50 * kMiB},
+      {"B200", 100, 148, 227 * kKiB, 228 * kKiB, {148, 74, 36, 16, 8}, 6.8e6, 126 * kMiB},
+      {"RTX 5090", 120, 170, 99 * kKiB, 100 * kKiB, {170, 85, 41, 19, 0}, 1.55e6, 96 * kMiB},
   };
   return presets;
 }
+
+namespace {
+
+std::string text_of(const Prediction& predicted) {
+  std::ostringstream out;
+  out.precision(3);
+  out << predicted.us() << " us: " << predicted.launches << " starting launches, " << predicted.memory
+      << " moving bytes or " << predicted.work << " of instructions, " << predicted.waiting << " waiting";
+  return out.str();
+}
+
+}  // namespace
 
 Plan make_plan(const Call& call, const Device& device, const std::string& forced_text) {
   using planning::refuse;
   const planning::Forced forced(forced_text);
   if (device.capability < 75) refuse(device.name + " is sm_" + std::to_string(device.capability) + "; wanted sm_75 on");
-  if (call.l > planning::kLongestRow) {
-    refuse(std::to_string(call.l) + " positions a channel; wanted at most 2^30");
+  for (const auto& [what, size] : {std::pair{"positions", call.l}, {"channels", call.c}, {"hidden units", call.r}}) {
+    if (size > planning::kLongestRow) refuse(std::to_string(size) + " " + what + "; wanted at most 2^30");
   }
   Plan plan{};
   plan.call = call;
   const std::string why =
       forced.algorithm == Algorithm::kTwoPass ? "two_pass was asked for" : planning::plan_cluster(plan, device, forced);
-  if (!why.empty()) {
-    if (forced.algorithm == Algorithm::kCluster) refuse("cluster: " + why);
-    plan = Plan{};
-    plan.call = call;
-    plan.not_cluster = why;
-    planning::plan_two_pass(plan, device, forced);
+  if (!why.empty() && forced.algorithm == Algorithm::kCluster) refuse("cluster: " + why);
+  if (forced.algorithm == Algorithm::kCluster) {
+    plan.other = "not two_pass: cluster was asked for";
+  } else {
+    Plan two_pass{};
+    two_pass.call = call;
+    planning::plan_two_pass(two_pass, device, forced);
+    if (!why.empty()) {
+      plan = two_pass;
+      plan.other = "not cluster: " + why;
+    } else {
+      if (two_pass.predicted.us() < plan.predicted.us()) std::swap(plan, two_pass);
+      plan.other = std::string(two_pass.algorithm == Algorithm::kCluster ? "not cluster" : "not two_pass") +
+                   ": predicted " + text_of(two_pass.predicted);
+    }
   }
   plan.shared_per_block = device.shared_per_block;
   for (int i = 0; i < plan.launch_count; ++i) {
@@ -192,8 +223,8 @@ Plan make_plan(const Call& call, const Device& device, const std::string& forced
   return plan;
 }
 
-void Plan::add(const char* name, int64_t blocks, int64_t shared_bytes, int cluster) {
-  launches[launch_count++] = {name, blocks, shared_bytes, cluster};
+void Plan::add(const char* name, int64_t blocks, int64_t shared_bytes, int cluster, int threads) {
+  launches[launch_count++] = {name, blocks, shared_bytes, cluster, threads};
 }
 
 const Launch& Plan::launch(std::string_view name) const {
@@ -207,21 +238,21 @@ std::string Plan::text() const {
   const bool cluster = algorithm == Algorithm::kCluster;
   std::ostringstream out;
   out << (cluster ? "cluster " : "two_pass ") << (call.direction == Direction::kForward ? "forward" : "backward")
-      << ", " << launch_count << (launch_count == 1 ? " launch of " : " launches of ") << kThreads
-      << " threads a block\n";
+      << ", " << launch_count << (launch_count == 1 ? " launch" : " launches") << '\n';
   for (int i = 0; i < launch_count; ++i) {
-    out << "  " << launches[i].name << ": " << launches[i].blocks << " blocks";
-    if (launches[i].cluster > 0) out << " in clusters of " << launches[i].cluster;
-    if (launches[i].cluster > 0 && residence.samples > 1) out << " for " << residence.samples << " samples";
-    out << ", " << launches[i].shared_bytes << " bytes of shared memory\n";
+    const Launch& launch = launches[i];
+    out << "  " << launch.name << ": " << launch.blocks << " blocks of " << launch.threads << " threads";
+    if (launch.cluster > 0) out << " in clusters of " << launch.cluster;
+    out << ", " << launch.shared_bytes << " bytes of shared memory\n";
   }
   out << "  reduction: accesses of " << reduction.width << " bytes, " << reduction.lanes << " threads along "
-      << (call.channels_last ? "the channels" : "a row") << ", " << reduction.splits << " splits\n"
-      << "  elementwise: accesses of " << elementwise.width << " bytes, " << elementwise.per_block
+      << (call.channels_last ? "the channels" : "a row") << ", " << reduction.splits << " splits";
+  if (reduction.rows > 0) out << ", " << reduction.rows << " rows at a time through shared memory";
+  out << "\n  elementwise: accesses of " << elementwise.width << " bytes, " << elementwise.per_block
       << (call.channels_last ? " positions of " : " elements of at most ") << elementwise.channels
       << " channels a block\n"
       << "  maps: " << map_bytes_read << " bytes read, " << map_bytes_written << " written; scratch: " << scratch_bytes
-      << " bytes\n  " << (cluster ? "not two_pass: it would read x again from memory" : "not cluster: " + not_cluster);
+      << " bytes\n  predicted: " << text_of(predicted) << "\n  " << other;
   return out.str();
 }
 

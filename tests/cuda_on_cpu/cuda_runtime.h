@@ -9,6 +9,7 @@
 #define __global__
 #define __device__
 #define __noinline__
+#define __grid_constant__
 #define __launch_bounds__(...)
 
 #define threadIdx (::cuda_on_cpu::position().thread)
@@ -17,6 +18,10 @@
 #define __shfl_xor_sync(mask, value, offset) ::cuda_on_cpu::shuffle_xor(mask, value, offset, __FILE__, __LINE__)
 #define __ldg ::cuda_on_cpu::read
 #define __ldcs ::cuda_on_cpu::read
+
+// No macros: members of cudaLaunchConfig_t have these names.
+inline const cuda_on_cpu::Index& blockDim = cuda_on_cpu::position().threads;
+inline const cuda_on_cpu::Index& gridDim = cuda_on_cpu::position().blocks;
 
 // Of integers only: sums of floats have an order.
 inline int atomicAdd(int* p, int v) { return cuda_on_cpu::atomic_add(p, v); }
@@ -29,6 +34,7 @@ struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
 
+inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(uint64_t{a} * b >> 32); }
 
 inline float __saturatef(float v) { return v > 0 ? v < 1 ? v : 1 : 0; }  // of NaN: 0

@@ -48,7 +48,7 @@ void to_scheduler([[maybe_unused]] bool for_good) {
 
 void to_fiber(Fiber& fiber) {
   machine.now = &fiber;
-  machine.position = {fiber.thread, fiber.block->index};
+  machine.position.thread = fiber.thread, machine.position.block = fiber.block->index;
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&machine.scheduler_fake_stack, fiber.stack, kStack);
 #endif
@@ -288,6 +288,7 @@ uint64_t shuffle_xor(unsigned mask, uint64_t value, int offset, const char* file
 
 void run(Index grid, Index block, unsigned cluster, size_t shared_bytes, const std::function<void()>& kernel) {
   machine.threads = static_cast<int>(block.x * block.y * block.z);
+  machine.position.threads = block, machine.position.blocks = grid;
   const int count = machine.threads * static_cast<int>(cluster);
   while (machine.fibers.size() < static_cast<size_t>(count)) machine.fibers.push_back(std::make_unique<Fiber>());
   machine.kernel = &kernel;

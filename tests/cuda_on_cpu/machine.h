@@ -23,6 +23,7 @@ struct Index {
 // The indices of the thread that runs now.
 struct Position {
   Index thread, block;
+  Index threads, blocks;  // in a block; in the grid
 };
 const Position& position();
 unsigned char* shared_memory();
