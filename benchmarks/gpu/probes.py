@@ -67,7 +67,7 @@ def exchanges_and_slabs(device: torch.device) -> Iterator[gpu_probes.Row]:
 
 
 def _clusters() -> dict[int, int]:
-    return dict(zip(SIZES, backends.cuda_limits(torch.cuda.current_device())[4:], strict=True))
+    return dict(zip(SIZES, backends.cuda_limits(torch.cuda.current_device())[4:9], strict=True))
 
 
 def main() -> None:
