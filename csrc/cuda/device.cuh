@@ -115,7 +115,12 @@ __device__ Vector<V, T> load_streaming(const T* p) {
 // Of shared memory.
 template <int V, class T>
 __device__ Vector<V, T> load_shared(const T* p) {
-  return {*reinterpret_cast<const typename Access<V * sizeof(T)>::Type*>(p)};
+  const auto* raw = reinterpret_cast<const typename Access<V * sizeof(T)>::Type*>(p);
+#ifdef __CUDACC__
+  return {*raw};
+#else
+  return {cuda_on_cpu::read_shared(raw, sizeof(T))};
+#endif
 }
 
 template <class T>
@@ -164,7 +169,7 @@ __device__ inline void prefetch(const void* p) {
 #ifdef __CUDACC__
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 #else
-  cuda_on_cpu::check_access(p, 1, false);
+  cuda_on_cpu::check_access(p, 1);
 #endif
 }
 

@@ -1,10 +1,11 @@
 """The CUDA kernels' own sources, compiled by the host's compiler and run thread by thread on the CPU.
 
 `library(...)` builds them; its operators `forward_out` and `backward_out` stand in for those of a backend. What this
-proves: indexing, tails, barriers, shuffles, what the blocks of a cluster exchange, determinism, the bytes that move.
-What it cannot: speed, and the memory model between blocks. Some 900 lines: 500 are the device with its fibers, barriers
-and shuffles, 90 mbarriers and what they count, 50 memory, 150 the stand-in headers, 120 the operators. It is no shorter
-because blocks of a cluster run together, copies of three kinds arrive late, and every misuse has its own words.
+proves: indexing, tails, barriers, shuffles, what the blocks of a cluster exchange, determinism, the bytes that move,
+bank conflicts of vectors. What it cannot: speed, and the memory model between blocks. Some 1100 lines: 570 are the
+device with its fibers, barriers and shuffles, 90 mbarriers and what they count, 70 memory, 100 wavefronts, 180 the
+stand-in headers, 130 the operators. It is no shorter because blocks of a cluster run together, copies of three kinds
+arrive late, and every misuse has its own words.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ from se_fused import launch, ops
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 DEVICE, PROBES = "tests/cuda_on_cpu", "benchmarks/gpu_probes"
-FLAGS = "-std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-parentheses"
+FLAGS = (
+    "-std=c++17 -fPIC -fvisibility=hidden -fno-omit-frame-pointer -Wall -Wextra -Werror "
+    "-Wno-unknown-pragmas -Wno-parentheses"
+)
 
 # The binding takes torch's own headers beside csrc/torch_c.h: where the two differ it does not compile.
 _TORCH = Path(torch.__file__).parent
@@ -81,6 +85,7 @@ class Library:
         self._native.cuda_on_cpu_watch.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_size_t]
         self._native.cuda_on_cpu_plan.restype = ctypes.c_char_p
         self._native.cuda_on_cpu_wide_share.restype = ctypes.c_double
+        self._native.cuda_on_cpu_wavefronts.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_int64)]
 
     def setup(self, device: str = "T4", plan: str = "", seed: int = 0) -> None:
         """For the calls that follow: the GPU whose limits hold, the forced plan, the seed of the schedule."""
@@ -95,6 +100,13 @@ class Library:
         """The share of 16-byte accesses among the last call's accesses to maps."""
         share: float = self._native.cuda_on_cpu_wide_share()
         return share
+
+    def wavefronts(self, element: int) -> tuple[int, int]:
+        """Those that a GPU would need for the last call's reads of shared memory by vectors whose elements have so many
+        bytes, and the fewest that as many reads can need."""
+        counts = (ctypes.c_int64 * 2)()
+        self._native.cuda_on_cpu_wavefronts(element, counts)
+        return counts[0], counts[1]
 
     def tickets(self, blocks: int) -> torch.Tensor:
         """The order in which blocks took a ticket, by integer atomics (tickets.cu)."""

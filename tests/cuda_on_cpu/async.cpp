@@ -63,7 +63,7 @@ void copy_bulk(void* to, const void* from, size_t bytes, const void* mbarrier) {
     if (value % 16 != 0) fail("a bulk copy whose addresses and size are not multiples of 16");
   }
   if (!lies_in(*machine.now->block, to, bytes)) fail("a bulk copy to outside shared memory");
-  for (size_t at = 0; at < bytes; at += 16) check_access(static_cast<const unsigned char*>(from) + at, 16, false);
+  for (size_t at = 0; at < bytes; at += 16) check_access(static_cast<const unsigned char*>(from) + at, 16);
   send(to, from, bytes, mbarrier);
 }
 

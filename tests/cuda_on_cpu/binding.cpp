@@ -117,6 +117,10 @@ CUDA_ON_CPU_API double cuda_on_cpu_wide_share() {
   const auto& counted = cuda_on_cpu::counters();
   return static_cast<double>(counted.wide_accesses) / (counted.wide_accesses + counted.narrow_accesses);
 }
+CUDA_ON_CPU_API void cuda_on_cpu_wavefronts(int element, int64_t* counts) {
+  const auto& reads = cuda_on_cpu::counters().shared_reads[element];
+  counts[0] = reads.taken, counts[1] = reads.least;
+}
 CUDA_ON_CPU_API void cuda_on_cpu_forget() { cuda_on_cpu::forget_all(); }
 CUDA_ON_CPU_API void cuda_on_cpu_watch(const char* name, const void* begin, size_t bytes) {
   cuda_on_cpu::watch(name, begin, bytes, false);

@@ -6,15 +6,14 @@
 namespace cooperative_groups {
 
 struct cluster_group {
-  static void barrier_arrive() { cuda_on_cpu::cluster_arrive(); }
+  static void barrier_arrive() { cuda_on_cpu::cluster_arrive(false); }
   static void barrier_wait() { cuda_on_cpu::cluster_wait(); }
   template <class T>
   static T* map_shared_rank(T* p, unsigned rank) {
-    return static_cast<T*>(const_cast<void*>(cuda_on_cpu::map_shared_rank(p, rank)));
+    return static_cast<T*>(const_cast<void*>(cuda_on_cpu::read_shared_rank(p, rank)));
   }
 };
 
 }  // namespace cooperative_groups
 
-// Orders nothing that was written before; which the emulator does not tell apart.
-inline void __cluster_barrier_arrive_relaxed() { cuda_on_cpu::cluster_arrive(); }
+inline void __cluster_barrier_arrive_relaxed() { cuda_on_cpu::cluster_arrive(true); }

@@ -16,7 +16,7 @@
 #define blockIdx (::cuda_on_cpu::position().block)
 #define __syncthreads() ::cuda_on_cpu::sync_threads(__FILE__, __LINE__)
 #define __shfl_xor_sync(mask, value, offset) ::cuda_on_cpu::shuffle_xor(mask, value, offset, __FILE__, __LINE__)
-#define __ldg ::cuda_on_cpu::read
+#define __ldg ::cuda_on_cpu::read_only
 #define __ldcs ::cuda_on_cpu::read
 
 // No macros: members of cudaLaunchConfig_t have these names.
@@ -66,15 +66,16 @@ struct dim3 {
 };
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess };
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
 enum cudaFuncAttribute {
   cudaFuncAttributeMaxDynamicSharedMemorySize,
   cudaFuncAttributePreferredSharedMemoryCarveout,
   cudaFuncAttributeNonPortableClusterSizeAllowed
 };
 enum { cudaSharedmemCarveoutMaxShared = 100 };
-inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) {
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
   ++cuda_on_cpu::runtime.set_attribute;
+  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) cuda_on_cpu::allow_shared(kernel, value);
   return cudaSuccess;
 }
 inline cudaError_t cudaGetDevice(int* device) {
@@ -82,7 +83,9 @@ inline cudaError_t cudaGetDevice(int* device) {
   *device = cuda_on_cpu::runtime.device;
   return cudaSuccess;
 }
-inline const char* cudaGetErrorString(cudaError_t) { return "success"; }
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess ? "success" : "invalid argument";
+}
 
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
 struct cudaLaunchAttribute {
@@ -106,6 +109,10 @@ template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                const Arguments&... arguments) {
   ++cuda_on_cpu::runtime.launch;
+  if (config->dynamicSmemBytes > cuda_on_cpu::kShared &&
+      config->dynamicSmemBytes > cuda_on_cpu::allowed_shared(reinterpret_cast<const void*>(kernel))) {
+    return cudaErrorInvalidValue;
+  }
   if (cuda_on_cpu::runtime.only_counts) return cudaSuccess;
   const dim3 &grid = config->gridDim, &block = config->blockDim;
   const unsigned cluster = config->numAttrs ? config->attrs->val.clusterDim.x : 1;

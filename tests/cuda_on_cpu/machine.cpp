@@ -1,6 +1,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <mutex>
 #include <new>
 #include <sstream>
 #include <stdexcept>
@@ -17,10 +18,11 @@ Machine machine;
 
 namespace {
 
-constexpr int kWarp = 32;
-constexpr size_t kStack = 256 << 10;  // of address space; pages come as they are touched
-constexpr int kStay = 200;            // steps, on average, before another block of the cluster goes on: for the caches
+constexpr int kStay = 200;  // steps, on average, before another block of the cluster goes on: for the caches
 constexpr unsigned char kPoison = 0xff;  // NaN in every floating-point type
+
+std::mutex allowed_mutex;                               // hosts launch from many threads
+std::map<std::pair<const void*, int>, size_t> allowed;  // shared memory, by kernel and device
 
 void hop(Place& from, Place& to) {
   from.started = true;
@@ -100,6 +102,7 @@ void end_barrier(Block& block) {
     return;
   }
   block.waiting = 0;
+  count_reads((*first)->number, machine.threads);
   for (auto fiber = first; fiber != end; ++fiber) wake(**fiber);
 }
 
@@ -119,6 +122,7 @@ void try_shuffle(const Fiber& one, int count) {
     lanes[lane] = fiber;
     values[lane] = fiber->value;
   }
+  if (one.mask == ~0u) count_reads(base, kWarp);
   for (int lane = 0; lane < kWarp; ++lane) {
     if (!lanes[lane]) continue;
     if (lanes[lane]->partner >= kWarp || !lanes[lanes[lane]->partner]) {
@@ -151,6 +155,8 @@ std::string stuck(int count) {
 
 void run_cluster(Index block, int count) {
   machine.arrived = machine.phase = 0;
+  machine.relaxed.assign(1, false);
+  forget_reads(count);
   machine.mbarriers.clear();
   machine.transfers.clear();
   for (int i = 0; i < count; ++i) {
@@ -194,6 +200,7 @@ void run_cluster(Index block, int count) {
       ++done;
       if (++fiber.block->done < machine.threads) continue;
       check_end(*fiber.block, done == count);
+      count_reads(fiber.number / machine.threads * machine.threads, machine.threads);
       std::fill(fiber.block->shared.begin(), fiber.block->shared.end(), kPoison);
     }
   }
@@ -224,6 +231,16 @@ void fail(const std::string& what) {
 
 const Position& position() { return machine.position; }
 unsigned char* shared_memory() { return machine.now->block->shared.data(); }
+
+void allow_shared(const void* kernel, size_t bytes) {
+  const std::lock_guard<std::mutex> lock(allowed_mutex);
+  allowed[{kernel, runtime.device}] = bytes;
+}
+size_t allowed_shared(const void* kernel) {
+  const std::lock_guard<std::mutex> lock(allowed_mutex);
+  return allowed[{kernel, runtime.device}];
+}
+
 void set_seed(uint64_t seed) { machine.random.seed(seed); }
 
 bool lies_in(const Block& block, const void* p, size_t bytes) {
@@ -235,14 +252,16 @@ bool in_shared_memory(const void* p, size_t bytes) { return lies_in(*machine.now
 
 void sync_threads(const char* file, int line) { wait(State::kBarrier, file, line); }
 
-void cluster_arrive() {
+void cluster_arrive(bool relaxed) {
   Fiber& self = *machine.now;
   if (self.arrived > self.waited) fail("a second arrival at a barrier of the cluster without a wait between");
   ++self.arrived;
+  if (relaxed) machine.relaxed.back() = true;
   const int count = static_cast<int>(machine.blocks.size()) * machine.threads;
   if (++machine.arrived < count) return;
   machine.arrived = 0;
   ++machine.phase;
+  machine.relaxed.push_back(false);
   for (int i = 0; i < count; ++i) {
     if (machine.fibers[i]->state == State::kCluster) wake(*machine.fibers[i]);
   }
@@ -264,8 +283,16 @@ const void* map_shared_rank(const void* p, unsigned rank) {
   return machine.blocks[rank].shared.data() + (static_cast<const unsigned char*>(p) - own.shared.data());
 }
 
+const void* read_shared_rank(const void* p, unsigned rank) {
+  const int waited = machine.now->waited;
+  if (waited > 0 && machine.relaxed[waited - 1]) {
+    fail("another block's shared memory after a barrier of the cluster that publishes nothing");
+  }
+  return map_shared_rank(p, rank);
+}
+
 void copy_async(void* to, const void* from, size_t bytes) {
-  check_access(from, bytes, false);
+  check_access(from, bytes);
   if (!lies_in(*machine.now->block, to, bytes)) fail("a copy to outside shared memory");
   if (reinterpret_cast<uintptr_t>(to) % bytes != 0) fail("a copy to an address that is not aligned to its size");
   machine.now->copies.push_back({to, from, bytes});
@@ -292,6 +319,7 @@ void run(Index grid, Index block, unsigned cluster, size_t shared_bytes, const s
   const int count = machine.threads * static_cast<int>(cluster);
   while (machine.fibers.size() < static_cast<size_t>(count)) machine.fibers.push_back(std::make_unique<Fiber>());
   machine.kernel = &kernel;
+  begin_launch();
   machine.error.clear();
   if (grid.x % cluster != 0) throw std::runtime_error("cuda_on_cpu: the grid is no multiple of the cluster");
   std::vector<unsigned> order(grid.x / cluster);

@@ -10,17 +10,19 @@ struct Buffer {
   std::string name;
   uintptr_t begin, end;
   bool map;
+  std::vector<uint64_t> written, read_only;  // in this launch: a bit for each byte, a number for 64 in line
 };
+constexpr size_t kBits = 64;
 std::vector<Buffer> buffers;
 Counters counted{};
 
 }  // namespace
 
-const Counters& counters() { return counted; }
+Counters& counters() { return counted; }
 
 void watch(const char* name, const void* begin, size_t bytes, bool map) {
   const auto from = reinterpret_cast<uintptr_t>(begin);
-  if (begin) buffers.push_back({name, from, from + bytes, map});
+  if (begin) buffers.push_back({name, from, from + bytes, map, {}, {}});
 }
 
 void forget_all() {
@@ -28,11 +30,27 @@ void forget_all() {
   counted = {};
 }
 
-void check_access(const void* p, size_t bytes, bool write) {
+void begin_launch() {
+  for (Buffer& buffer : buffers) {
+    buffer.written.assign(buffer.end / kBits - buffer.begin / kBits + 1, 0);
+    buffer.read_only = buffer.written;
+  }
+}
+
+void check_access(const void* p, size_t bytes, Use use) {
   const auto begin = reinterpret_cast<uintptr_t>(p), end = begin + bytes;
   if (begin % bytes != 0) fail("an access of " + std::to_string(bytes) + " bytes that is not aligned to them");
-  for (const Buffer& buffer : buffers) {
+  const bool write = use == Use::kWrite;
+  for (Buffer& buffer : buffers) {
     if (begin < buffer.begin || end > buffer.end) continue;
+    // No access crosses the border of two numbers: it is aligned to its size.
+    const size_t word = begin / kBits - buffer.begin / kBits;
+    const uint64_t bits = ((uint64_t{1} << bytes) - 1) << begin % kBits;
+    if (write) buffer.written[word] |= bits;
+    if (use == Use::kReadOnly) buffer.read_only[word] |= bits;
+    if (buffer.written[word] & buffer.read_only[word] & bits) {
+      fail("the launch writes what it reads by the read-only path, in " + buffer.name);
+    }
     if (buffer.map) {
       (write ? counted.map_bytes_written : counted.map_bytes_read) += bytes;
       ++(bytes == 16 ? counted.wide_accesses : counted.narrow_accesses);

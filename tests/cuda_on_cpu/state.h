@@ -16,6 +16,9 @@
 
 namespace cuda_on_cpu {
 
+constexpr int kWarp = 32;
+constexpr size_t kStack = 256 << 10;  // of address space; pages come as they are touched
+
 enum class State { kReady, kBarrier, kCluster, kShuffle, kMbarrier, kDone };
 
 // Where a stack was left. swapcontext changes the signal mask by a system call each time, which took a third of all
@@ -80,6 +83,7 @@ struct Machine {
   std::vector<Block> blocks;  // of the cluster
   int threads;                // of a block
   int arrived, phase;         // threads at the cluster's present barrier; barriers that are over
+  std::vector<bool> relaxed;  // whether an arrival at each of those, or at the present one, was
   const std::function<void()>* kernel;
   std::map<const void*, Mbarrier> mbarriers;  // by their place in shared memory
   std::vector<Transfer> transfers;
@@ -97,5 +101,10 @@ bool lies_in(const Block& block, const void* p, size_t bytes);
 void deliver();
 // After the last thread of `block`; of the cluster's last block, also for the cluster.
 void check_end(const Block& block, bool last);
+
+// Of shared memory by vectors (shared.cpp): at the start of a cluster of so many threads, and where threads
+// [fiber, fiber + fibers), whole warps, have come together.
+void forget_reads(int fibers);
+void count_reads(int fiber, int fibers);
 
 }  // namespace cuda_on_cpu

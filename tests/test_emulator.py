@@ -1,0 +1,128 @@
+"""What tests/cuda_on_cpu sees beyond results: bank conflicts, stale reads, shared memory that a launch may not have."""
+
+import re
+from pathlib import Path
+
+import cuda_on_cpu
+import pytest
+import torch
+from cases import Case, assert_close, call, truth
+from test_gradients import compare
+
+import se_fused
+
+# Wavefronts of the slab's reads in float16 for each that they need at least, as measured: layout, side, channels. Whole
+# rows of 49 or 196 elements are no whole 16 bytes, so that the rows which a warp reduces side by side share banks.
+WAVEFRONTS = {
+    ("contiguous", 7, 512): 1.628,
+    ("contiguous", 14, 256): 1.458,
+    ("contiguous", 28, 128): 1,
+    ("contiguous", 56, 64): 1,
+    ("channels_last", 7, 512): 1,
+    ("channels_last", 14, 256): 1,
+    ("channels_last", 28, 128): 1,
+    ("channels_last", 56, 64): 1,
+}
+
+
+def hold_wavefronts(path: Path) -> None:
+    library = cuda_on_cpu.Library(path)
+    library.setup("H200", "cluster")
+    with library.serves(), torch.no_grad():
+        for (layout, side, c), most in WAVEFRONTS.items():
+            case = Case(n=1, c=c, r=c // 16, spatial=(side, side), dtype=torch.float16, layout=layout)
+            call(se_fused.squeeze_excite, case.tensors(), case.options)
+            assert "cluster forward" in library.last_plan()
+            taken, least = library.wavefronts(2)
+            assert taken >= least > 0
+            assert taken <= most * least, f"{layout} {side}: {taken / least:.3f} wavefronts for each of {least}"
+            taken, least = library.wavefronts(4)  # the layers' vectors
+            assert taken == least > 0, f"{layout} {side}: {taken} wavefronts of the layers, which need {least}"
+
+
+def run_kernels(path: Path) -> None:
+    """In place, in two passes and in clusters; backward too."""
+    library = cuda_on_cpu.Library(path)
+    case = Case(n=2, c=48, r=8, spatial=(6, 6))
+    with library.serves():
+        for plan in ("two_pass fused_hidden=0", "cluster size=2"):
+            library.setup("H200", plan)
+            tensors = case.tensors()
+            expected = truth(tensors, case.options)
+            with torch.no_grad():
+                y = call(se_fused.squeeze_excite, tensors, case.options, inplace=True)
+            assert_close(y, expected, case.dtype)
+            compare(case)
+
+
+def test_the_kernels_read_shared_memory_without_more_conflicts():
+    well, said = cuda_on_cpu.run_apart(hold_wavefronts, cuda_on_cpu.library())
+    assert well, said
+
+
+def test_without_a_fault_nothing_is_said():
+    well, said = cuda_on_cpu.run_apart(run_kernels, cuda_on_cpu.library())
+    assert well, said
+
+
+# Name: what runs, file under csrc, what stands there once, what replaces it, what must be said.
+FAULTS = {
+    "vectors read element by element": (
+        hold_wavefronts,
+        "cuda/device.cuh",
+        "  return {cuda_on_cpu::read_shared(raw, sizeof(T))};",
+        "  T elements[V];\n"
+        "  for (int i = 0; i < V; ++i) elements[i] = cuda_on_cpu::read_shared(p + i, sizeof(T));\n"
+        "  Vector<V, T> read{};\n"
+        "  memcpy(&read.raw, elements, sizeof(elements));\n"
+        "  (void)raw;\n"
+        "  return read;",
+        r"contiguous 7: \d\.\d+ wavefronts for each of",
+    ),
+    "a misaligned vector": (
+        run_kernels,
+        "cuda/forward_cluster.cu",
+        "hidden_part + padded(r);",
+        "hidden_part + r + 1;",
+        "a read of .* bytes that is not aligned to them",
+    ),
+    "a vector outside shared memory": (
+        run_kernels,
+        "cuda/forward_cluster.cu",
+        "own, depth, h, 0,",
+        "own, depth, h + (64 << 10), 0,",
+        "a read of .* bytes outside shared memory",
+    ),
+    "a map read where it is written, by the read-only path": (
+        run_kernels,
+        "cuda/forward_two_pass.cu",
+        "Streamed<T>",
+        "Global<T>",
+        "the launch writes what it reads by the read-only path, in x",
+    ),
+    "more shared memory than a kernel has leave for": (
+        run_kernels,
+        "plan/two_pass.cpp",
+        "(kSamples * (kTile + kColumns)",
+        "(kSamples * (3 * kTile + kColumns)",
+        "kernel hidden_gradient: invalid argument",
+    ),
+    "a barrier that publishes nothing before a peer reads": (
+        run_kernels,
+        "cuda/forward_cluster.cu",
+        "cluster.sync();",
+        "cluster.arrive();\n  cluster.wait();",
+        "after a barrier of the cluster that publishes nothing",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_caught(name, tmp_path):
+    calls, file, old, new, message = FAULTS[name]
+    cuda_on_cpu.patched(tmp_path, f"csrc/{file}", old, new)
+    kept = cuda_on_cpu.objects(but=f"csrc/{file}")
+    library = cuda_on_cpu.compile_library(tmp_path, tmp_path / "build", kept, "-O0")
+    well, said = cuda_on_cpu.run_apart(calls, library)
+    assert not well, "the fault went unnoticed"
+    assert re.search(message, said), said[-3000:]
