@@ -107,11 +107,13 @@ se::Device h200(int) {
   std::abort();
 }
 
-// squeeze_excite(x, w1, b1, w2, b2) of 14 x 14 positions.
+// squeeze_excite(x, w1, b1, w2, b2) of 14 x 14 positions; squeeze: its code, where the mean and the others have kernels
+// of their own.
 class Layer {
  public:
-  explicit Layer(int device)
-      : x_{4, {8, 64, 14, 14}, {64 * 196, 196, 14, 1}, device, 1},
+  explicit Layer(int device, StableIValue squeeze = 0)
+      : squeeze_(squeeze),
+        x_{4, {8, 64, 14, 14}, {64 * 196, 196, 14, 1}, device, 1},
         w1_{2, {16, 64}, {64, 1}, device, 2},
         b1_{1, {16}, {1}, device, 3},
         w2_{2, {64, 16}, {16, 1}, device, 4},
@@ -139,14 +141,15 @@ class Layer {
   }
   Stack arguments() {
     const StableIValue none = 0, relu = 1, sigmoid = 9;
-    return {handle(x_), optional(w1_), optional(b1_), handle(w2_), optional(b2_), none, relu, sigmoid, 0, 0, 0, 0, 0,
-            0,          handle(x_),    none,          none,        none};
+    return {handle(x_), optional(w1_), optional(b1_), handle(w2_), optional(b2_), none, relu, sigmoid, 0, 0, squeeze_, 0,
+            0,          0,             handle(x_),    none,        none,          none};
   }
   static void forward(Stack stack) {
     static const Function function = registered().at("forward_out");
     function(stack.data(), stack.size(), 0);
   }
 
+  StableIValue squeeze_;
   AtenTensorOpaque x_, w1_, b1_, w2_, b2_;
 };
 
@@ -210,10 +213,11 @@ int main() {
                 other.c_str());
   }
   // Of a kernel that no call above has launched.
-  se_fused_force_plan("cluster samples=4");
+  se_fused_force_plan("cluster");
+  const StableIValue max = 1;
   cuda_on_cpu::runtime.set_attribute = 0;
-  in_threads([](int thread) {
-    for (int i = 0; i < 1000; ++i) Layer((thread + i) % kDevices).call();
+  in_threads([&](int thread) {
+    for (int i = 0; i < 1000; ++i) Layer((thread + i) % kDevices, max).call();
   });
   std::printf(R"("set_attribute in threads": %d})", cuda_on_cpu::runtime.set_attribute.load());
 }

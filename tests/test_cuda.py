@@ -1,5 +1,6 @@
 """The CUDA backend on a GPU, where there is one: numbers, bits, streams, graphs, devices, memory."""
 
+import re
 import subprocess
 import sys
 import threading
@@ -129,17 +130,29 @@ def test_explain_prints_the_plan(backend):
     text = str(se_fused.explain(*[gpu[name] for name in ("x", "w1", "b1", "w2", "b2")]))
     clusters = torch.cuda.get_device_capability() >= (9, 0) and not backend
     assert text.startswith("cuda: cluster forward" if clusters else "cuda: two_pass forward")
+    assert re.search(r"predicted: \S+ us: \S+ starting launches, \S+ moving bytes or \S+ of instructions", text)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0), reason="no clusters")
 @pytest.mark.parametrize("size", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("threads", [256, 512])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_clusters_of_every_size(size, layout, dtype):
+def test_clusters_of_every_size(size, threads, layout, dtype):
     if backends.cuda_limits(0)[4 + size.bit_length() - 1] == 0:
         pytest.skip(f"no clusters of {size} here")
     gpu = Case(n=5, c=192, r=12, spatial=(7, 7), dtype=dtype, layout=layout).tensors(CUDA)
-    with se_fused.use_backend("cuda", f"cluster size={size}"), torch.no_grad():
+    with se_fused.use_backend("cuda", f"cluster size={size} threads={threads}"), torch.no_grad():
+        y = call(se_fused.squeeze_excite, gpu, {})
+    assert_close(y, truth(gpu, {}), dtype)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64])
+@pytest.mark.parametrize("spatial", [(7, 7), (9, 11)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rows_through_shared_memory(rows, spatial, dtype):
+    gpu = Case(n=5, c=100, r=12, spatial=spatial, dtype=dtype).tensors(CUDA)
+    with se_fused.use_backend("cuda", f"rows={rows}"), torch.no_grad():
         y = call(se_fused.squeeze_excite, gpu, {})
     assert_close(y, truth(gpu, {}), dtype)
 

@@ -44,6 +44,11 @@ def plans(draw, case):
     layout_lanes = (1, 2, 4, 8, 16, 32) if channels_last else ()
     positions = math.prod(case.spatial)
     fewest = max(1, positions * (1 if channels_last else case.c) // 16)  # few blocks: each takes milliseconds here
+    # Rows through shared memory, where 16 bytes do not fit them and where they do; backward copies x and g of them.
+    row = positions * torch.finfo(case.dtype).bits // 8
+    rows = 0 if channels_last or case.dtype is torch.float64 else (40 << 10) // (3 * row)
+    if rows and alignment(case) == 16 and draw(st.booleans()):
+        return f"rows={draw(st.integers(0, min(rows, case.c + 3)))}"
     options = {
         "splits": draw(st.integers(1, 9)),
         "per_block": draw(st.integers(fewest, fewest + 500)) if positions >= 4 else None,
@@ -53,20 +58,28 @@ def plans(draw, case):
     return " ".join(f"{name}={value}" for name, value in options.items() if value is not None and draw(st.booleans()))
 
 
+def map_order(case):
+    """Whether a call walks its maps in channels_last."""
+    return launch._is_channels_last(torch.empty_like(case.tensors()["x"]))
+
+
+def alignment(case):
+    """Of the address of x, as the kernels see it."""
+    address = launch._dense(case.tensors()["x"], map_order(case)).data_ptr()
+    return min(16, address & -address)
+
+
 def cluster_plans(case, backward):
     """Those that can serve the case: of every size, with blocks of every length."""
     positions, options = math.prod(case.spatial), case.options
-    x = case.tensors()["x"]
-    order = launch._is_channels_last(torch.empty_like(x))
-    address = launch._dense(x, order).data_ptr()
-    channels_last = positions == 1 or (order and case.c > 1)
+    channels_last = positions == 1 or (map_order(case) and case.c > 1)
 
     def serves(plan):
         try:
             native.load_facts().plan(
                 native.load_facts().preset("H200"), n=case.n, c=case.c, r=case.r or 0, l=positions,
                 dtype=str(case.dtype).removeprefix("torch."), backward=backward, forced=plan,
-                channels_last=channels_last, alignment=min(16, address & -address), residual=case.residual == "map",
+                channels_last=channels_last, alignment=alignment(case), residual=case.residual == "map",
                 squeeze=SQUEEZES.index(options.get("squeeze", "mean")), pre_act=options.get("pre_act") is not None,
                 post_act=options.get("post_act") is not None,
             )  # fmt: skip
@@ -86,6 +99,9 @@ def forward(case):
     return y
 
 
+BELOW_FLOAT64 = (torch.float32, torch.float16, torch.bfloat16)
+
+
 @given(cases(), st.data(), SEEDS)
 @settings(max_examples=120)
 def test_forward(cuda, case, data, seed):
@@ -96,7 +112,21 @@ def test_forward(cuda, case, data, seed):
     assert torch.equal(y.nan_to_num(), forward(case).nan_to_num()), "another schedule gives other bits"
 
 
-BELOW_FLOAT64 = (torch.float32, torch.float16, torch.bfloat16)
+@given(cases(BELOW_FLOAT64, ORDER_KEEPING, ("contiguous",)), st.data(), SEEDS)
+@settings(max_examples=60)
+def test_rows_through_shared_memory(cuda, case, data, seed):
+    """Of every length and number, in both directions."""
+    row = 3 * math.prod(case.spatial) * torch.finfo(case.dtype).bits // 8  # of g, x and a residual
+    assume(math.prod(case.spatial) > 1)
+    rows = data.draw(st.integers(1, min((40 << 10) // row, case.c + 3)))
+    cuda.setup("T4", f"rows={rows}", seed)
+    y = forward(case)
+    assert f"{rows} rows at a time through shared memory" in cuda.last_plan()
+    cuda.setup("T4", f"rows={rows}", seed + 1)
+    assert torch.equal(y.nan_to_num(), forward(case).nan_to_num()), "another schedule gives other bits"
+    compare(case)
+    assert "two_pass backward" in cuda.last_plan()
+    assert f"{rows} rows at a time through shared memory" in cuda.last_plan()
 
 
 @given(cases(dtypes=BELOW_FLOAT64), st.data(), SEEDS)
@@ -173,7 +203,26 @@ NAMED = {
     "one-FC form": Case(n=2, c=40, r=None, spatial=(5, 5)),
     "a misaligned base": Case(n=2, c=16, r=4, spatial=(8, 8), layout="offset"),
     "more samples than share the weights": Case(n=9, c=12, r=3, spatial=(3, 3)),
+    "rows of odd length, more than a block stages": Case(n=2, c=75, r=5, spatial=(11, 13)),
+    "rows of odd length, one of which a block stages": Case(n=1, c=3, r=2, spatial=(61, 67)),
+    "rows shorter than an access": Case(n=3, c=21, r=5, spatial=(3,)),
+    "rows of half an access and whole ones": Case(n=2, c=18, r=4, spatial=(2, 6)),
+    "rows of two elements": Case(n=2, c=37, r=4, spatial=(2,)),
 }
+
+
+@pytest.mark.parametrize("rows", [1, 5, 16, 33])
+@pytest.mark.parametrize("spatial", [(7, 7), (9,), (3, 3, 5), (1,), (5, 4)], ids=str)
+@pytest.mark.parametrize("dtype", BELOW_FLOAT64, ids=str)
+def test_staged_rows_of_named_lengths(cuda, rows, spatial, dtype):
+    cuda.setup("T4", f"rows={rows}")
+    for options in ({}, {"squeeze": "mean_max"}, {"squeeze": "max", "post_act": "silu"}):
+        case = Case(n=2, c=33, r=6, spatial=spatial, dtype=dtype, residual="map", options=options)
+        forward(case)
+        staged = f"{rows} rows at a time through shared memory" in cuda.last_plan()
+        assert staged or spatial == (1,)  # one position is channels_last
+        compare(case)
+        assert staged == (f"{rows} rows at a time through shared memory" in cuda.last_plan())
 
 
 @pytest.mark.parametrize("name", NAMED)

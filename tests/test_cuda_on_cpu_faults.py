@@ -7,19 +7,20 @@ import cuda_on_cpu
 import pytest
 from cuda_on_cpu import probe
 
+PARTS_OF_OTHERS = "  if (f.r) transposed_multiply<1>(w2.from(c0, 0), own, depth, dp2, 0, work, hidden_part);\n"
 # Name: file under csrc/cuda, what stands there once, what replaces it, what must be said.
 FAULTS = {
     "a missing barrier": (
         "reduce.cuh",
-        "  __syncthreads();\n  const int columns = V * lanes;",
-        "  const int columns = V * lanes;",
+        "  __syncthreads();\n  for (int column = thread();",
+        "  for (int column = thread();",
         "elements differ by more than",
     ),
     "a divergent barrier": (
         "reduce.cuh",
-        "  __syncthreads();\n  const int columns = V * lanes;",
+        "  __syncthreads();\n  for (int column = thread();",
         "  if (threadIdx.x < 64) {\n    __syncthreads();\n  } else {\n    __syncthreads();\n  }\n"
-        "  const int columns = V * lanes;",
+        "  for (int column = thread();",
         "divergent barrier: threads wait at lines",
     ),
     "a barrier that not all threads reach": (
@@ -30,8 +31,20 @@ FAULTS = {
     ),
     "a wrong tail": (
         "elementwise.cuh",
-        "threadIdx.x; e < size - vectors * V; e += kThreads) {",
-        "threadIdx.x; e + 1 < size - vectors * V; e += kThreads) {",
+        "threadIdx.x; i < count - vectors * V; i += blockDim.x) {",
+        "threadIdx.x; i + 1 < count - vectors * V; i += blockDim.x) {",
+        "bytes of maps read and .* written, where the plan says",
+    ),
+    "a last access past the vectors": (
+        "elementwise.cuh",
+        "threadIdx.x, vectors, blockDim.x,",
+        "threadIdx.x, vectors + 1, blockDim.x,",
+        "out of bounds, near|bytes of maps read and .* written, where the plan says",
+    ),
+    "a last load of a batch left out": (
+        "device.cuh",
+        "for (int j = 0; j < kAhead - 1; ++j) {\n      if (i + j * step < end) finish(",
+        "for (int j = 0; j < kAhead - 1; ++j) {\n      if (i + j * step + 1 < end) finish(",
         "bytes of maps read and .* written, where the plan says",
     ),
     "a wrong shuffle mask": ("device.cuh", "0xffffffffu", "0x0000ffffu", "mask leaves out its own lane"),
@@ -41,12 +54,29 @@ FAULTS = {
         "if (f.p2 && i > 0 && share.owns(i)) store_one(",
         "elements differ by more than",
     ),
-    "an out-of-bounds read": ("reduce.cuh", "at < end; at += groups", "at <= end; at += groups", "out of bounds, near"),
+    "an out-of-bounds read": (
+        "reduce.cuh",
+        "begin + lane, end, lanes, parts",
+        "begin + lane, end + 1, lanes, parts",
+        "out of bounds, near",
+    ),
     "a misaligned access": ("elementwise.cuh", "(V - first % V) % V", "(V - first % V) % V + 1", "not aligned"),
     "a partial result left out": (
         "forward_two_pass.cu",
-        "for (int split = 0; split < splits; ++split) {",
-        "for (int split = 1; split < splits; ++split) {",
+        "merge_splits(sums + first, splits, c,",
+        "merge_splits(sums + first, splits - 1, c,",
+        "elements differ by more than",
+    ),
+    "a partial result merged twice": (
+        "forward_two_pass.cu",
+        "merge_splits(sums + first, splits, c,",
+        "merge_splits(sums + first - c, splits + 1, c,",
+        "elements differ by more than",
+    ),
+    "a partial gradient merged twice": (
+        "backward.cuh",
+        "merge_splits(partial, splits, f.c,",
+        "merge_splits(partial - f.c, splits + 1, f.c,",
         "elements differ by more than",
     ),
     # The stand-in has no atomic addition of floats, so that none can enter.
@@ -58,14 +88,26 @@ FAULTS = {
     ),
     "a missing barrier of the cluster": (
         "forward_cluster.cu",
-        "  cluster.sync();\n  each(depth,",
-        "  each(depth,",
+        "  cluster.sync();\n  for (int k = thread();",
+        "  for (int k = thread();",
         "another block's shared memory before it is known to have started",
     ),
-    "a missing barrier of the cluster, later": (
+    "a missing barrier of the cluster, backward": (
         "backward_cluster.cu",
-        "    cluster.sync();\n    for (int i = threadIdx.x; i < f.c;",
-        "    for (int i = threadIdx.x; i < f.c;",
+        "  cluster.sync();\n  for (int k = thread();",
+        "  for (int k = thread();",
+        "another block's shared memory before it is known to have started",
+    ),
+    "an exchange before the barrier of the cluster": (
+        "backward_cluster.cu",
+        PARTS_OF_OTHERS + "  cluster.sync();\n",
+        "  cluster.sync();\n" + PARTS_OF_OTHERS,
+        "elements differ by more than",
+    ),
+    "hidden units that are not all there": (
+        "forward_cluster.cu",
+        "  __syncthreads();\n  cluster.arrive();",
+        "  cluster.arrive();",
         "elements differ by more than",
     ),
     "a block that does not wait for its readers": (
@@ -75,9 +117,39 @@ FAULTS = {
         "an end without a wait at the cluster's last barrier",
     ),
     "a copy that is not waited for": (
-        "cluster.cuh",
+        "slab.cuh",
         "  __pipeline_wait_prior(0);\n",
         "",
+        "elements differ by more than",
+    ),
+    "a slab that is read before it is there": (
+        "forward_cluster.cu",
+        "  await_copies();\n",
+        "  __syncthreads();\n",
+        "elements differ by more than",
+    ),
+    "a slab of gradients that is read before it is there": (
+        "backward_cluster.cu",
+        "  await_copies();\n",
+        "  __syncthreads();\n",
+        "elements differ by more than",
+    ),
+    "staged rows that are read before they are there": (
+        "slab.cuh",
+        "  await_copies();\n  reduce_share(share, staged,",
+        "  __syncthreads();\n  reduce_share(share, staged,",
+        "elements differ by more than",
+    ),
+    "a slab without the remainder of its address": (
+        "slab.cuh",
+        "share.wide ? share.first % V : 0",
+        "0",
+        "not aligned|elements differ by more than",
+    ),
+    "a slab without what lies after its vectors": (
+        "slab.cuh",
+        "const unsigned e = i < head ? i : i + vectors * V;",
+        "const unsigned e = i;",
         "elements differ by more than",
     ),
     "a slab that overlaps": (
@@ -86,35 +158,113 @@ FAULTS = {
         "free += residence.slab_bytes - 64;",
         "elements differ by more than",
     ),
-    "samples whose slabs overlap": (
-        "forward_cluster.cu",
-        "memory + b * residence.slab_bytes",
-        "memory + b * (residence.slab_bytes - 64)",
+    "staged rows that overlap": (
+        "slab.cuh",
+        "    free += slab_bytes;",
+        "    free += slab_bytes - 64;",
         "elements differ by more than",
     ),
-    "a sample after the last": (
-        "forward_cluster.cu",
-        "kS == 1 || f.n - n0 > kS ? kS : static_cast<int>(f.n - n0)",
-        "kS",
-        "a read of .* out of bounds, near x",
+    "staged rows of which one is left out": (
+        "slab.cuh",
+        "i0 < share.channels; i0 += groups.count()) {",
+        "i0 < share.channels - 1; i0 += groups.count()) {",
+        "elements differ by more than",
+    ),
+    "staged rows stored for another channel": (
+        "slab.cuh",
+        "op.store(share.n * op.problem().c + share.c0 + i, 0, part)",
+        "op.store(share.n * op.problem().c + i, 0, part)",
+        "elements differ by more than",
     ),
     "a share of a position that is packed too far apart": (
-        "cluster.cuh",
-        "return e - by_c.divide(e) * others;",
-        "return e - by_c.divide(e) * (others - 4);",
+        "elementwise.cuh",
+        "position * static_cast<unsigned>(channels) + i}",
+        "position * static_cast<unsigned>(channels + 8) + i}",
         "a copy to outside shared memory|elements differ by more than",
     ),
     "a peer left out": (
         "cluster.cuh",
-        "for (int peer = 1; peer < cluster.size; ++peer) sum +=",
-        "for (int peer = 2; peer < cluster.size; ++peer) sum +=",
+        "if (peer0 + j < size) sum +=",
+        "if (peer0 + j + 1 < size) sum +=",
         "elements differ by more than",
     ),
     "a map read twice": (
         "forward_cluster.cu",
-        "scale<T>(f, squeeze.x, place.at, along);",
-        "(void)squeeze; scale<T>(f, Streamed<T>{static_cast<const T*>(f.x)}, place.at, along);",
+        "share.walk(ScaleOperation<T, Slab<T>, kPlain>{f, x, s});",
+        "share.walk(ScaleOperation<T, Streamed<T>, kPlain>{f, {static_cast<const T*>(f.x)}, s});",
         "bytes of maps read and .* written, where the plan says",
+    ),
+    "a wrong row where blocks begin at different ones": (
+        "excite.cuh",
+        "first + i < rows ? first + i : first + i - rows;",
+        "first + i < rows ? first + i : i;",
+        "elements differ by more than",
+    ),
+    "a sum that is not added to what is there": (
+        "excite.cuh",
+        "sum = more ? sum + partial[s] : partial[s];",
+        "sum = more ? partial[s] : partial[s];",
+        "elements differ by more than",
+    ),
+    "sums over the warps that are not all there": (
+        "excite.cuh",
+        "          sums[s * columns + j0 + j] = sum;\n        }\n        __syncthreads();\n",
+        "          sums[s * columns + j0 + j] = sum;\n        }\n",
+        "elements differ by more than",
+    ),
+    "a prefetch out of bounds": (
+        "excite.cuh",
+        "prefetch(data + row * stride + (i < bytes ? i : bytes - 1));",
+        "prefetch(data + row * stride + (i < bytes ? i : bytes + (1 << 16)));",
+        "out of bounds",
+    ),
+    "a bias of the hidden layer that is not added": (
+        "forward_cluster.cu",
+        "h[k] = bias<T>(f.b1, f.weight_dtype, k);",
+        "h[k] = 0;",
+        "elements differ by more than",
+    ),
+    "a bias of the gates that is not added": (
+        "forward_cluster.cu",
+        "s[i] = bias<T>(f.b2, f.weight_dtype, share.c0 + i);",
+        "s[i] = 0;",
+        "elements differ by more than",
+    ),
+    "a bias of another block's channel": (
+        "forward_cluster.cu",
+        "s[i] = bias<T>(f.b2, f.weight_dtype, share.c0 + i);",
+        "s[i] = bias<T>(f.b2, f.weight_dtype, i);",
+        "elements differ by more than",
+    ),
+    "one gate for both halves of an access": (
+        "elementwise.cuh",
+        "if constexpr (kRun == W) {",
+        "if constexpr (kRun == W || (kRun == W / 2 && W > 2)) {",
+        "elements differ by more than",
+    ),
+    "a gate that begins one run too late": (
+        "elementwise.cuh",
+        "r + k / kRun * kRun < l ? v[0] : next;",
+        "r + k / kRun * kRun <= l ? v[0] : next;",
+        "elements differ by more than",
+    ),
+    "a gate that changes between halves of an access only": (
+        "elementwise.cuh",
+        "walk_vectors<1>(operation, begin, vectors);",
+        "walk_vectors<V == 1 ? 1 : V / 2>(operation, begin, vectors);",
+        "elements differ by more than",
+    ),
+    "a next channel that is the same": (
+        "elementwise.cuh",
+        "values[r + W > l ? i + 1 : i];",
+        "values[i];",
+        "elements differ by more than",
+    ),
+    "rows shorter than an access of which only the first ends": (
+        "elementwise.cuh",
+        "if (--left == 0) left = l, ++at;",
+        "if (--left == 0) ++at;",
+        "elements differ by more than",
     ),
 }
 

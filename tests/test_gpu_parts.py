@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 import sys
@@ -93,8 +92,7 @@ def test_the_smoke_calls_have_every_plan_layout_and_precision() -> None:
     cases = list(smoke.cases(smoke.PLANS))
     kinds = {(plan, case.precision, case.layout) for plan, case in cases}
     layouts = ("contiguous", "channels_last")
-    anywhere = [plan for plan in smoke.PLANS if "by_channels=0" not in plan]
-    assert kinds >= set(itertools.product(anywhere, [p for p in verify.PRECISIONS if p != "float64"], layouts))
+    assert kinds >= set(itertools.product(smoke.PLANS, [p for p in verify.PRECISIONS if p != "float64"], layouts))
     assert kinds >= set(itertools.product(["", "two_pass"], ["float64"], layouts))
     assert {case.precision for _, case in cases if case.layout == "strided"} == set(verify.PRECISIONS)
     watched = {(plan, case.precision) for plan, case in cases[:: gpu_check.SANITIZED_STEP]}
@@ -121,13 +119,32 @@ def test_every_plan_serves_most_of_its_smoke_calls() -> None:
     assert all(served[plan] > refused[plan] for plan in smoke.PLANS), (served, refused)
 
 
-def test_the_sweep_tries_both_ways_to_split_channels_last_and_several_samples() -> None:
-    rows = plans.rows()
-    row = next(row for row in rows if row.layout == "contiguous" and row.direction == "forward" and row.shape.n > 1)
-    assert "cluster samples=4" in plans.plans_of(row)
-    assert "cluster samples=4" not in plans.plans_of(dataclasses.replace(row, direction="both"))
-    both = plans.plans_of(dataclasses.replace(row, layout="channels_last"))
-    assert {"two_pass", "cluster size=8 by_channels=0", "cluster size=8 by_channels=1"} < set(both)
+def test_the_smoke_plans_have_clusters_of_every_size_and_blocks_of_both_lengths() -> None:
+    assert {"", "two_pass"} < set(smoke.PLANS)
+    assert {f"cluster size={size}" for size in (1, 2, 4, 8, 16)} < set(smoke.PLANS)
+    assert "cluster size=2 threads=512" in smoke.PLANS
+    rows = [math.prod(call["shape"][2:]) for call in smoke.CALLS]
+    assert any(row % 2 for row in rows), "rows that go through shared memory in pieces of one element"
+    assert any(row % 8 == 4 for row in rows), "and of 8 bytes"
+
+
+def test_the_sweep_tries_clusters_of_every_size_with_blocks_of_both_lengths() -> None:
+    kinds = itertools.product((1, 2, 4, 8, 16), (256, 512))
+    assert ["two_pass", *(f"cluster size={size} threads={threads}" for size, threads in kinds)] == plans.PLANS
+    facts = native.load_facts()
+    for plan, row in itertools.product(plans.PLANS, plans.rows()):
+        shape, forward = row.shape, row.direction == "forward"
+        call = {"n": shape.n, "c": shape.c, "r": shape.r, "l": shape.h * shape.w, "backward": not forward}
+        try:
+            planned = facts.plan(
+                facts.preset("H200"), **call, dtype="float16", channels_last=row.layout == "channels_last", forced=plan
+            )
+        except ValueError as refusal:
+            if not str(refusal).startswith(smoke.REFUSAL):
+                raise
+        else:
+            _, _, _, size, threads = planned.launches[0]
+            assert plan == (f"cluster size={size} threads={threads}" if size else "two_pass")
 
 
 def test_rows_that_do_not_fit_into_memory_are_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
