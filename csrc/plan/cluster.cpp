@@ -87,6 +87,7 @@ std::string plan_cluster(Plan& plan, const Device& device, const Forced& forced)
   const bool forward = call.direction == Direction::kForward;
   if (!forward && !writes_maps(call)) return "no gradient of a map is wanted";
   if (forced.threads) one_of("threads", {256, 512}, *forced.threads);
+  if (!forced.algorithm && forced.lanes.value_or(1) > kColumns) return "so many lanes are two_pass's";
   const int64_t map = call.n * call.c * call.l * element_bytes(call.dtype);
   plan.algorithm = Algorithm::kCluster;
   if (forward) {

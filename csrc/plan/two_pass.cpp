@@ -26,8 +26,10 @@ int64_t maps_reduced(const Call& call) {
 int64_t staged_rows(const Call& call, const Reduction& reduction, int64_t wanted_blocks, const Forced& forced) {
   const int64_t row = call.l * element_bytes(call.dtype), maps = maps_reduced(call);
   const bool can = call.dtype != DType::kFloat64 && call.alignment == 16 && row * maps <= kLargestStagedBytes;
-  if (forced.rows.value_or(0) && !can) refuse("rows=" + std::to_string(*forced.rows) + " of so long or unaligned rows");
-  if (!can || reduction.width == 16 || forced.splits || forced.width || forced.lanes) return forced.rows.value_or(0);
+  if (forced.rows == 0) return 0;
+  if (forced.rows && !can) refuse("rows=" + std::to_string(*forced.rows) + " of so long or unaligned rows");
+  if (forced.rows && forced.splits.value_or(1) != 1) refuse("rows=" + std::to_string(*forced.rows) + " are not split");
+  if (!forced.rows && (!can || reduction.width == 16 || forced.splits || forced.width || forced.lanes)) return 0;
   int64_t rows = std::clamp<int64_t>(kStagedBytes / (row * maps), 1, call.c);
   while (rows > kFewestRows && call.n * ceil_div(call.c, rows) < wanted_blocks) rows = ceil_div(rows, 2);
   rows = forced.rows.value_or(rows);
