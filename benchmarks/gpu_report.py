@@ -48,16 +48,25 @@ class Results:
     models: list[Line]
     plans: list[Line]
     smoke: list[Line]
+    explained: dict[str, str]  # why a part failed, where that is known
 
 
 def read(folder: Path) -> Results:
-    """The files of a run. Raises ValueError if it is of no commit, or a part of it failed."""
+    """The files of a run. Raises ValueError if it is of no commit, or a part failed and failures.json does not say why.
+
+    failures.json is written by hand, beside the files; the explanations stand under the table.
+    """
     run = json.loads((folder / "run.json").read_text())
     if run["dirty"] or run["commit"] == "unknown":
         raise ValueError(f"{folder / 'run.json'}: the run is of commit {run['commit']}, dirty: {run['dirty']}")
-    failed = [part["part"] for part in run["parts"] if part["outcome"] == "failed"]
-    if failed:
-        raise ValueError(f"{folder / 'run.json'}: {', '.join(failed)} failed")
+    by_hand = folder / "failures.json"
+    explained = json.loads(by_hand.read_text()) if by_hand.exists() else {}
+    failed = {part["part"] for part in run["parts"] if part["outcome"] == "failed"}
+    if failed != set(explained):
+        raise ValueError(
+            f"{folder / 'run.json'}: {', '.join(sorted(failed)) or 'nothing'} failed; "
+            f"{by_hand.name} explains {', '.join(sorted(explained)) or 'nothing'}"
+        )
     cases = []
     lines = rows_of(folder / "layer_gpu.csv")
     if not lines:
@@ -66,7 +75,7 @@ def read(folder: Path) -> Results:
     for key, group in itertools.groupby(lines, lambda line: tuple(line[name] for name in keys)):
         cases.append(Case(*key[1:], {(line["mode"], line["variant"]): line for line in group}))
     rest = (rows_of(folder / name) for name in ("models_gpu.csv", "plans_gpu.csv", "smoke.csv"))
-    return Results(run, cases, *rest)
+    return Results(run, cases, *rest, explained)
 
 
 def best_measured(results: Results) -> list[Case]:
@@ -101,7 +110,7 @@ def summary(results: Results) -> str:
         some = [case for case in cases if (case.dtype, case.direction, case.layout, case.n) == kind]
         dtype, direction, layout, n = kind
         rows.append([
-            f"{dtype} {layout}, {DIRECTIONS[direction]}", str(n),
+            f"{dtype} {layout}, {DIRECTIONS[direction]}{f', {len(some)} shapes' * (len(some) < 6)}", str(n),
             _mean(case.ratio("eager", "calls") for case in some), _mean(case.ratio("eager") for case in some),
             _mean(case.ratio("compile", "calls") for case in some), _mean(case.ratio("compile") for case in some),
             _mean(case.ratio("copy") for case in some).replace("**", ""),
@@ -160,7 +169,7 @@ def _machine(results: Results) -> str:
         "compared with float64. As calls: wall clock of a Python loop. Copy: an elementwise kernel that reads and "
         "writes the bytes that no implementation can do without. Networks: 224 pixels, channels_last, float16 for "
         "inference, bfloat16 autocast for training.\n"
-    )
+    ) + "".join(f"\nFailed in this run, {part}: {why}\n" for part, why in results.explained.items())
 
 
 def layers(results: Results) -> str:

@@ -17,9 +17,9 @@ namespace se {
 constexpr int kThreads = 256;  // in a block of two_pass
 // Of a cluster on a multiprocessor, in blocks of 256 or 512: 80 and 128 registers each.
 constexpr int kMostForwardThreads = 768, kMostBackwardThreads = 512;
-constexpr int kTile = 1024;    // of a vector in shared memory while a matrix is multiplied by it
-constexpr int kSamples = 4;    // that share one reading of the weights, where any do
-constexpr int kColumns = 32;   // of a matrix that a warp takes; of a tile of weight gradients
+constexpr int kTile = 1024;   // of a vector in shared memory while a matrix is multiplied by it
+constexpr int kSamples = 4;   // that share one reading of the weights, where any do
+constexpr int kColumns = 32;  // of a matrix that a warp takes; of a tile of weight gradients
 
 #ifdef __CUDACC__
 #define SE_FUSED_BOTH __host__ __device__
@@ -78,9 +78,9 @@ Call call_of(const Backward& f);
 
 // A reduction over the positions of each (sample, channel), into `splits` partial results.
 struct Reduction {
-  int width;       // bytes of an access
-  int lanes;       // NCHW: threads along a row (8, 32 or 256). channels_last: threads along the channels, up to 32
-  int splits;      // parts that the positions are cut into
+  int width;   // bytes of an access
+  int lanes;   // NCHW: threads along a row (8, 32 or 256). channels_last: threads along the channels, up to 32
+  int splits;  // parts that the positions are cut into
   // NCHW: rows that a block copies to shared memory first, where accesses of 16 bytes do not fit them, or 0; and the
   // bytes of that copy, for each map.
   int64_t rows, slab_bytes;

@@ -103,8 +103,9 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<se::Plan>(m, "Plan", "Which kernels serve a call (csrc/plan.h).")
       .def("__str__", &se::Plan::text)
-      .def_property_readonly("launches", &launches,
-                             "Name, blocks, bytes of shared memory, blocks of a cluster and threads of a block of each launch, in order.")
+      .def_property_readonly(
+          "launches", &launches,
+          "Name, blocks, bytes of shared memory, blocks of a cluster and threads of a block of each launch, in order.")
       .def_readonly("fused_hidden", &se::Plan::fused_hidden)
       .def_readonly("map_bytes_read", &se::Plan::map_bytes_read)
       .def_readonly("map_bytes_written", &se::Plan::map_bytes_written)

@@ -141,8 +141,9 @@ class Layer {
   }
   Stack arguments() {
     const StableIValue none = 0, relu = 1, sigmoid = 9;
-    return {handle(x_), optional(w1_), optional(b1_), handle(w2_), optional(b2_), none, relu, sigmoid, 0, 0, squeeze_, 0,
-            0,          0,             handle(x_),    none,        none,          none};
+    return {
+        handle(x_), optional(w1_), optional(b1_), handle(w2_), optional(b2_), none, relu, sigmoid, 0, 0, squeeze_, 0, 0,
+        0,          handle(x_),    none,          none,        none};
   }
   static void forward(Stack stack) {
     static const Function function = registered().at("forward_out");

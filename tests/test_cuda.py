@@ -141,7 +141,7 @@ def test_explain_prints_the_plan(backend):
 def test_clusters_of_every_size(size, threads, layout, dtype):
     if backends.cuda_limits(0)[4 + size.bit_length() - 1] == 0:
         pytest.skip(f"no clusters of {size} here")
-    gpu = Case(n=5, c=192, r=12, spatial=(7, 7), dtype=dtype, layout=layout).tensors(CUDA)
+    gpu = Case(n=5, c=256, r=12, spatial=(7, 7), dtype=dtype, layout=layout).tensors(CUDA)
     with se_fused.use_backend("cuda", f"cluster size={size} threads={threads}"), torch.no_grad():
         y = call(se_fused.squeeze_excite, gpu, {})
     assert_close(y, truth(gpu, {}), dtype)

@@ -93,11 +93,14 @@ def draw(row: Row, sets: int, device: torch.device) -> list[Inputs]:
 
 
 def error(results: object, inputs: Inputs) -> float:
-    """The largest difference to the truth, relative to the largest magnitude in each tensor; infinite for NaN."""
+    """The largest difference to the truth, relative to the largest magnitude in each tensor; infinite for NaN.
+
+    A tensor that is 0 throughout, as the weights' gradients are where no hidden unit is above 0, is compared as it is.
+    """
     found = results if isinstance(results, tuple) else (results,)
     worst = 0.0
     for got, wanted in zip(found, inputs.truth(), strict=True):
-        difference = largest_difference(got, wanted) / float(wanted.abs().max())
+        difference = largest_difference(got, wanted) / (float(wanted.abs().max()) or 1.0)
         worst = max(worst, math.inf if math.isnan(difference) else difference)
     return worst
 

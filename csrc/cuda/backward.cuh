@@ -121,8 +121,10 @@ struct GateGradientOperation {
   M maps;
 
   __device__ Part empty() const {
-    if constexpr (kPlain) return {0};
-    else return {0, -INFINITY, 0};
+    if constexpr (kPlain)
+      return {0};
+    else
+      return {0, -INFINITY, 0};
   }
   __device__ Part merge(const Part& a, const Part& b) const {
     if constexpr (kPlain) {
@@ -134,8 +136,10 @@ struct GateGradientOperation {
   }
   __device__ Part shuffle_xor(const Part& p, int offset) const {
     const A ds = cuda::shuffle_xor(p.ds, offset);
-    if constexpr (kPlain) return {ds};
-    else return {ds, cuda::shuffle_xor(p.max, offset), cuda::shuffle_xor(p.ties, offset)};
+    if constexpr (kPlain)
+      return {ds};
+    else
+      return {ds, cuda::shuffle_xor(p.max, offset), cuda::shuffle_xor(p.ties, offset)};
   }
   template <int V>
   __device__ Context<V> context(int64_t row, int step) const {

@@ -29,8 +29,8 @@ struct MaybeSlab {
 
 template <class T, class Share, bool kPlain, class A = Accumulator<T>>
 __global__ void __launch_bounds__(kMostBackwardThreads)
-    backward_in_cluster(const __grid_constant__ Backward f, A* ds, A* dp1, Elementwise e, Divisor by, Residence residence,
-                        Reduction reduction) {
+    backward_in_cluster(const __grid_constant__ Backward f, A* ds, A* dp1, Elementwise e, Divisor by,
+                        Residence residence, Reduction reduction) {
 #ifdef SE_FUSED_HAS_CLUSTERS
   using X = std::conditional_t<kPlain, Global<T>, MaybeSlab<T>>;
   using M = Maps<T, Slab<T>, X, kPlain, const Backward&>;
@@ -50,8 +50,10 @@ __global__ void __launch_bounds__(kMostBackwardThreads)
   };
   auto read = [&](bool keeps, const void* map) -> X {
     const Global<T> global{static_cast<const T*>(map)};
-    if constexpr (kPlain) return global;
-    else return {keeps ? copy(map) : Slab<T>{}, global, keeps};
+    if constexpr (kPlain)
+      return global;
+    else
+      return {keeps ? copy(map) : Slab<T>{}, global, keeps};
   };
   const Slab<T> g = copy(f.g);
   const X x = read(residence.keeps_x, f.x);

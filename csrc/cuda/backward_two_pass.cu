@@ -28,9 +28,8 @@ struct StoredGateGradient : GateGradientOperation<T, GlobalMaps<T, kPlain>, kPla
   __device__ auto staged(Copy&& copy) const {
     using Staged = Maps<T, Slab<T>, Slab<T>, kPlain, const Backward&>;
     const auto& maps = this->maps;
-    return GateGradientOperation<T, Staged, kPlain>{
-        Staged{maps.f, copy(maps.g.map), copy(maps.x.map),
-               maps.has_own_residual() ? copy(maps.residual.map) : Slab<T>{}}};
+    return GateGradientOperation<T, Staged, kPlain>{Staged{
+        maps.f, copy(maps.g.map), copy(maps.x.map), maps.has_own_residual() ? copy(maps.residual.map) : Slab<T>{}}};
   }
   __device__ void store(int64_t row, unsigned split, const typename Base::Part& p) const {
     const int64_t at = place_of_split(row, split, out.splits, this->maps.f.c);
@@ -44,7 +43,8 @@ struct StoredGateGradient : GateGradientOperation<T, GlobalMaps<T, kPlain>, kPla
 };
 
 template <class T, class A = Accumulator<T>>
-__global__ void __launch_bounds__(kThreads, kBackwardBlocks<true, A>) hidden_gradient(const __grid_constant__ Backward f, Partial<A> partial, A* dp1) {
+__global__ void __launch_bounds__(kThreads, kBackwardBlocks<true, A>)
+    hidden_gradient(const __grid_constant__ Backward f, Partial<A> partial, A* dp1) {
   const auto column_blocks = static_cast<unsigned>((f.r + kColumns - 1) / kColumns);
   const int64_t r0 = int64_t{blockIdx.x % column_blocks} * kColumns;
   const int64_t n0 = int64_t{blockIdx.x / column_blocks} * kSamples;
@@ -86,7 +86,8 @@ __device__ Channels<A> excite_backward(const Backward& f, const Partial<A>& part
 // In reverse: what the reduction has read last is still in the L2.
 template <class T, class Share, bool kPlain, class A = Accumulator<T>>
 __global__ void __launch_bounds__(kThreads, kBackwardBlocks<kPlain, A>)
-    distribute_share(const __grid_constant__ GlobalMaps<T, kPlain> maps, Partial<A> partial, const A* dp1, Elementwise e, Divisor by) {
+    distribute_share(const __grid_constant__ GlobalMaps<T, kPlain> maps, Partial<A> partial, const A* dp1,
+                     Elementwise e, Divisor by) {
   const Share share(maps.f, e, by, gridDim.x - 1 - blockIdx.x);
   const Channels<A> channels = excite_backward<T>(maps.f, partial, dp1, share);
   share.walk(DistributeOperation<T, GlobalMaps<T, kPlain>, kPlain>{maps, channels});

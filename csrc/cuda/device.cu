@@ -50,14 +50,15 @@ Device device_limits(int index) {
     check(cudaDeviceGetAttribute(&value, which, index));
     return value;
   };
-  Device device{"cuda:" + std::to_string(index),
-                10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor),
-                attribute(cudaDevAttrMultiProcessorCount),
-                attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-                attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
-                {},
-                kCopyShare * 2e-3 * attribute(cudaDevAttrMemoryClockRate) * attribute(cudaDevAttrGlobalMemoryBusWidth) / 8,
-                attribute(cudaDevAttrL2CacheSize)};
+  Device device{
+      "cuda:" + std::to_string(index),
+      10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor),
+      attribute(cudaDevAttrMultiProcessorCount),
+      attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+      attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+      {},
+      kCopyShare * 2e-3 * attribute(cudaDevAttrMemoryClockRate) * attribute(cudaDevAttrGlobalMemoryBusWidth) / 8,
+      attribute(cudaDevAttrL2CacheSize)};
   // A library for older GPUs runs on a newer one by its PTX, without the kernels for clusters.
   cudaFuncAttributes code{};
   check(cudaFuncGetAttributes(&code, occupant));

@@ -22,9 +22,12 @@ namespace se::cuda {
 constexpr int kWarp = 32, kWarps = kThreads / kWarp;
 // Blocks of two_pass that a multiprocessor must be able to hold: 64 registers a thread where the plain forms do with
 // them, 128 in float64 and in the general form of backward, else 80; with fewer they spill. With four loads of 16 bytes
-// a thread under way, 768 threads have 48 KB under way; an H200 needs 32 KB (4.3 TB/s in 1 us over 132 multiprocessors).
+// a thread under way, 768 threads have 48 KB under way; an H200 needs 32 KB (4.3 TB/s in 1 us over 132
+// multiprocessors).
 template <bool kPlain, class A>
-constexpr int kForwardBlocks = sizeof(A) == 8 ? 2 : kPlain ? 4 : 3;
+constexpr int kForwardBlocks = sizeof(A) == 8 ? 2
+                               : kPlain       ? 4
+                                              : 3;
 template <bool kPlain, class A>
 constexpr int kBackwardBlocks = sizeof(A) == 8 || !kPlain ? 2 : 3;
 
@@ -86,8 +89,8 @@ struct Access<16> {
   using Type = uint4;
 };
 
-// V consecutive elements as one access brings them. Loads return it by value: read in place, element by element, 16 bytes
-// of shared memory would take eight accesses.
+// V consecutive elements as one access brings them. Loads return it by value: read in place, element by element, 16
+// bytes of shared memory would take eight accesses.
 template <int V, class T>
 struct Vector {
   typename Access<V * sizeof(T)>::Type raw;

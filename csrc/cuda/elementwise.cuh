@@ -48,9 +48,7 @@ struct RowShare {
     wide = e.width == 16;
   }
   // Of an element of the sample. A division of 64-bit numbers takes 130 instructions.
-  __device__ int64_t channel_of(int64_t e) const {
-    return e >> 31 ? e / l : by_l.divide(static_cast<unsigned>(e));
-  }
+  __device__ int64_t channel_of(int64_t e) const { return e >> 31 ? e / l : by_l.divide(static_cast<unsigned>(e)); }
   __device__ bool sample_first() const { return range == 0; }
   __device__ bool owns(int i) const { return i > 0 || before == 0; }
   __device__ Index index(unsigned e) const { return {first + e, e}; }
@@ -88,8 +86,7 @@ struct RowShare {
   template <int kRun, class Operation>
   __device__ void walk_vectors(const Operation& operation, unsigned begin, unsigned vectors) const {
     in_batches<Operation::kAhead>(
-        threadIdx.x, vectors, blockDim.x,
-        [&](unsigned v) { return operation.template fetch<V>(index(begin + v * V)); },
+        threadIdx.x, vectors, blockDim.x, [&](unsigned v) { return operation.template fetch<V>(index(begin + v * V)); },
         [&](unsigned v, const auto& fetched) { finish<V, kRun>(operation, begin + v * V, fetched); });
   }
   template <class Operation>
@@ -165,7 +162,8 @@ struct PositionShare {
 template <class T, class Body>
 void with_share(const Call& call, const Elementwise& e, Body&& body) {
   if (!call.channels_last) return body(static_cast<RowShare<T>*>(nullptr));
-  with_width<T, false>(e.width, [&](auto width) { body(static_cast<PositionShare<T, decltype(width)::value>*>(nullptr)); });
+  with_width<T, false>(e.width,
+                       [&](auto width) { body(static_cast<PositionShare<T, decltype(width)::value>*>(nullptr)); });
 }
 
 // The shares that clusters hold: in whole 16 bytes.

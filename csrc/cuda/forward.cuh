@@ -44,16 +44,22 @@ struct SqueezeOperation {
   __device__ bool has_sum() const { return options.squeeze != Squeeze::kMax; }
   __device__ bool has_max() const { return options.squeeze != Squeeze::kMean; }
   __device__ Part empty() const {
-    if constexpr (kPlain) return {0};
-    else return {0, -INFINITY};
+    if constexpr (kPlain)
+      return {0};
+    else
+      return {0, -INFINITY};
   }
   __device__ Part merge(const Part& a, const Part& b) const {
-    if constexpr (kPlain) return {a.sum + b.sum};
-    else return {a.sum + b.sum, max_keep_nan(a.max, b.max)};
+    if constexpr (kPlain)
+      return {a.sum + b.sum};
+    else
+      return {a.sum + b.sum, max_keep_nan(a.max, b.max)};
   }
   __device__ Part shuffle_xor(const Part& p, int offset) const {
-    if constexpr (kPlain) return {cuda::shuffle_xor(p.sum, offset)};
-    else return {cuda::shuffle_xor(p.sum, offset), cuda::shuffle_xor(p.max, offset)};
+    if constexpr (kPlain)
+      return {cuda::shuffle_xor(p.sum, offset)};
+    else
+      return {cuda::shuffle_xor(p.sum, offset), cuda::shuffle_xor(p.max, offset)};
   }
   template <int V>
   __device__ Context<V> context(int64_t, int) const {
@@ -86,8 +92,10 @@ __device__ A squeezed(Squeeze squeeze, A sum, A max, int64_t l) {
 }
 template <class A, bool kPlain>
 __device__ A squeezed(Squeeze squeeze, const Squeezing<A, kPlain>& part, int64_t l) {
-  if constexpr (kPlain) return part.sum / static_cast<A>(l);
-  else return squeezed(squeeze, part.sum, part.max, l);
+  if constexpr (kPlain)
+    return part.sum / static_cast<A>(l);
+  else
+    return squeezed(squeeze, part.sum, part.max, l);
 }
 
 // y of a share's elements (elementwise.cuh). s: the gates of its channels.

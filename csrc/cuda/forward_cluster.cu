@@ -15,7 +15,8 @@ namespace {
 
 template <class T, class Share, bool kPlain, class A = Accumulator<T>>
 __global__ void __launch_bounds__(kMostForwardThreads)
-    forward_in_cluster(const __grid_constant__ Forward f, Elementwise e, Divisor by, Residence residence, Reduction reduction) {
+    forward_in_cluster(const __grid_constant__ Forward f, Elementwise e, Divisor by, Residence residence,
+                       Reduction reduction) {
 #ifdef SE_FUSED_HAS_CLUSTERS
   const Share share(f, e, by, blockIdx.x);
   const Cluster cluster(residence.size);
@@ -25,10 +26,10 @@ __global__ void __launch_bounds__(kMostForwardThreads)
   // As csrc/plan/cluster.cpp counts it.
   T* memory = shared_memory<T>();
   A* work = reinterpret_cast<A*>(shared_memory<unsigned char>() + residence.slab_bytes);
-  A* z = work + residence.work;                  // [own]
+  A* z = work + residence.work;                     // [own]
   A* hidden_part = z + padded(residence.channels);  // [R]
-  A* h = hidden_part + padded(r);                // [R], or z [C]
-  A* s = h + padded(depth);                      // [own]
+  A* h = hidden_part + padded(r);                   // [R], or z [C]
+  A* s = h + padded(depth);                         // [own]
 
   const Slab<T> x = copy_to_slab(share, f.x, memory);
   if (share.n == 0) {  // for all samples
@@ -84,8 +85,8 @@ void forward_cluster(const Forward& f, const Plan& plan, void* stream) {
       with_cluster_share<T>(plan.call, [&](auto* share) {
         using Share = std::remove_pointer_t<decltype(share)>;
         with_form(f, [&](auto plain) {
-          launch(plan, "forward", stream, forward_in_cluster<T, Share, plain.value>, f, plan.elementwise,
-                 Divisor(f.l), plan.residence, plan.reduction);
+          launch(plan, "forward", stream, forward_in_cluster<T, Share, plain.value>, f, plan.elementwise, Divisor(f.l),
+                 plan.residence, plan.reduction);
         });
       });
     }

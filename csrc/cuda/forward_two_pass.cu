@@ -70,7 +70,8 @@ __device__ auto squeezed_source(const Forward& f, const Squeezed<A>& z, int64_t 
 
 // p1, and z where it is wanted.
 template <class T, class A = Accumulator<T>>
-__global__ void __launch_bounds__(kThreads, kForwardBlocks<false, A>) hidden(const __grid_constant__ Forward f, Squeezed<A> z) {
+__global__ void __launch_bounds__(kThreads, kForwardBlocks<false, A>)
+    hidden(const __grid_constant__ Forward f, Squeezed<A> z) {
   const auto row_blocks = static_cast<unsigned>((f.r + kWarps - 1) / kWarps);
   const int64_t r0 = int64_t{blockIdx.x % row_blocks} * kWarps, n0 = int64_t{blockIdx.x / row_blocks} * kSamples;
   const int rows = static_cast<int>(f.r - r0 < kWarps ? f.r - r0 : kWarps);

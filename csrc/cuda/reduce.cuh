@@ -6,9 +6,9 @@
 // Bytes:  what the operation loads, once, in accesses of V elements; kAhead of them are under way.
 //
 // An operation has: kBlocks for __launch_bounds__, kAhead, Part, empty(), merge(Part, Part), shuffle_xor(Part, offset),
-// Context<V> context(row, step) for V rows of [N, C] from `row` on (step 0: one row, V positions), Fetched<V> fetch(Index)
-// for V elements, and add(fetched, context, Part (&)[V]); for the kernels also store(row, split, Part), for those of
-// slab.cuh problem() and staged(copy), the same operation over copies of its maps.
+// Context<V> context(row, step) for V rows of [N, C] from `row` on (step 0: one row, V positions), Fetched<V>
+// fetch(Index) for V elements, and add(fetched, context, Part (&)[V]); for the kernels also store(row, split, Part),
+// for those of slab.cuh problem() and staged(copy), the same operation over copies of its maps.
 #pragma once
 
 #include "device.cuh"
@@ -58,7 +58,8 @@ __device__ Part reduce_row(const Operation& op, bool exists, int64_t row, const 
 }
 
 // Over the positions [begin, end), for the channels [channel0, channel0 + lanes * V) as far as they lie below
-// `channels`, the rows row0 + channel of [N, C]: store(channel, Part). line(channel): its positions. Shared memory: all, [warps][V][lanes].
+// `channels`, the rows row0 + channel of [N, C]: store(channel, Part). line(channel): its positions. Shared memory:
+// all, [warps][V][lanes].
 template <int V, class Operation, class LineOf, class Store, class Part = typename Operation::Part>
 __device__ void reduce_positions_of(const Operation& op, int64_t row0, int channel0, int channels, unsigned begin,
                                     unsigned end, int lanes, Part* all, LineOf&& line, Store&& store) {

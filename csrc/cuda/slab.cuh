@@ -50,8 +50,8 @@ __device__ void reduce_rows_of(const RowShare<T>& share, const Operation& op, in
   for (int i0 = 0; i0 < share.channels; i0 += groups.count()) {
     const int i = i0 + groups.group();
     if (lanes > kWarp) __syncthreads();  // `work` has been read
-    const auto part = reduce_row<V>(op, i < share.channels, row0 + i, {share.index(i * share.l), V, V}, 0, share.l / V,
-                                    lanes, work);
+    const auto part =
+        reduce_row<V>(op, i < share.channels, row0 + i, {share.index(i * share.l), V, V}, 0, share.l / V, lanes, work);
     if (i < share.channels && groups.lane() == 0) store(i, part);
   }
 }
@@ -84,7 +84,8 @@ __device__ inline void await_copies() {
 // [maps][slab_bytes], then the partial results.
 template <class T, class Operation>
 __global__ void __launch_bounds__(kThreads, Operation::kBlocks)
-    reduce_staged_rows(const __grid_constant__ Operation op, Elementwise e, Divisor by, Reduction r, int64_t slab_bytes) {
+    reduce_staged_rows(const __grid_constant__ Operation op, Elementwise e, Divisor by, Reduction r,
+                       int64_t slab_bytes) {
   const RowShare<T> share(op.problem(), e, by, blockIdx.x);
   unsigned char* free = shared_memory<unsigned char>();
   const auto staged = op.staged([&](const void* map) {

@@ -55,8 +55,7 @@ Prediction predict_cluster(const Plan& plan, const Device& device, const Constan
                          static_cast<double>(call.r ? call.r : call.c) * element;
   // A block's part of what the call moves, at the speed that is left for it.
   const double moved = static_cast<double>(plan.map_bytes_read + plan.map_bytes_written) / (n * size);
-  const double rate =
-      std::min(kAloneBytes, device.bytes_per_us * kClusterShare / (std::min(n, clusters) * size));
+  const double rate = std::min(kAloneBytes, device.bytes_per_us * kClusterShare / (std::min(n, clusters) * size));
   const double piece = static_cast<double>(plan.residence.channels) * element;
   const double transfer = moved / rate * (call.channels_last ? 1 + k.piece_bytes / piece : 1);
   const double narrow = plan.reduction.width == 16 ? 1 : plan.reduction.width == 8 ? 2 : 4;

@@ -12,14 +12,12 @@ constexpr int64_t kLargestSplit = 64;
 constexpr int kFewestLanes = 8;  // along the channels: 128 bytes of a position
 constexpr int64_t kStagedBytes = 16 << 10, kLargestStagedBytes = 40 << 10;  // of a map, that a block copies first
 constexpr int64_t kFewestRows = 32;                                         // of them: 8 threads each
-constexpr int64_t kRangeBytes = 64 << 10, kSmallestRangeBytes = 4 << 10;  // of a map, for one block
-constexpr int64_t kRangeChannels = 512;                                   // whose gates one block computes
+constexpr int64_t kRangeBytes = 64 << 10, kSmallestRangeBytes = 4 << 10;    // of a map, for one block
+constexpr int64_t kRangeChannels = 512;                                     // whose gates one block computes
 constexpr int64_t kFusedWeights = 4096, kFusedHidden = 256;  // W1 that each block reads again instead of a launch
 
 // Maps that a reduction reads.
-int64_t maps_reduced(const Call& call) {
-  return call.direction == Direction::kForward ? 1 : 2 + reads_residual(call);
-}
+int64_t maps_reduced(const Call& call) { return call.direction == Direction::kForward ? 1 : 2 + reads_residual(call); }
 
 // Rows that a block copies to shared memory in 16 bytes, because they do not divide into such accesses themselves; 0
 // where they do, or where a row is too long.
@@ -108,8 +106,7 @@ int64_t reduction_blocks(const Call& call, const Reduction& reduction) {
 int64_t reduction_shared(const Plan& plan, int64_t numbers) {
   const Call& call = plan.call;
   const int64_t vector = call.channels_last ? plan.reduction.width / element_bytes(call.dtype) : 1;
-  return maps_reduced(call) * plan.reduction.slab_bytes +
-         kThreads * vector * numbers * accumulator_bytes(call.dtype);
+  return maps_reduced(call) * plan.reduction.slab_bytes + kThreads * vector * numbers * accumulator_bytes(call.dtype);
 }
 
 // As csrc/cuda/excite.cuh has them for the sum over the warps of a block.
@@ -139,7 +136,8 @@ void plan_backward(Plan& plan) {
   const int64_t parts = call.squeeze != Squeeze::kMean ? 3 : 1, groups = ceil_div(call.n, kSamples);
   plan.add("reduce", reduction_blocks(call, plan.reduction), reduction_shared(plan, 3));
   if (call.r > 0) {
-    plan.add("hidden_gradient", ceil_div(call.r, kColumns) * groups, (kSamples * (kTile + kColumns) + warp_sums(call)) * a);
+    plan.add("hidden_gradient", ceil_div(call.r, kColumns) * groups,
+             (kSamples * (kTile + kColumns) + warp_sums(call)) * a);
   }
   if (writes_maps(call)) {
     plan.add("distribute", call.n * plan.elementwise.chunks * plan.elementwise.ranges,
