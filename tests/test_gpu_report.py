@@ -56,7 +56,7 @@ def test_the_tables_of_a_gpu_run_are_a_function_of_its_files(gpu_run: Path) -> N
     text = gpu_report.summary(results)
     mean = "1.50 (1.50 to 1.50)"  # of the first measurement, before torch.compile has run
     half = "**0.50** (0.50 to 0.50)"
-    row = ["float16 contiguous, forward", "32", mean, mean, half, half, half.replace("**", "")]
+    row = ["float16 contiguous, forward (1 of 6)", "32", mean, mean, half, half, half.replace("**", "")]
     assert f"| {' | '.join(row)} |" in text
     assert "| a (3 SE layers) | 1 | **0.90** |  |  |" in text
     assert "5 % faster at 1 of 2 calls" in text
@@ -76,10 +76,30 @@ def test_a_gpu_run_of_no_commit_is_no_record(gpu_run: Path, change: dict[str, ob
         gpu_report.read(gpu_run)
 
 
-def test_a_gpu_run_that_failed_is_no_record(gpu_run: Path) -> None:
+def fail(gpu_run: Path, part: str) -> None:
     run = json.loads((gpu_run / "run.json").read_text())
-    run["parts"].append({"part": "smoke", "outcome": "failed", "reason": "1 wrong"})
+    run["parts"].append({"part": part, "outcome": "failed", "reason": "1 wrong"})
     (gpu_run / "run.json").write_text(json.dumps(run))
+
+
+@pytest.mark.parametrize("part", ["smoke", "models"])
+def test_a_gpu_run_that_failed_is_no_record(gpu_run: Path, part: str) -> None:
+    fail(gpu_run, part)
+    with pytest.raises(ValueError, match=f"{part} failed; failures.json explains nothing"):
+        gpu_report.read(gpu_run)
+
+
+def test_a_failure_that_is_explained_stands_under_the_table(gpu_run: Path) -> None:
+    (gpu_run / "failures.json").write_text(json.dumps({"models": "a bad seed"}))
+    with pytest.raises(ValueError, match="nothing failed; failures.json explains models"):
+        gpu_report.read(gpu_run)
+    fail(gpu_run, "models")
+    assert "Failed in this run, models: a bad seed\n" in gpu_report.summary(gpu_report.read(gpu_run))
+
+
+def test_nothing_excuses_a_wrong_result(gpu_run: Path) -> None:
+    (gpu_run / "failures.json").write_text(json.dumps({"smoke": "a bad seed"}))
+    fail(gpu_run, "smoke")
     with pytest.raises(ValueError, match="smoke failed"):
         gpu_report.read(gpu_run)
 

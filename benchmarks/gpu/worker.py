@@ -6,7 +6,6 @@ import argparse
 import csv
 import json
 import math
-import os
 import platform
 import sys
 import time
@@ -96,16 +95,11 @@ class Worker:
         sys.exit(NOT_RUN)
 
     def finish(self) -> NoReturn:
-        """End the process: with a failure if something was wrong, or no case ran.
-
-        Without the interpreter's own end, where a process that had compared 421 calls once aborted ("terminate called
-        without an active exception"), which says nothing of them.
-        """
+        """End the process: with a failure if something was wrong, or no case ran."""
         counts = {"skipped": self._skipped, "wrong": self._wrong}
         more = [f", {count} {what}" for what, count in counts.items() if count]
         self.say(f"{self._done} of {self._of} cases{''.join(more)}")
-        sys.stdout.flush()
-        os._exit(1 if self._wrong or not self._done else 0)
+        sys.exit(1 if self._wrong or not self._done else 0)
 
 
 def machine(device: torch.device) -> dict[str, Any]:

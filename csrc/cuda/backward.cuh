@@ -192,7 +192,7 @@ struct Channels {
 template <class T, class M, bool kPlain>
 struct DistributeOperation {
   using A = Accumulator<T>;
-  static constexpr int kAhead = kPlain ? 4 : 2;
+  static constexpr int kAhead = kPlain ? 3 : 1;
   template <int V>
   using Fetched = typename M::template Fetched<V>;
   template <int V>

@@ -28,7 +28,7 @@ struct MaybeSlab {
 };
 
 template <class T, class Share, bool kPlain, class A = Accumulator<T>>
-__global__ void __launch_bounds__(kMostBackwardThreads)
+__global__ void __launch_bounds__(kMostBackwardThreads, 1)
     backward_in_cluster(const __grid_constant__ Backward f, A* ds, A* dp1, Elementwise e, Divisor by,
                         Residence residence, Reduction reduction) {
 #ifdef SE_FUSED_HAS_CLUSTERS

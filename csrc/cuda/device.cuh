@@ -21,12 +21,17 @@ namespace se::cuda {
 
 constexpr int kWarp = 32, kWarps = kThreads / kWarp;
 // Blocks of two_pass that a multiprocessor must be able to hold: 64 registers a thread where the plain forms do with
-// them, 128 in float64 and in the general form of backward, else 80; with fewer they spill. With four loads of 16 bytes
-// a thread under way, 768 threads have 48 KB under way; an H200 needs 32 KB (4.3 TB/s in 1 us over 132
-// multiprocessors).
+// them, which the compiler manages for sm_90 alone; 128 in float64 and in the general form of backward; else 80. With
+// fewer they spill. With four loads of 16 bytes a thread under way, 768 threads have 48 KB under way; an H200 needs 32
+// (4.3 TB/s in 1 us over 132 multiprocessors).
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+constexpr int kPlainBlocks = 4;
+#else
+constexpr int kPlainBlocks = 3;
+#endif
 template <bool kPlain, class A>
 constexpr int kForwardBlocks = sizeof(A) == 8 ? 2
-                               : kPlain       ? 4
+                               : kPlain       ? kPlainBlocks
                                               : 3;
 template <bool kPlain, class A>
 constexpr int kBackwardBlocks = sizeof(A) == 8 || !kPlain ? 2 : 3;

@@ -68,7 +68,7 @@ __device__ int lanes_along(int width) {
   return lanes;
 }
 
-constexpr int kAlong = 4, kTurn = 19;  // loads of a thread under way; rows from one turn to the next
+constexpr int kTurn = 19;  // rows from one turn to the next
 
 // sums[s][i] = sum_k m[i, k] v[s * stride + k] for i < rows, k < width, or that more. turn: blocks with different ones
 // begin at different rows, so that those which run side by side do not all ask for the same part of the L2.
@@ -78,6 +78,7 @@ __device__ void multiply(const Matrix<T>& m, int rows, int width, const A* v, in
   assume_shared(v), assume_shared(sums);
   with_weights(m, width, [&](const auto* data, auto weights) {
     constexpr int W = decltype(weights)::value, kMost = 16 / sizeof(A), kPart = W < kMost ? W : kMost;
+    constexpr int kAlong = kS == 1 ? 4 : 2;  // loads of a thread under way
     const Groups groups(lanes_along<kAlong * W>(width));
     const int lane = groups.lane(), step = groups.lanes * W;
     const int first = static_cast<unsigned>(turn) * kTurn % static_cast<unsigned>(rows);

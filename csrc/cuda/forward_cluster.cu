@@ -14,7 +14,7 @@ namespace se::cuda {
 namespace {
 
 template <class T, class Share, bool kPlain, class A = Accumulator<T>>
-__global__ void __launch_bounds__(kMostForwardThreads)
+__global__ void __launch_bounds__(kMostForwardThreads, 1)
     forward_in_cluster(const __grid_constant__ Forward f, Elementwise e, Divisor by, Residence residence,
                        Reduction reduction) {
 #ifdef SE_FUSED_HAS_CLUSTERS
