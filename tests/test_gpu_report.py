@@ -85,13 +85,13 @@ def fail(gpu_run: Path, part: str) -> None:
 @pytest.mark.parametrize("part", ["smoke", "models"])
 def test_a_gpu_run_that_failed_is_no_record(gpu_run: Path, part: str) -> None:
     fail(gpu_run, part)
-    with pytest.raises(ValueError, match=f"{part} failed; failures.json explains nothing"):
+    with pytest.raises(ValueError, match=rf"{part} failed; failures\.json explains nothing"):
         gpu_report.read(gpu_run)
 
 
 def test_a_failure_that_is_explained_stands_under_the_table(gpu_run: Path) -> None:
     (gpu_run / "failures.json").write_text(json.dumps({"models": "a bad seed"}))
-    with pytest.raises(ValueError, match="nothing failed; failures.json explains models"):
+    with pytest.raises(ValueError, match=r"nothing failed; failures\.json explains models"):
         gpu_report.read(gpu_run)
     fail(gpu_run, "models")
     assert "Failed in this run, models: a bad seed\n" in gpu_report.summary(gpu_report.read(gpu_run))
