@@ -79,7 +79,7 @@ Call call_of(const Backward& f);
 // A reduction over the positions of each (sample, channel), into `splits` partial results.
 struct Reduction {
   int width;   // bytes of an access
-  int lanes;   // NCHW: threads along a row (8, 32 or 256). channels_last: threads along the channels, up to 32
+  int lanes;   // NCHW: threads along a row: 8, 32, 256; in shared memory 1 to 32. channels_last: along channels
   int splits;  // parts that the positions are cut into
   // NCHW: rows that a block copies to shared memory first, where accesses of 16 bytes do not fit them, or 0; and the
   // bytes of that copy, for each map.

@@ -2,8 +2,8 @@
 // memory, where they lie whole or are staged a tile at a time. Every sum is taken in an order that depends only on its
 // length and on how wide the weights can be read.
 //
-//   multiply: lanes | lanes | lanes | ...     a group of lanes along a row, kRows rows of each group under way
-//   transposed_multiply: the same groups, each along the columns of kRows rows; then the sum over the groups
+//   multiply: a group of lanes takes a row, each of them several accesses; then the sum over its lanes
+//   transposed_multiply: a group of lanes takes the columns of several rows; then the sum over the groups
 #pragma once
 
 #include "activations.cuh"
