@@ -105,6 +105,10 @@ def test_rows_that_accesses_of_16_bytes_do_not_fit_go_through_shared_memory(call
         assert chosen.scratch_bytes == direct.scratch_bytes / direct.splits
 
 
+def test_staged_rows_take_the_lanes_that_are_asked_for():
+    assert [plan(l=49, forced=f"rows=16 lanes={lanes}").lanes for lanes in (1, 4, 32)] == [1, 4, 32]
+
+
 def test_the_bytes_of_the_maps():
     whole = 32 * 256 * 56 * 56 * 2
     assert (plan().map_bytes_read, plan().map_bytes_written) == (2 * whole, whole)
@@ -145,6 +149,7 @@ def test_the_bytes_of_the_maps():
         ({"l": 49}, "rows=-1", "rows=-1 of 98 bytes"),
         ({"l": 49}, "rows=-1 splits=1", "rows=-1 of 98 bytes"),
         ({"l": 49}, "rows=418", "rows=418 of 98 bytes; wanted at most 40960 bytes of them"),
+        ({"c": 3, "l": 49}, "size=4", "a sample do not divide among 4 blocks$"),
         ({"l": 49}, "rows=418 lanes=8", "rows=418 of 98 bytes; wanted at most 40960 bytes of them"),
         ({"l": 49, "backward": True}, "rows=209", "rows=209 of 196 bytes; wanted at most 40960"),
         ({"l": 56 * 56}, "rows=7", "rows=7 of 6272 bytes; wanted at most 40960"),  # 16 bytes fit

@@ -108,12 +108,13 @@ class Outcome:
     seconds: float = 0
     wrong: list[str] = field(default_factory=list)
     blamed: list[str] = field(default_factory=list)  # cases that killed a process, and how
-    tail: list[str] = field(default_factory=list)  # of the output, where it failed
+    tail: list[str] = field(default_factory=list)  # of the output, where it failed; paths from the repository's root
 
     def fail(self, reason: str, lines: list[str]) -> None:
         """The first reason stays."""
         if self.outcome != "failed":
-            self.outcome, self.reason, self.tail = "failed", reason, lines[-8:]
+            self.outcome, self.reason = "failed", reason
+            self.tail = [line.replace(f"{ROOT}/", "") for line in lines[-8:]]
 
     def judge(self, part: Part, ended: Ended) -> None:
         """Take in what a process left. A part that has failed stays so."""

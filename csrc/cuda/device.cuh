@@ -1,18 +1,13 @@
-// What every kernel is made of: element types, 2- to 16-byte accesses, warp reductions, shared memory, the launch.
-// The kernels touch global memory through load, load_streaming, load_one and store, take all their shared memory from
-// shared_memory() and start through launch(), so that tests/cuda_on_cpu can run the same sources on a CPU.
+// What every kernel is made of: element types, 2- to 16-byte accesses, warp reductions, shared memory.
+// The kernels touch global memory through load, load_streaming, load_one and store, and take all their shared memory
+// from shared_memory(), so that tests/cuda_on_cpu can run the same sources on a CPU.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include <mutex>
-#include <set>
-#include <stdexcept>
-#include <string>
 #include <type_traits>
-#include <utility>
 
 #include "../plan.h"
 #include "../se.h"
@@ -22,8 +17,8 @@ namespace se::cuda {
 constexpr int kWarp = 32, kWarps = kThreads / kWarp;
 // Blocks of two_pass that a multiprocessor must be able to hold: 64 registers a thread where the plain forms do with
 // them, which the compiler manages for sm_90 alone; 128 in float64 and in the general form of backward; else 80. With
-// fewer they spill. With four loads of 16 bytes a thread under way, 768 threads have 48 KB under way; an H200 needs 32
-// (4.3 TB/s in 1 us over 132 multiprocessors).
+// fewer they spill. With four loads of 16 bytes a thread under way, 768 threads have 48 KB under way; at a
+// latency of 1 us the 4.3 TB/s of an H200 need 32 on each of its 132 multiprocessors.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
 constexpr int kPlainBlocks = 4;
 #else
@@ -188,7 +183,7 @@ struct Index {
 };
 
 // Where a kernel reads a map: Global, in global memory; Streamed, there for the last time; Slab, in shared memory.
-// kAhead: loads of a thread under way; shared memory answers in 30 cycles, which other threads fill.
+// kAhead: loads of a thread under way; shared memory answers so soon that other threads fill the time.
 template <class T>
 struct Global {
   static constexpr int kAhead = 4;
@@ -241,8 +236,8 @@ __device__ void in_batches(unsigned first, unsigned end, unsigned step, Fetch&& 
   }
 }
 
-// Partial results [N, splits, C]: where that of a row of [N, C] lies. A division of 64-bit numbers takes 130
-// instructions; most calls have one split.
+// Partial results [N, splits, C]: where that of a row of [N, C] lies. Most calls have one split, and need
+// no division of 64-bit numbers, which is a long routine.
 __device__ inline int64_t place_of_split(int64_t row, unsigned split, int splits, int64_t c) {
   if (splits == 1) return row;
   const int64_t n = row / c;
@@ -274,13 +269,6 @@ __device__ A warp_sum(A v) {
 #pragma unroll
   for (int offset = kWarp / 2; offset > 0; offset /= 2) v += shuffle_xor(v, offset);
   return v;
-}
-
-// Tells the compiler of a function that is not inlined.
-__device__ inline void assume_shared([[maybe_unused]] const void* p) {
-#ifdef __CUDACC__
-  __builtin_assume(__isShared(p));
-#endif
 }
 
 template <class T>
@@ -325,49 +313,6 @@ void with_width(int bytes, Body&& body) {
     }
   }
   body(std::integral_constant<int, 1>());
-}
-
-inline void check(cudaError_t error, const char* name, const Plan& plan) {
-  if (error == cudaSuccess) return;
-  throw std::runtime_error(std::string("se_fused: kernel ") + name + ": " + cudaGetErrorString(error) + "\n" +
-                           plan.text());
-}
-
-// Lets `kernel` have, on the current device, clusters of 16 blocks and all the shared memory, in as many blocks as the
-// plan counts on. Once, under a lock and before the first launch: another thread may be about to launch it too.
-inline void allow_clusters(const void* kernel, const char* name, const Plan& plan) {
-  static std::mutex mutex;  // of what follows
-  static std::set<std::pair<const void*, int>> allowed;
-  int device = 0;
-  check(cudaGetDevice(&device), name, plan);
-  const std::lock_guard<std::mutex> lock(mutex);
-  if (allowed.count({kernel, device})) return;
-  auto set = [&](cudaFuncAttribute attribute, int64_t value) {
-    check(cudaFuncSetAttribute(kernel, attribute, static_cast<int>(value)), name, plan);
-  };
-  set(cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_per_block);
-  set(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
-  set(cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  allowed.insert({kernel, device});
-}
-
-// `kernel` on the grid that the plan lists under `name`, in the clusters that it says.
-template <class... Parameters, class... Arguments>
-void launch(const Plan& plan, const char* name, void* stream, void (*kernel)(Parameters...),
-            const Arguments&... arguments) {
-  const Launch& planned = plan.launch(name);
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(planned.blocks));
-  config.blockDim = dim3(planned.threads);
-  config.dynamicSmemBytes = planned.shared_bytes;
-  config.stream = static_cast<cudaStream_t>(stream);
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(planned.cluster), 1, 1};
-  config.attrs = &attribute;
-  config.numAttrs = planned.cluster > 0;
-  if (planned.cluster > 0) allow_clusters(reinterpret_cast<const void*>(kernel), name, plan);
-  check(cudaLaunchKernelEx(&config, kernel, arguments...), name, plan);
 }
 
 }  // namespace se::cuda

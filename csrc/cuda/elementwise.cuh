@@ -47,7 +47,7 @@ struct RowShare {
     before = static_cast<unsigned>(e0 - c0 * l);
     wide = e.width == 16;
   }
-  // Of an element of the sample. A division of 64-bit numbers takes 130 instructions.
+  // Of an element of the sample; by 32 bits where they do.
   __device__ int64_t channel_of(int64_t e) const { return e >> 31 ? e / l : by_l.divide(static_cast<unsigned>(e)); }
   __device__ bool sample_first() const { return range == 0; }
   __device__ bool owns(int i) const { return i > 0 || before == 0; }
@@ -58,7 +58,8 @@ struct RowShare {
     return !wide || to_border > count ? count : to_border;
   }
 
-  // kRun: so many elements from each border of as many lie in one channel; W / 2 takes half the instructions of 1.
+  // kRun: so many elements from each border of as many lie in one channel. W takes 42 instructions for 512 bytes, W / 2
+  // 58, 1 takes 68 (instructions.csv: forward_in_cluster of half precision, plain, sm_90).
   template <int W, int kRun, class Operation>
   __device__ void finish(const Operation& operation, unsigned e,
                          const typename Operation::template Fetched<W>& fetched) const {

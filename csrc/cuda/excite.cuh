@@ -75,7 +75,6 @@ constexpr int kTurn = 19;  // rows from one turn to the next
 template <int kS, class T, class A>
 __device__ void multiply(const Matrix<T>& m, int rows, int width, const A* v, int stride, A* sums, int64_t turn,
                          bool more = false) {
-  assume_shared(v), assume_shared(sums);
   with_weights(m, width, [&](const auto* data, auto weights) {
     constexpr int W = decltype(weights)::value, kMost = 16 / sizeof(A), kPart = W < kMost ? W : kMost;
     constexpr int kAlong = kS == 1 ? 4 : 2;  // loads of a thread under way
@@ -183,7 +182,6 @@ template <int kS, class T, class A>
 __device__ void transposed_multiply(const Matrix<T>& m, int depth, int columns, const A* v, int stride, A* warps,
                                     A* sums, bool more = false) {
   constexpr int kRows = kS == 1 ? 4 : 1;
-  assume_shared(v), assume_shared(warps), assume_shared(sums);
   with_weights(m, columns, [&](const auto* data, auto weights) {
     constexpr int W = decltype(weights)::value;
     const Groups along(lanes_along<W>(columns));

@@ -4,6 +4,7 @@
 #include <cuda_pipeline.h>
 
 #include "elementwise.cuh"
+#include "launch.cuh"
 #include "reduce.cuh"
 
 namespace se::cuda {

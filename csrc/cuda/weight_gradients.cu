@@ -3,6 +3,7 @@
 // Bytes:  the small vectors, once for each tile of rows or columns; the gradients once.
 // Why:    a tile belongs to one block, which adds the samples in their order: no atomics, the same bits every time.
 #include "backward.cuh"
+#include "launch.cuh"
 
 namespace se::cuda {
 namespace {

@@ -25,9 +25,7 @@ bool divide(Plan& plan, int size, const Forced& forced) {
   e.chunks = call.channels_last ? size : 1;
   e.ranges = call.channels_last ? 1 : size;
   e.per_block = call.channels_last ? call.l : residence.channels * call.l;
-  Forced without_lanes = forced;  // whose choice is another, below
-  if (!call.channels_last) without_lanes.lanes.reset();
-  plan.reduction = whole_reduction(call, e.channels, without_lanes);
+  plan.reduction = whole_reduction(call, e.channels, forced);
   plan.reduction.splits = 1;
   residence.slab_bytes = slab_bytes(call, residence.channels * call.l);
   return true;
@@ -62,7 +60,10 @@ std::string why_not(Plan& plan, const Device& device, const Forced& forced) {
     if (forced.size ? *forced.size != size : size > 1 && !possible) continue;
     const std::string blocks = std::to_string(size) + (size == 1 ? " block" : " blocks");
     if (device.clusters[log] == 0) return device.name + " has no clusters of " + blocks;
-    if (!possible) return "the channels of a sample do not divide among " + blocks + " in whole 16 bytes";
+    if (!possible) {
+      return "the channels of a sample do not divide among " + blocks +
+             (plan.call.channels_last ? " in whole 16 bytes" : "");
+    }
     return "each of " + blocks + " would need " + std::to_string(shared_bytes(plan, kThreads)) +
            " bytes of shared memory; " + device.name + " has " + std::to_string(device.shared_per_block);
   }
@@ -106,7 +107,7 @@ std::string plan_cluster(Plan& plan, const Device& device, const Forced& forced)
     if (device.clusters[log] == 0 || !divide(plan, size, forced)) continue;
     for (const int threads : {256, 512}) {
       if (forced.threads && *forced.threads != threads) continue;
-      if (!call.channels_last) share_lanes(plan.reduction, plan.residence.channels, threads, forced);
+      if (!call.channels_last) plan.reduction.lanes = lanes_for_rows(plan.residence.channels, threads, forced);
       add_launches(plan, threads);
       if (plan.launches[0].shared_bytes > device.shared_per_block) continue;
       plan.predicted = predict(plan, device);

@@ -1,6 +1,7 @@
-// How long a plan takes, so that plans can be compared: a few constants, fitted to every plan of 67 calls that an H200
-// has timed (plans_gpu.csv; the choice they make costs 2 % forward and 4 % backward in the mean). Other GPUs enter by
-// their bandwidth, multiprocessors and clusters; for them, float32 and the general form all of it is predicted.
+// How long a plan takes, so that plans can be compared: a few constants, fitted by least squares to plans that an H200
+// has timed in float16. On its record (plans_gpu.csv) the choice takes 2 % longer than the fastest plan forward and 4 %
+// forward and backward, in the mean. Other GPUs enter by their bandwidth, multiprocessors and clusters; for them,
+// float32 and the general form all of it is predicted.
 #include <algorithm>
 #include <cmath>
 
@@ -20,10 +21,10 @@ struct Constants {
   double piece_bytes;     // channels_last: what a piece of a position costs beside its own bytes
   double split_us;        // two_pass: of a part of a sum that every block adds up again
   double hidden_rate;     // two_pass: products of the hidden launch in a microsecond
-  double gates_rate;      // two_pass: bytes of W2 (W1 backward) in a microsecond, which every block reads again
+  double gates_rate;      // two_pass: bytes of W1 in a microsecond, which every block reads again; 0: as good as all
   double gradients_rate;  // products of the weights' gradients in a microsecond
 };
-constexpr Constants kForward{4.8, 5.4, 1.0, 0.72, 51, 26e3, 134e3, 16, 0.08, 0.56e6, 1e12, 0};
+constexpr Constants kForward{4.8, 5.4, 1.0, 0.72, 51, 26e3, 134e3, 16, 0.08, 0.56e6, 0, 0};
 constexpr Constants kBackward{5.0, 7.2, 11.2, 0.07, 59, 7.7e3, 454e3, 20, 0.08, 0.33e6, 9.5e6, 5.9e6};
 // What a multiprocessor moves alone in a microsecond; what all move together, as a share of a copy's speed.
 constexpr double kAloneBytes = 80e3, kClusterShare = 0.84, kTwoPassShare = 0.87;
@@ -37,7 +38,7 @@ Prediction predict_two_pass(const Plan& plan, const Device& device, const Consta
   p.memory = static_cast<double>(plan.map_bytes_read + plan.map_bytes_written) / (device.bytes_per_us * kTwoPassShare);
   p.waiting = k.split_us * (plan.reduction.splits - 1);
   if (!plan.fused_hidden && call.r) p.waiting += weights / k.hidden_rate;
-  p.waiting += weights * element_bytes(call.dtype) / k.gates_rate;
+  if (k.gates_rate > 0) p.waiting += weights * element_bytes(call.dtype) / k.gates_rate;
   if (call.dw && call.direction == Direction::kBackward) p.waiting += (call.r ? 2 : 1) * weights / k.gradients_rate;
   return p;
 }

@@ -28,15 +28,13 @@ struct Forced {
 // float64 an element's: it is there to check the others against, and each width is a kernel to compile.
 int width_for(const Call& call, int64_t span, bool half_wide, const std::optional<int64_t>& forced);
 
-// A reduction of which one block does the whole of its channels, at most `channels` of channels_last: splits and chunks
-// are left to the caller.
+// A reduction of which one block does the whole of its channels, at most `channels` of channels_last: splits, chunks
+// and, in NCHW, lanes are left to the caller.
 Reduction whole_reduction(const Call& call, int64_t channels, const Forced& forced);
 
 // NCHW: how a block that has `rows` whole rows in shared memory divides its threads among them. Few lanes a row take
 // the fewest instructions.
-void share_lanes(Reduction& reduction, int64_t rows, int threads, const Forced& forced);
-
-int64_t next_power_of_two(int64_t v);
+int lanes_for_rows(int64_t rows, int threads, const Forced& forced);
 
 // The backward launch for the weights and biases.
 void add_weight_gradients(Plan& plan);

@@ -13,21 +13,11 @@ namespace {
 constexpr int64_t kLongestRow = int64_t{1} << 30;  // positions within a block are 32-bit numbers
 constexpr int64_t kLargestGrid = (int64_t{1} << 31) - 1;
 
-}  // namespace
-
 int64_t next_power_of_two(int64_t v) {
   int64_t power = 1;
   while (power < v) power *= 2;
   return power;
 }
-
-void share_lanes(Reduction& reduction, int64_t rows, int threads, const Forced& forced) {
-  int lanes = 1;
-  while (lanes < kColumns && 2 * lanes * rows <= threads) lanes *= 2;
-  reduction.lanes = one_of("lanes", {1, 2, 4, 8, 16, 32}, forced.lanes.value_or(lanes));
-}
-
-namespace {
 
 // Of the addresses of the maps; null is aligned to all.
 int alignment_of(std::initializer_list<const void*> maps) {
@@ -113,6 +103,12 @@ int width_for(const Call& call, int64_t span, bool half_wide, const std::optiona
   return static_cast<int>(*forced);
 }
 
+int lanes_for_rows(int64_t rows, int threads, const Forced& forced) {
+  int lanes = 1;
+  while (lanes < kColumns && 2 * lanes * rows <= threads) lanes *= 2;
+  return one_of("lanes", {1, 2, 4, 8, 16, 32}, forced.lanes.value_or(lanes));
+}
+
 Reduction whole_reduction(const Call& call, int64_t channels, const Forced& forced) {
   Reduction reduction{};
   const int64_t row = (call.channels_last ? call.c : call.l) * element_bytes(call.dtype);
@@ -121,11 +117,6 @@ Reduction whole_reduction(const Call& call, int64_t channels, const Forced& forc
     const int64_t vectors = channels * element_bytes(call.dtype) / reduction.width;
     const int64_t lanes = std::min<int64_t>(kColumns, next_power_of_two(vectors));
     reduction.lanes = one_of("lanes", {1, 2, 4, 8, 16, 32}, forced.lanes.value_or(lanes));
-  } else {
-    const int64_t vectors = row / reduction.width;
-    // A group of 8 takes up to 8 accesses a thread, a warp up to 16.
-    const int64_t lanes = vectors <= 64 ? 8 : vectors <= 512 ? 32 : kThreads;
-    reduction.lanes = one_of("lanes", {8, 32, kThreads}, forced.lanes.value_or(lanes));
   }
   return reduction;
 }

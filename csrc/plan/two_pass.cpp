@@ -11,10 +11,16 @@ constexpr int64_t kLoadsPerThread = 4;           // what a thread of a split red
 constexpr int64_t kLargestSplit = 64;
 constexpr int kFewestLanes = 8;  // along the channels: 128 bytes of a position
 constexpr int64_t kStagedBytes = 16 << 10, kLargestStagedBytes = 40 << 10;  // of a map, that a block copies first
-constexpr int64_t kFewestRows = 32;                                         // of them: 8 threads each
+constexpr int64_t kHalvedRows = 32;                                         // more of them are halved for more blocks
 constexpr int64_t kRangeBytes = 64 << 10, kSmallestRangeBytes = 4 << 10;    // of a map, for one block
 constexpr int64_t kRangeChannels = 512;                                     // whose gates one block computes
 constexpr int64_t kFusedWeights = 4096, kFusedHidden = 256;  // W1 that each block reads again instead of a launch
+
+// NCHW, in global memory: a group of 8 takes up to 8 accesses a thread, a warp up to 16.
+int lanes_along_rows(const Call& call, const Reduction& reduction, const Forced& forced) {
+  const int64_t vectors = call.l * element_bytes(call.dtype) / reduction.width;
+  return one_of("lanes", {8, 32, kThreads}, forced.lanes.value_or(vectors <= 64 ? 8 : vectors <= 512 ? 32 : kThreads));
+}
 
 // Maps that a reduction reads.
 int64_t maps_reduced(const Call& call) { return call.direction == Direction::kForward ? 1 : 2 + reads_residual(call); }
@@ -29,7 +35,7 @@ int64_t staged_rows(const Call& call, const Reduction& reduction, int64_t wanted
   if (forced.rows && forced.splits.value_or(1) != 1) refuse("rows=" + std::to_string(*forced.rows) + " are not split");
   if (!forced.rows && (!can || reduction.width == 16 || forced.splits || forced.width || forced.lanes)) return 0;
   int64_t rows = std::clamp<int64_t>(kStagedBytes / (row * maps), 1, call.c);
-  while (rows > kFewestRows && call.n * ceil_div(call.c, rows) < wanted_blocks) rows = ceil_div(rows, 2);
+  while (rows > kHalvedRows && call.n * ceil_div(call.c, rows) < wanted_blocks) rows = ceil_div(rows, 2);
   rows = forced.rows.value_or(rows);
   if (rows < 0 || rows * row * maps > kLargestStagedBytes) {
     refuse("rows=" + std::to_string(rows) + " of " + std::to_string(row * maps) + " bytes; wanted at most " +
@@ -54,7 +60,8 @@ Reduction split_reduction(const Call& call, int64_t wanted_blocks, const Forced&
     reduction.chunks = 1;
     reduction.rows = staged_rows(call, reduction, wanted_blocks, forced);
     reduction.slab_bytes = slab_bytes(call, reduction.rows * call.l);
-    if (reduction.rows) share_lanes(reduction, reduction.rows, kThreads, forced);
+    reduction.lanes =
+        reduction.rows ? lanes_for_rows(reduction.rows, kThreads, forced) : lanes_along_rows(call, reduction, forced);
     blocks = ceil_div(call.n * call.c, kThreads / reduction.lanes);
     most = call.l * element_bytes(call.dtype) / reduction.width / (reduction.lanes * kLoadsPerThread);
   }
