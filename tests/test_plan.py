@@ -264,7 +264,21 @@ def test_a_cluster_splits_channels_whatever_its_size(size, threads, backward, ch
     assert chosen.per_block == (49 if channels_last else channels * 49)
     assert f" of {'' if channels_last else 'at most '}{channels} channels a block" in str(chosen)
     assert (chosen.width, chosen.splits, chosen.rows) == (16 if channels_last else 2, 1, 0)
-    assert channels_last or chosen.lanes == min(32, 2 ** int(math.log2(max(1, threads // channels))))
+    # Backward has two at least along a row, because it reads x from global memory.
+    fewest = 2 if backward else 1
+    assert channels_last or chosen.lanes == min(32, max(fewest, 2 ** int(math.log2(max(1, threads // channels)))))
+
+
+@pytest.mark.parametrize(("positions", "width", "lanes"), [(28 * 28, 16, 8), (14 * 14, 8, 4), (7 * 7, 2, 2)])
+def test_backward_reads_global_memory_by_threads_side_by_side(positions, width, lanes):
+    def chosen(more="", **options):
+        return cluster(c=512, l=positions, forced=f"size=4 threads=256{more}", **options)
+
+    assert (chosen().lanes, chosen().width) == (2, width)
+    assert chosen(backward=True).lanes == lanes
+    assert chosen(" lanes=1", backward=True).lanes == 1
+    if positions < 28 * 28:
+        assert chosen(backward=True, pre_act=True).lanes == 2  # x is in shared memory too
 
 
 def test_channels_that_do_not_divide_in_16_bytes_divide_by_one_where_rows_are_apart():
