@@ -103,6 +103,10 @@ struct Residence {
   int64_t slab_bytes;            // of its share of one map
   int64_t work;                  // numbers that its steps need in turn
   bool keeps_x, keeps_residual;  // backward: beside g
+  // Clusters that could begin together, and how much later than the one before each of them begins: while some wait for
+  // their own exchange and layers, others use the memory.
+  int64_t first_wave;
+  unsigned stagger_ns;
 };
 
 struct Launch {

@@ -55,6 +55,7 @@ __global__ void __launch_bounds__(kMostBackwardThreads, 1)
     else
       return {keeps ? copy(map) : Slab<T>{}, global, keeps};
   };
+  Cluster::begin(residence, n);
   const Slab<T> g = copy(f.g);
   const X x = read(residence.keeps_x, f.x);
   const M maps{f, g, x, read(residence.keeps_residual, f.residual)};

@@ -31,6 +31,7 @@ __global__ void __launch_bounds__(kMostForwardThreads, 1)
   A* h = hidden_part + padded(r);                   // [R], or z [C]
   A* s = h + padded(depth);                         // [own]
 
+  Cluster::begin(residence, share.n);
   const Slab<T> x = copy_to_slab(share, f.x, memory);
   if (share.n == 0) {  // for all samples
     if (f.r) prefetch(w1.from(0, share.c0), r, own);

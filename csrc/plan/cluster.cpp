@@ -123,6 +123,7 @@ std::string plan_cluster(Plan& plan, const Device& device, const Forced& forced)
   }
   if (!best.launch_count) return why_not(plan, device, forced);
   plan = best;
+  add_stagger(plan, device);
   return "";
 }
 

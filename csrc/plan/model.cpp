@@ -1,7 +1,7 @@
 // How long a plan takes, so that plans can be compared: a few constants, fitted by least squares to plans that an H200
-// has timed in float16. On its record (plans_gpu.csv) the choice takes 2 % longer than the fastest plan forward and 4 %
-// forward and backward, in the mean. Other GPUs enter by their bandwidth, multiprocessors and clusters; for them,
-// float32 and the general form all of it is predicted.
+// has timed in float16 (benchmarks/refit.py). On its record (plans_gpu.csv) the choice takes 2 % longer than the
+// fastest plan in the mean. Other GPUs enter by their bandwidth, multiprocessors and clusters; for them, float32 and
+// the general form all of it is predicted.
 #include <algorithm>
 #include <cmath>
 
@@ -10,24 +10,20 @@
 namespace se::planning {
 namespace {
 
-struct Constants {
-  double start_us;        // until the first block works, and after the last has ended
-  double pass_us;         // two_pass: of a launch, with what waits at its begin and end
-  double chain_us;        // of a block of a cluster: loads, barriers and layers that wait for one another
-  double doubling_us;     // and for each doubling of the cluster
-  double layer_rate;      // bytes of weights in a microsecond, for each thread of a block
-  double map_rate;        // bytes of a map in a microsecond, by the instructions of a multiprocessor
-  double weight_rate;     // the same of weights
-  double piece_bytes;     // channels_last: what a piece of a position costs beside its own bytes
-  double split_us;        // two_pass: of a part of a sum that every block adds up again
-  double hidden_rate;     // two_pass: products of the hidden launch in a microsecond
-  double gates_rate;      // two_pass: bytes of W1 in a microsecond, which every block reads again; 0: as good as all
-  double gradients_rate;  // products of the weights' gradients in a microsecond
+// clang-format off: python -m benchmarks.refit h200
+constexpr Constants kForward{
+    1.18e+05, 1, 1.77, 0.422, 0.872,  // alone_bytes, cluster_share, overlap, tail, two_pass_share
+    2.77, 4.96, 5.33, 0.211, 60.8,  // start_us, pass_us, chain_us, doubling_us, layer_rate
+    2.1e+03, 1.37e+05, 1.76e+05, 14.3, 0.0789,  // slab_rate, map_rate, weight_rate, piece_bytes, split_us
+    5.63e+05, 1e+09, 1e+09,  // hidden_rate, gates_rate, gradients_rate
 };
-constexpr Constants kForward{4.8, 5.4, 1.0, 0.72, 51, 26e3, 134e3, 16, 0.08, 0.56e6, 0, 0};
-constexpr Constants kBackward{5.0, 7.2, 11.2, 0.07, 59, 7.7e3, 454e3, 20, 0.08, 0.33e6, 9.5e6, 5.9e6};
-// What a multiprocessor moves alone in a microsecond; what all move together, as a share of a copy's speed.
-constexpr double kAloneBytes = 80e3, kClusterShare = 0.84, kTwoPassShare = 0.87;
+constexpr Constants kBackward{
+    3.26e+05, 0.835, 1.25, 0.537, 0.79,  // alone_bytes, cluster_share, overlap, tail, two_pass_share
+    6.32, 5.72, 9.22, 0.061, 67.4,  // start_us, pass_us, chain_us, doubling_us, layer_rate
+    358, 3.07e+04, 4.57e+05, 10.5, 0.0549,  // slab_rate, map_rate, weight_rate, piece_bytes, split_us
+    3.08e+05, 9.46e+06, 1.16e+07,  // hidden_rate, gates_rate, gradients_rate
+};
+// clang-format on
 constexpr int64_t kReserved = 1 << 10;  // bytes of shared memory that the system takes for a block
 
 Prediction predict_two_pass(const Plan& plan, const Device& device, const Constants& k) {
@@ -35,41 +31,58 @@ Prediction predict_two_pass(const Plan& plan, const Device& device, const Consta
   const double weights = static_cast<double>(call.n * call.c) * static_cast<double>(call.r ? call.r : call.c);
   Prediction p{};
   p.launches = k.pass_us * plan.launch_count;
-  p.memory = static_cast<double>(plan.map_bytes_read + plan.map_bytes_written) / (device.bytes_per_us * kTwoPassShare);
+  p.memory =
+      static_cast<double>(plan.map_bytes_read + plan.map_bytes_written) / (device.bytes_per_us * k.two_pass_share);
   p.waiting = k.split_us * (plan.reduction.splits - 1);
   if (!plan.fused_hidden && call.r) p.waiting += weights / k.hidden_rate;
-  if (k.gates_rate > 0) p.waiting += weights * element_bytes(call.dtype) / k.gates_rate;
+  p.waiting += weights * element_bytes(call.dtype) / k.gates_rate;
   if (call.dw && call.direction == Direction::kBackward) p.waiting += (call.r ? 2 : 1) * weights / k.gradients_rate;
   return p;
+}
+
+// Clusters that run at once: on each multiprocessor as many blocks as shared memory and registers allow.
+struct Wave {
+  double clusters, residents;  // side by side, each block alone on its multiprocessor; blocks on each
+  double all() const { return clusters * residents; }
+};
+Wave wave(const Plan& plan, const Device& device) {
+  const Launch& launch = plan.launches[0];
+  const auto log = static_cast<int>(std::log2(plan.residence.size));
+  return {static_cast<double>(device.clusters[log]),
+          static_cast<double>(std::clamp<int64_t>(device.shared_per_multiprocessor / (launch.shared_bytes + kReserved),
+                                                  1, most_threads(plan.call) / launch.threads))};
 }
 
 Prediction predict_cluster(const Plan& plan, const Device& device, const Constants& k) {
   const Call& call = plan.call;
   const Launch& launch = plan.launches[0];
   const int size = plan.residence.size, log = static_cast<int>(std::log2(size));
-  const auto n = static_cast<double>(call.n), clusters = static_cast<double>(device.clusters[log]);
-  const auto residents = static_cast<double>(std::clamp<int64_t>(
-      device.shared_per_multiprocessor / (launch.shared_bytes + kReserved), 1, most_threads(call) / launch.threads));
+  const auto n = static_cast<double>(call.n);
+  const auto [clusters, residents] = wave(plan, device);
   const auto element = static_cast<double>(element_bytes(call.dtype));
   const double slab = static_cast<double>(plan.residence.channels * call.l) * element;
   const double weights = static_cast<double>((call.r ? 2 : 1) * plan.residence.channels) *
                          static_cast<double>(call.r ? call.r : call.c) * element;
-  // A block's part of what the call moves, at the speed that is left for it.
+  // A block's part of what the call moves, at the speed that is left for it, and alone.
   const double moved = static_cast<double>(plan.map_bytes_read + plan.map_bytes_written) / (n * size);
-  const double rate = std::min(kAloneBytes, device.bytes_per_us * kClusterShare / (std::min(n, clusters) * size));
+  const double rate = std::min(k.alone_bytes, device.bytes_per_us * k.cluster_share / (std::min(n, clusters) * size));
   const double piece = static_cast<double>(plan.residence.channels) * element;
-  const double transfer = moved / rate * (call.channels_last ? 1 + k.piece_bytes / piece : 1);
+  const double pieces = call.channels_last ? 1 + k.piece_bytes / piece : 1;
   const double narrow = plan.reduction.width == 16 ? 1 : plan.reduction.width == 8 ? 2 : 4;
-  const double chain = k.chain_us + k.doubling_us * log + weights / (launch.threads * k.layer_rate);
-  const double work = slab * narrow / k.map_rate + weights / k.weight_rate;
   const double waves = n / (clusters * residents), active = std::min(residents, std::ceil(n / clusters));
-  // The last wave of a few is a whole one; of many blocks not all end together.
-  const double turns = waves <= 2 ? std::ceil(waves) : waves + 0.5;
+  const double turns = waves <= 1 ? 1 : waves + k.tail;
+  // What the blocks of a multiprocessor need together of the memory and of its instructions, and one by itself.
+  const double memory = active * moved / rate * pieces;
+  const double work = active * (slab * narrow / k.map_rate + weights / k.weight_rate);
+  const double chain = k.chain_us + k.doubling_us * log + weights / (launch.threads * k.layer_rate) +
+                       slab * narrow / (launch.threads * k.slab_rate) + moved / k.alone_bytes * pieces;
+  const double turn =
+      std::pow(std::pow(memory, k.overlap) + std::pow(work, k.overlap) + std::pow(chain, k.overlap), 1 / k.overlap);
   Prediction p{};
   p.launches = k.start_us;
-  p.memory = turns * active * transfer;
-  p.work = turns * active * work;
-  p.waiting = std::max(0.0, turns * (chain + transfer) - std::max(p.memory, p.work));
+  p.memory = turns * memory;
+  p.work = turns * work;
+  p.waiting = turns * turn - std::max(p.memory, p.work);
   if (call.dw && call.direction == Direction::kBackward) {
     p.waiting += (call.r ? 2 : 1) * n * static_cast<double>(call.c) * static_cast<double>(call.r ? call.r : call.c) /
                  k.gradients_rate;
@@ -79,9 +92,18 @@ Prediction predict_cluster(const Plan& plan, const Device& device, const Constan
 
 }  // namespace
 
-Prediction predict(const Plan& plan, const Device& device) {
-  const Constants& k = plan.call.direction == Direction::kForward ? kForward : kBackward;
+const Constants& constants(Direction direction) { return direction == Direction::kForward ? kForward : kBackward; }
+
+Prediction predict(const Plan& plan, const Device& device, const Constants& k) {
   return plan.algorithm == Algorithm::kCluster ? predict_cluster(plan, device, k) : predict_two_pass(plan, device, k);
+}
+
+void add_stagger(Plan& plan, const Device& device) {
+  const double n = static_cast<double>(plan.call.n), first = wave(plan, device).all(), waves = n / first;
+  const double moved = static_cast<double>(plan.map_bytes_read + plan.map_bytes_written) * std::min(1.0, 1 / waves);
+  const double spread_us = moved / device.bytes_per_us * waves / (1 + waves);
+  plan.residence.first_wave = static_cast<int64_t>(first);
+  plan.residence.stagger_ns = static_cast<unsigned>(1e3 * spread_us / std::min(n, first));
 }
 
 }  // namespace se::planning

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "../plan.h"
+#include "model.h"
 
 namespace se::planning {
 
@@ -54,9 +55,6 @@ inline bool reads_x_again(const Call& call) {
   return call.post_act || (call.dx && (call.pre_act || call.squeeze != Squeeze::kMean));
 }
 inline bool reads_residual(const Call& call) { return call.post_act && call.residual; }
-
-// model.cpp
-Prediction predict(const Plan& plan, const Device& device);
 
 void plan_two_pass(Plan& plan, const Device& device, const Forced& forced);
 // Why not, or nothing where `plan` now is one.
