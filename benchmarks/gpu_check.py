@@ -69,7 +69,8 @@ def gpu_tests(task: Task) -> list[str]:
 
 
 def _sanitizer_part(tool: str, seconds: float, **more: Any) -> Part:
-    what, clean = "compute-sanitizer over the smoke calls", "ERROR SUMMARY: 0 errors"
+    what = "compute-sanitizer over the smoke calls"
+    clean = "RACECHECK SUMMARY: 0 hazards" if tool == "racecheck" else "ERROR SUMMARY: 0 errors"
     return Part(tool, seconds, what, sanitizer(tool), proof=clean, refusal="Device not supported", **more)
 
 

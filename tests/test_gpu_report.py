@@ -98,8 +98,15 @@ def test_a_failure_that_is_explained_stands_under_the_table(gpu_run: Path) -> No
 
 
 def test_nothing_excuses_a_wrong_result(gpu_run: Path) -> None:
-    (gpu_run / "failures.json").write_text(json.dumps({"smoke": "a bad seed"}))
+    (gpu_run / "failures.json").write_text(json.dumps({"smoke": "aborted at its end"}))
     fail(gpu_run, "smoke")
+    assert "smoke: aborted at its end" in gpu_report.summary(gpu_report.read(gpu_run))
+    smoke = gpu_run / "smoke.csv"
+    right = smoke.read_text()
+    smoke.write_text(right.replace("right", "WRONG", 1))
+    with pytest.raises(ValueError, match="smoke failed"):
+        gpu_report.read(gpu_run)
+    smoke.unlink()
     with pytest.raises(ValueError, match="smoke failed"):
         gpu_report.read(gpu_run)
 
