@@ -114,6 +114,8 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("lanes", [](const se::Plan& p) { return p.reduction.lanes; })
       .def_property_readonly("splits", [](const se::Plan& p) { return p.reduction.splits; })
       .def_property_readonly("rows", [](const se::Plan& p) { return p.reduction.rows; })
+      .def_property_readonly("first_wave", [](const se::Plan& p) { return p.residence.first_wave; })
+      .def_property_readonly("stagger_ns", [](const se::Plan& p) { return p.residence.stagger_ns; })
       .def_property_readonly("predicted_us", [](const se::Plan& p) { return p.predicted.us(); })
       .def_property_readonly("per_block", [](const se::Plan& p) { return p.elementwise.per_block; });
   m.def("plan", &plan, py::arg("device"), py::kw_only(), py::arg("backward") = false, py::arg("n"), py::arg("c"),

@@ -284,6 +284,24 @@ def test_special_values_stay_in_their_sample(cuda, value, squeeze, gpu):
     assert y[::2].isfinite().all()
 
 
+@pytest.mark.parametrize("backward", [False, True])
+def test_the_clusters_that_can_run_at_once_begin_one_after_the_other(cuda, backward):
+    n, size = 9, 16
+    forced = f"size={size} threads=512"
+    cuda.setup("H200", forced)
+    case = Case(n=n, c=128, r=2, spatial=(4, 8), dtype=torch.float32, layout="channels_last")
+    (compare if backward else forward)(case)
+    facts = native.load_facts()
+    call = {"n": n, "c": 128, "r": 2, "l": 32, "dtype": "float32", "channels_last": True, "forced": forced}
+    plan = facts.plan(facts.preset("H200"), backward=backward, **call)
+    assert plan.first_wave == 7  # of 16 blocks, each with a multiprocessor of its own
+    apart = plan.stagger_ns
+    assert apart > 0
+    expected = {cluster * size + block: {cluster * apart} for cluster in range(7) for block in range(size)}
+    assert cuda.slept() == expected
+    assert f"the first 7 clusters {apart} ns apart" in cuda.last_plan()
+
+
 def test_integer_atomics_count_in_the_order_of_the_schedule(cuda):
     orders = set()
     for seed in range(3):

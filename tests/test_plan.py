@@ -281,6 +281,23 @@ def test_backward_reads_global_memory_by_threads_side_by_side(positions, width, 
         assert chosen(backward=True, pre_act=True).lanes == 2  # x is in shared memory too
 
 
+@given(st.sampled_from(DEVICES), CALLS)
+def test_the_first_clusters_begin_within_the_time_in_which_their_bytes_move(device, call):
+    with contextlib.suppress(ValueError):
+        chosen = C.plan(device, **call, forced="cluster")
+        at_once = min(call["n"], chosen.first_wave)
+        moved = (chosen.map_bytes_read + chosen.map_bytes_written) * at_once / call["n"]
+        assert chosen.first_wave >= 1
+        assert 0 <= (at_once - 1) * chosen.stagger_ns <= 1e3 * moved / device.bytes_per_us + 1
+        assert (at_once - 1) * chosen.stagger_ns < 1e6  # the most that a thread can sleep
+
+
+def test_clusters_are_spread_further_where_more_follow():
+    spread = [chosen.first_wave * chosen.stagger_ns for chosen in (cluster(n=n, l=14 * 14) for n in (64, 256, 4096))]
+    assert spread == sorted(spread)
+    assert spread[0] < 0.7 * spread[-1]
+
+
 def test_channels_that_do_not_divide_in_16_bytes_divide_by_one_where_rows_are_apart():
     assert cluster(c=9, l=49, forced="size=2").per_block == 8 * 49  # 8 and 1
     assert cluster(c=10, l=49, forced="size=4").per_block == 3 * 49  # and 1 for the last

@@ -234,7 +234,12 @@ std::string Plan::text() const {
     const Launch& launch = launches[i];
     out << "  " << launch.name << ": " << launch.blocks << " blocks of " << launch.threads << " threads";
     if (launch.cluster > 0) out << " in clusters of " << launch.cluster;
-    out << ", " << launch.shared_bytes << " bytes of shared memory\n";
+    out << ", " << launch.shared_bytes << " bytes of shared memory";
+    if (launch.cluster > 0 && call.n > 1) {
+      out << ", the first " << std::min(call.n, residence.first_wave) << " clusters " << residence.stagger_ns
+          << " ns apart";
+    }
+    out << '\n';
   }
   out << "  reduction: accesses of " << reduction.width << " bytes, " << reduction.lanes << " threads along "
       << (call.channels_last ? "the channels" : "a row") << ", " << reduction.splits << " splits";

@@ -108,6 +108,16 @@ class Library:
         self._native.cuda_on_cpu_wavefronts(element, counts)
         return counts[0], counts[1]
 
+    def slept(self) -> dict[int, set[int]]:
+        """By block, the nanoseconds that threads of the last call's launches have slept."""
+        blocks, ns = (ctypes.c_uint * 4096)(), (ctypes.c_uint * 4096)()
+        count = self._native.cuda_on_cpu_slept(blocks, ns, len(ns))
+        assert count <= len(ns)
+        found: dict[int, set[int]] = {}
+        for block, time in zip(blocks[:count], ns[:count], strict=True):
+            found.setdefault(block, set()).add(time)
+        return found
+
     def tickets(self, blocks: int) -> torch.Tensor:
         """The order in which blocks took a ticket, by integer atomics (tickets.cu)."""
         tickets, counter = torch.full((blocks,), -1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)

@@ -121,6 +121,14 @@ CUDA_ON_CPU_API void cuda_on_cpu_wavefronts(int element, int64_t* counts) {
   const auto& reads = cuda_on_cpu::counters().shared_reads[element];
   counts[0] = reads.taken, counts[1] = reads.least;
 }
+CUDA_ON_CPU_API int cuda_on_cpu_slept(unsigned* blocks, unsigned* ns, int most) {
+  int count = 0;
+  for (const auto& [block, time] : cuda_on_cpu::counters().slept) {
+    if (count < most) blocks[count] = block, ns[count] = time;
+    ++count;
+  }
+  return count;
+}
 CUDA_ON_CPU_API void cuda_on_cpu_forget() { cuda_on_cpu::forget_all(); }
 CUDA_ON_CPU_API void cuda_on_cpu_watch(const char* name, const void* begin, size_t bytes) {
   cuda_on_cpu::watch(name, begin, bytes, false);

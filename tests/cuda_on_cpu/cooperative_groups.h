@@ -16,5 +16,5 @@ struct cluster_group {
 
 }  // namespace cooperative_groups
 
-inline void __nanosleep(unsigned) {}
+inline void __nanosleep(unsigned ns) { cuda_on_cpu::counters().slept.insert({cuda_on_cpu::position().block.x, ns}); }
 inline void __cluster_barrier_arrive_relaxed() { cuda_on_cpu::cluster_arrive(true); }

@@ -14,7 +14,9 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <set>
 #include <string>
+#include <utility>
 
 namespace cuda_on_cpu {
 
@@ -61,8 +63,9 @@ struct Wavefronts {
 };
 struct Counters {
   int64_t map_bytes_read, map_bytes_written;
-  int64_t wide_accesses, narrow_accesses;  // of maps: of 16 bytes, and of less
-  Wavefronts shared_reads[9];              // of shared memory by vectors: by the bytes of an element
+  int64_t wide_accesses, narrow_accesses;         // of maps: of 16 bytes, and of less
+  Wavefronts shared_reads[9];                     // of shared memory by vectors: by the bytes of an element
+  std::set<std::pair<unsigned, unsigned>> slept;  // block and nanoseconds
 };
 Counters& counters();
 // kReadOnly: by the path that may give what was there before the launch, and so of nothing that the launch writes.
