@@ -15,7 +15,18 @@ from typing import Annotated, Any
 
 import typer
 
-from . import call_overhead, compiled, coverage, figures, gpu_report, headline, layer_cpu, layer_cpu_report, models
+from . import (
+    call_overhead,
+    compiled,
+    coverage,
+    figures,
+    gpu_report,
+    headline,
+    layer_cpu,
+    layer_cpu_report,
+    models,
+    predicted,
+)
 
 Line = dict[str, str]
 ROOT = layer_cpu.ROOT
@@ -69,6 +80,7 @@ RECORDS = {
     "compiled": Record(compiled.RECORD, read, compiled.table),
     "coverage": Record(coverage.RECORD, read, coverage.table),
     "call_overhead": Record(call_overhead.RECORD, read, call_overhead.table),
+    "predicted": Record(RESULTS / "h200", lambda folder: folder, predicted.table),
 }  # fmt: skip
 for _run in sorted(RESULTS.glob("*/run.json")):
     RECORDS[_run.parent.name] = Record(_run.parent, gpu_report.read, gpu_report.summary)

@@ -1,0 +1,151 @@
+"""What the planner's model predicts for GPUs beside what a model of torch.compile does; nothing here is measured there.
+
+Ours is csrc/plan/model.cpp. torch.compile's has four constants, fitted to its times in the record of an H200: launches,
+a reading of x and a writing of y, a second reading of x, which is from the L2 where x takes less than half of it, and
+the products of the layers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.optimize import nnls
+
+from se_fused import native
+
+from . import gpu_report
+from .layer_cpu_report import markdown, times
+
+GPUS = ("H200", "H100", "A100", "RTX 4090", "T4")
+# Channels, hidden units and positions along a side: SE layers of ResNets, MobileNetV3 and EfficientNet.
+SHAPES = (
+    (64, 4, 112), (96, 4, 112), (256, 16, 56), (512, 32, 28), (1024, 64, 14), (2048, 128, 7), (72, 24, 28),
+    (960, 240, 7), (672, 168, 14),
+)  # fmt: skip
+BATCHES = (1, 32, 256)
+LAYOUTS, DTYPES = ("contiguous", "channels_last"), ("float16", "float32")
+
+
+@dataclass(frozen=True)
+class Call:
+    gpu: Any
+    dtype: str
+    layout: str
+    n: int
+    c: int
+    r: int
+    side: int
+
+    @property
+    def map_bytes(self) -> int:
+        return self.n * self.c * self.side**2 * (2 if self.dtype == "float16" else 4)
+
+    def __str__(self) -> str:
+        return f"{self.n}x{self.c}x{self.side}x{self.side}"
+
+    def plan(self) -> Any:
+        sizes = {"n": self.n, "c": self.c, "r": self.r, "l": self.side**2}
+        return native.load_facts().plan(
+            self.gpu, **sizes, dtype=self.dtype, channels_last=self.layout == "channels_last"
+        )
+
+    def copy_us(self) -> float:
+        return float(2 * self.map_bytes / self.gpu.bytes_per_us)
+
+    def compile_terms(self) -> list[float]:
+        """What torch.compile's time is made of: launches, bytes from memory, bytes from the L2, products."""
+        x, speed = self.map_bytes, self.gpu.bytes_per_us
+        near = x <= self.gpu.l2_bytes / 2
+        products = self.n * self.c * self.r / self.gpu.multiprocessors
+        return [1, (2 if near else 3) * x / speed, near * x / speed, products]
+
+
+def compile_model(record: Path) -> np.ndarray:
+    """The constants of `compile_terms`, by least squares of relative errors over the record's forward calls."""
+    gpu, terms, measured = native.load_facts().preset(record.name.upper()), [], []
+    for case in gpu_report.best_measured(gpu_report.read(record)):
+        line = case.lines.get(("graph", "compile"))
+        if line is None or case.direction != "forward":
+            continue
+        n, c, side, _ = map(int, case.shape.split("x"))
+        terms.append(Call(gpu, case.dtype, case.layout, n, c, int(line["r"]), side).compile_terms())
+        measured.append(float(line["p50_us"]))
+    scaled = np.array(terms) / np.array(measured)[:, None]
+    return nnls(scaled, np.ones(len(measured)))[0]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a call takes, in microseconds, and why it may be slow."""
+
+    call: Call
+    ours: float
+    compile: float
+    why: str
+
+    @property
+    def ratio(self) -> float:
+        return self.compile / self.ours
+
+    @property
+    def of_copy(self) -> float:
+        return self.call.copy_us() / self.ours
+
+
+def why(call: Call, plan: Any) -> str:
+    """What keeps a call from being faster."""
+    (_, _, shared, size, _), *_ = plan.launches
+    if not any(call.gpu.clusters):
+        return "the GPU has no clusters: x is read twice, by several launches"
+    if not size:
+        return "no cluster holds a sample, or none is faster: x is read twice, by several launches"
+    if call.c * call.r > call.c * call.side**2:
+        return "the weights outweigh a sample, and every cluster reads them again"
+    if 2 * shared > call.gpu.shared_per_multiprocessor:
+        return "a block fills its multiprocessor: nothing of its own overlaps"
+    return "loads, exchange and layers of a cluster wait for one another"
+
+
+def predict(gpu: str, constants: np.ndarray) -> list[Prediction]:
+    device, found = native.load_facts().preset(gpu), []
+    for dtype, layout, n, shape in itertools.product(DTYPES, LAYOUTS, BATCHES, SHAPES):
+        call = Call(device, dtype, layout, n, *shape)
+        plan = call.plan()
+        theirs = float(np.dot(constants, call.compile_terms()))
+        found.append(Prediction(call, plan.predicted_us, theirs, why(call, plan)))
+    return found
+
+
+def ratios(predictions: Sequence[Prediction]) -> str:
+    values = [each.ratio for each in predictions]
+    lost = sum(value < 1 for value in values)
+    return f"{times(statistics.geometric_mean(values))} ({min(values):.2f} to {max(values):.2f}), {lost} of 9"
+
+
+def copies(predictions: Sequence[Prediction]) -> str:
+    values = [each.of_copy for each in predictions]
+    return f"{statistics.geometric_mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def table(record: Path) -> str:
+    """Geometric means over the shapes, how many are predicted to lose, and why."""
+    constants = compile_model(record)
+    rows, reasons = [], []
+    for gpu in GPUS:
+        predictions = predict(gpu, constants)
+        for how, some in itertools.groupby(predictions, lambda each: (each.call.dtype, each.call.layout)):
+            batches = [list(batch) for _, batch in itertools.groupby(some, lambda each: each.call.n)]
+            rows.append([f"{gpu}, {' '.join(how)}", *map(ratios, batches), copies(batches[-1])])
+        of = Counter(each.why for each in predictions)
+        for reason, count in Counter(each.why for each in predictions if each.ratio < 1).most_common():
+            reasons.append([gpu, reason, f"{count} of {of[reason]}"])
+    header = ["forward, nine shapes", *(f"N = {n}: torch.compile / fused, lost" for n in BATCHES)]
+    first = markdown([*header, f"N = {BATCHES[-1]}: copy / fused"], rows)
+    return f"{first}\n\n{markdown(['GPU', 'predicted slower than torch.compile, because', 'calls'], reasons)}"
