@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from scipy.optimize import nnls
 
 from se_fused import native
 
-from . import gpu_report
+from . import gpu_report, refit
+from .gpu_report import DIRECTIONS
 from .layer_cpu_report import markdown, times
 
 GPUS = ("H200", "H100", "A100", "RTX 4090", "T4")
@@ -149,3 +151,47 @@ def table(record: Path) -> str:
     header = ["forward, nine shapes", *(f"N = {n}: torch.compile / fused, lost" for n in BATCHES)]
     first = markdown([*header, f"N = {BATCHES[-1]}: copy / fused"], rows)
     return f"{first}\n\n{markdown(['GPU', 'predicted slower than torch.compile, because', 'calls'], reasons)}"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan that was timed, beside its prediction, in microseconds."""
+
+    name: str
+    predicted: float
+    measured: float
+
+
+def planned(row: refit.Row) -> Planned:
+    """Forward and backward is the sum of two predictions."""
+    n, c, h, w = row.shape
+    facts = native.load_facts()
+    call = {"n": n, "c": c, "r": row.r, "l": h * w, "dtype": row.dtype, "channels_last": row.channels_last}
+    sides = (False, True) if row.direction == "both" else (False,)
+    us = [facts.plan(facts.preset(row.gpu), **call, backward=side, forced=row.plan).predicted_us for side in sides]
+    return Planned(row.plan, sum(us), row.us)
+
+
+def against(record: Path) -> str:
+    """Predictions beside what was measured, and every call where another plan than the planner's is faster by 5 %."""
+    calls: dict[Any, list[Planned]] = defaultdict(list)
+    for row in refit.read(record.name):
+        calls[row.call].append(planned(row))
+    kinds: dict[tuple[str, str, int], list[Planned]] = defaultdict(list)
+    missed = []
+    for (shape, _, _, channels_last, direction), plans in calls.items():
+        chosen, fastest = (min(plans, key=attrgetter(name)) for name in ("predicted", "measured"))
+        how = "channels_last" if channels_last else "contiguous"
+        kinds[DIRECTIONS[direction], how, shape[0]].append(chosen)
+        if chosen.measured > 1.05 * fastest.measured:
+            cells = [f"{p.name}: {p.predicted:.1f} predicted, {p.measured:.1f} measured" for p in (chosen, fastest)]
+            missed.append([f"{'x'.join(map(str, shape))} {how}, {DIRECTIONS[direction]}", *cells])
+    rows = []
+    for (direction, how, n), some in kinds.items():
+        off = [plan.predicted / plan.measured for plan in some]
+        rows.append(
+            [f"{direction}, {how}, N = {n}", f"{statistics.median(off):.2f} ({min(off):.2f} to {max(off):.2f})"]
+        )
+    first = markdown(["float16", "predicted / measured µs of the plan with the least predicted: median (range)"], rows)
+    header = ["calls where it is not the fastest by 5 %", "predicted to be the fastest, µs", "the fastest, µs"]
+    return f"{first}\n\n{markdown(header, missed)}"

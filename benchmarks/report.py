@@ -81,6 +81,7 @@ RECORDS = {
     "coverage": Record(coverage.RECORD, read, coverage.table),
     "call_overhead": Record(call_overhead.RECORD, read, call_overhead.table),
     "predicted": Record(RESULTS / "h200", lambda folder: folder, predicted.table),
+    "h200_plans": Record(RESULTS / "h200", lambda folder: folder, predicted.against),
 }  # fmt: skip
 for _run in sorted(RESULTS.glob("*/run.json")):
     RECORDS[_run.parent.name] = Record(_run.parent, gpu_report.read, gpu_report.summary)

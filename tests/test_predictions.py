@@ -86,3 +86,21 @@ def test_every_call_that_is_predicted_to_lose_has_its_reason():
         assert printed == {why: str(count) for why, count in lost.items()}
         clusters = any(native.load_facts().preset(gpu).clusters)
         assert clusters == (set(lost) != {"the GPU has no clusters: x is read twice, by several launches"})
+
+
+def test_the_table_of_the_sweep_names_the_calls_whose_choice_is_not_the_fastest():
+    text = predicted.against(RECORD)
+    timed = [row for row in refit.read("h200") if row.direction == "forward"]
+    calls = {row.call for row in timed}
+    missed = 0
+    for call in calls:
+        plans = [predicted.planned(row) for row in timed if row.call == call]
+        chosen, fastest = min(plans, key=lambda p: p.predicted), min(plans, key=lambda p: p.measured)
+        shape, _, _, channels_last, _ = call
+        line = f"| {'x'.join(map(str, shape))} {'channels_last' if channels_last else 'contiguous'}, forward | "
+        slower = chosen.measured > 1.05 * fastest.measured
+        missed += slower
+        assert (
+            line + f"{chosen.name}: {chosen.predicted:.1f} predicted, {chosen.measured:.1f} measured" in text
+        ) == slower
+    assert 0 < missed < len(calls) / 4
