@@ -16,6 +16,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -34,6 +35,11 @@ PROBES = ROOT / "benchmarks" / "gpu_probes" / "probes.cu"
 SASS_OF = "90"
 # Of 8.x only the step from PTX on differs; what precedes it is half the time.
 TOGETHER = [tuple(group) for _, group in groupby(gpus.ARCHITECTURES, lambda sm: sm[0] if sm[0] == "8" else sm)]
+LONGEST = (
+    "forward_two_pass",
+    "backward_two_pass",
+    "backward_cluster",
+)  # first, so that no core ends long before another
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 Code = dict[tuple[str, str], list[sass.Instruction]]  # of each kernel on each architecture
@@ -73,6 +79,12 @@ def compile_one(source: Path, architectures: Sequence[str], folder: Path) -> dic
             sys.exit(f"{name} for sm_{sm} has static shared memory:{rest}")
     kernels = short([name for name, *_ in found])
     return {(kernel, sm): int(count) for kernel, (_, sm, count, _) in zip(kernels, found, strict=True)}
+
+
+def examine(folder: Path, job: tuple[Path, Sequence[str]]) -> tuple[dict[tuple[str, str], int], Code]:
+    source, together = job
+    registers = compile_one(source, together, folder)
+    return registers, disassemble(folder / f"{source.stem}.{together[0]}.o")
 
 
 def compare(table: Path, columns: Sequence[str], rows: list[list[str]], update: bool) -> list[str]:
@@ -218,18 +230,14 @@ def main() -> None:
     registers: dict[tuple[str, str], int] = {}
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(os.cpu_count()) as pool:
         folder = Path(name)
-        jobs = {
-            (source, together): pool.submit(compile_one, source, together, folder)
-            for source in sources
-            for together in TOGETHER
-        }
-        for (source, together), job in jobs.items():
-            registers |= job.result()
-            print(f"compiled {source.name} for sm_{', sm_'.join(together)}", flush=True)
+        jobs = [(source, together) for source in sources for together in TOGETHER]
+        jobs.sort(key=lambda job: LONGEST.index(job[0].stem) if job[0].stem in LONGEST else len(LONGEST))
         update = "--update" in sys.argv
         code: Code = {}
-        for part in pool.map(disassemble, [folder / f"{source.stem}.{sms[0]}.o" for source, sms in jobs]):
+        for (source, together), (found, part) in zip(jobs, pool.map(partial(examine, folder), jobs), strict=True):
+            registers |= found
             code |= part
+            print(f"compiled {source.name} for sm_{', sm_'.join(together)}", flush=True)
         loops = {key: sass.vector_loops(lines) for key, lines in code.items()}
         failed = compare_registers(registers, update) + compare_instructions(loops, update)
         failed += check_hot_kernels(code, loops)

@@ -248,12 +248,6 @@ struct DistributeOperation {
   }
 };
 
-// body(std::bool_constant<kPlain>())
-template <class Body>
-void with_form(const Backward& f, Body&& body) {
-  is_plain(f) ? body(std::true_type()) : body(std::false_type());
-}
-
 template <class A>
 void launch_weight_gradients(const Backward& f, const Plan& plan, const Partial<A>& partial, const A* dp1,
                              void* stream);

@@ -118,7 +118,7 @@ void backward_cluster(const Backward& f, const Plan& plan, void* scratch, void* 
       A* dp1 = dw ? ds + f.n * f.c : nullptr;
       with_cluster_share<T>(plan.call, [&](auto* share) {
         using Share = std::remove_pointer_t<decltype(share)>;
-        with_form(f, [&](auto plain) {
+        with_form<T>(is_plain(f), [&](auto plain) {
           launch(plan, "backward", stream, backward_in_cluster<T, Share, plain.value>, f, ds, dp1, plan.elementwise,
                  Divisor(f.l), plan.residence, plan.reduction);
         });

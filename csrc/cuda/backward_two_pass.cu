@@ -108,7 +108,7 @@ void backward_two_pass(const Backward& f, const Plan& plan, void* scratch, void*
       free += 2 * parts;
     }
     A* dp1 = free;
-    with_form(f, [&](auto plain) {
+    with_form<T>(is_plain(f), [&](auto plain) {
       constexpr bool kPlain = plain.value;
       const GlobalMaps<T, kPlain> maps{
           f, {static_cast<const T*>(f.g)}, {static_cast<const T*>(f.x)}, {static_cast<const T*>(f.residual)}};

@@ -301,6 +301,16 @@ __device__ void with_weight_type(DType dtype, Body&& body) {
   body(T());
 }
 
+// body(std::bool_constant<kPlain>()) for maps of T. float64 has the general form alone, because it is there to check
+// the others.
+template <class T, class Body>
+void with_form(bool plain, Body&& body) {
+  if constexpr (sizeof(T) < sizeof(double)) {
+    if (plain) return body(std::true_type());
+  }
+  body(std::false_type());
+}
+
 // body(std::integral_constant<int, V>()) for accesses of `bytes`; kHalfWide: whether 8 bytes of a smaller type are
 // among them.
 template <class T, bool kHalfWide, class Body>

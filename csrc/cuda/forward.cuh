@@ -11,12 +11,6 @@ inline bool is_plain(const Problem& p) {
          p.options.post_act == Activation::kIdentity && !p.residual;
 }
 
-// body(std::bool_constant<kPlain>())
-template <class Body>
-void with_form(const Problem& p, Body&& body) {
-  is_plain(p) ? body(std::true_type()) : body(std::false_type());
-}
-
 template <class A, bool kPlain>
 struct Squeezing {
   A sum, max;

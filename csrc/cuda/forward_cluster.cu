@@ -85,7 +85,7 @@ void forward_cluster(const Forward& f, const Plan& plan, void* stream) {
     if constexpr (sizeof(T) < 8) {
       with_cluster_share<T>(plan.call, [&](auto* share) {
         using Share = std::remove_pointer_t<decltype(share)>;
-        with_form(f, [&](auto plain) {
+        with_form<T>(is_plain(f), [&](auto plain) {
           launch(plan, "forward", stream, forward_in_cluster<T, Share, plain.value>, f, plan.elementwise, Divisor(f.l),
                  plan.residence, plan.reduction);
         });

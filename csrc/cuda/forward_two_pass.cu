@@ -146,7 +146,7 @@ void forward_two_pass(const Forward& given, const Plan& plan, void* scratch, voi
     if (has_hidden && !f.p1) f.p1 = free;
 
     const Squeezed<A> z{sums, maxima, f.options.squeeze, f.c, f.l, splits};
-    with_form(f, [&](auto plain) {
+    with_form<T>(is_plain(f), [&](auto plain) {
       using Operation = StoredSqueeze<T, plain.value>;
       launch_reduction<T>(plan, "squeeze", stream,
                           Operation{{{static_cast<const T*>(f.x)}, f.options}, splits, sums, maxima, f});
