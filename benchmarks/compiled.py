@@ -20,6 +20,7 @@ import typer
 from torch import Tensor, nn
 
 import se_fused
+from se_fused import ops
 from se_fused.recognised import Recognised
 
 from . import layer_cpu, networks
@@ -37,10 +38,10 @@ class Call(nn.Module):
 
     def __init__(self, layer: nn.Module, recognised: Recognised) -> None:
         super().__init__()
-        self.layer, self.recognised = layer, recognised
+        self.layer, self.recognised, self.options = layer, recognised, recognised.options()
 
     def forward(self, x: Tensor) -> Tensor:
-        return se_fused.squeeze_excite(x, *self.recognised.weights(self.layer), **self.recognised.options())
+        return ops.call(x, *self.recognised.weights(self.layer), None, self.options)
 
 
 def variant(model: nn.Module, contender: str) -> nn.Module:

@@ -17,11 +17,7 @@ class ReferenceSqueezeExcite(SqueezeExcite):
     """The layer in plain PyTorch: the mean, two matrix products, the activations and the scaling, one after another."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return reference.squeeze_excite(
-            x, self.w1, self.b1, self.w2, self.b2,
-            act=self.act, gate=self.gate, squeeze=self.squeeze,
-            pre_act=self.pre_act, residual=residual, post_act=self.post_act,
-        )  # fmt: skip
+        return reference.compute(x, self.w1, self.b1, self.w2, self.b2, residual, self.options)
 
 
 class SEResidualBlock(nn.Module):

@@ -4,7 +4,7 @@ from . import backends, reference
 from .backends import BackendUnavailable, Explanation, use_backend
 from .modules import SqueezeExcite
 from .ops import explain, squeeze_excite
-from .reference import HardSigmoid
+from .options import HardSigmoid
 from .replace import replace, restore
 from .report import Report
 

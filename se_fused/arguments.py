@@ -1,27 +1,18 @@
-"""The checks of the public call, and its options as the numbers that the operators take."""
+"""The checks of the tensors of the public call; its options have theirs in options.py."""
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import memory
-from .reference import ACTIVATIONS, GATES, SQUEEZES, HardSigmoid
+from .options import refuse
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _HALF = (torch.float16, torch.bfloat16)
 _TENSORS = ("x", "w1", "b1", "w2", "b2", "residual")
-_ACT_CODE: dict[str | None, int] = {name: code for code, name in enumerate(ACTIVATIONS)}
-_PLACE_CODE: dict[str | None, int] = {None: 0, **_ACT_CODE}  # pre_act, post_act
-_GATE_CODE = {name: _ACT_CODE[name] for name in GATES if name in _ACT_CODE}
-_HARD_SIGMOID_CODE = len(ACTIVATIONS)
-_SQUEEZE_CODE = {name: code for code, name in enumerate(SQUEEZES)}
-
-
-def refuse(error: type[Exception], argument: str, got: str, wanted: str, caller: str = "squeeze_excite") -> NoReturn:
-    raise error(f"{caller}: {argument} is {got}; wanted {wanted}")
 
 
 def _describe(value: Any) -> str:
@@ -164,58 +155,3 @@ def autocast(x: Tensor, *others: Tensor | None) -> list[Tensor | None]:
         weight_dtype = torch.float32
     cast = [w if w is None else w.to(weight_dtype) for w in weights]
     return [x.to(dtype), *cast, residual if residual is None else residual.to(dtype)]
-
-
-def encode(
-    act: Any, gate: Any, squeeze: Any, pre_act: Any, post_act: Any, caller: str = "squeeze_excite"
-) -> tuple[int, int, float, float, int, int, int]:
-    """The options in the order of the schema: act, gate, slope, offset, squeeze, pre_act, post_act.
-
-    Raises:
-        ValueError: in the name of `caller`, for an option that does not exist.
-    """
-    slope = offset = 0.0
-    try:
-        if isinstance(gate, HardSigmoid) or gate == "hard_sigmoid":
-            slope, offset = map(float, HardSigmoid() if isinstance(gate, str) else gate)
-            gate_code = _HARD_SIGMOID_CODE
-        else:
-            gate_code = _GATE_CODE[gate]
-        return (
-            _ACT_CODE[act],
-            gate_code,
-            slope,
-            offset,
-            _SQUEEZE_CODE[squeeze],
-            _PLACE_CODE[pre_act],
-            _PLACE_CODE[post_act],
-        )
-    except (KeyError, TypeError, ValueError):
-        _refuse_option(caller, act, gate, squeeze, pre_act, post_act)
-
-
-def _refuse_option(caller: str, act: Any, gate: Any, squeeze: Any, pre_act: Any, post_act: Any) -> NoReturn:
-    options: tuple[tuple[str, Any, Any, str], ...] = (
-        ("act", act, _ACT_CODE, ""),
-        ("squeeze", squeeze, _SQUEEZE_CODE, ""),
-        ("pre_act", pre_act, _ACT_CODE, "None, or "),
-        ("post_act", post_act, _ACT_CODE, "None, or "),
-    )
-    for name, value, known, also in options:
-        if not (isinstance(value, str) and value in known) and not (also and value is None):
-            refuse(ValueError, name, repr(value), f"{also}one of {', '.join(known)}", caller)
-    refuse(ValueError, "gate", repr(gate), f"one of {', '.join(GATES)}, or a HardSigmoid of two numbers", caller)
-
-
-def decode(
-    act: int, gate: int, slope: float, offset: float, squeeze: int, pre_act: int, post_act: int
-) -> dict[str, Any]:
-    """The inverse of `encode`, as keyword arguments of the public call."""
-    names = list(ACTIVATIONS)
-    return {
-        "act": names[act],
-        "gate": HardSigmoid(slope, offset) if gate == _HARD_SIGMOID_CODE else names[gate],
-        "squeeze": SQUEEZES[squeeze],
-        "pre_act": names[pre_act],
-        "post_act": names[post_act],
-    }

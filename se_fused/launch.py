@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import backends, native
-from .reference import SQUEEZES
+from .options import Options
 
 _OPS = torch.ops.se_fused
 
@@ -86,7 +86,7 @@ def forward_inplace(
         x.copy_(out)
 
 
-def plan(x: Tensor, r: int, squeeze: str, pre_act: bool, residual: bool, post_act: bool) -> str:
+def plan(x: Tensor, r: int, options: Options, own_residual: bool) -> str:
     """What the CUDA backend launches for a forward call (csrc/plan.h), in words."""
     facts = native.load_facts()
     limits = backends.cuda_limits(x.device.index)
@@ -95,8 +95,8 @@ def plan(x: Tensor, r: int, squeeze: str, pre_act: bool, residual: bool, post_ac
     return str(
         facts.plan(
             device, n=n, c=c, r=r, l=x.numel() // (n * c), dtype=str(x.dtype).removeprefix("torch."),
-            channels_last=_is_channels_last(x), squeeze=SQUEEZES.index(squeeze),
-            pre_act=pre_act, residual=residual, post_act=post_act, forced=backends.forced_plan(),
+            channels_last=_is_channels_last(x), squeeze=options.squeeze, pre_act=options.pre_act > 0,
+            residual=own_residual, post_act=options.post_act > 0, forced=backends.forced_plan(),
         )
     )  # fmt: skip
 

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .arguments import encode, refuse
-from .ops import squeeze_excite
-from .reference import HardSigmoid
+from . import ops
+from .options import HardSigmoid, encode, refuse
 
 
 def _size(name: str, value: Any) -> int:
@@ -38,6 +37,7 @@ class SqueezeExcite(nn.Module):
         act, gate, squeeze, pre_act, post_act: as in `se_fused.squeeze_excite`.
         inplace: write the result over the input wherever autograd does not record.
 
+    The five options can be read by their names, and are fixed when the layer is made.
     Parameters: `w1` [R, C], `b1` [R], `w2` [C, R], `b2` [C]; initialised as by `nn.Linear`.
 
     Raises:
@@ -67,14 +67,19 @@ class SqueezeExcite(nn.Module):
         for name, value in (("bias", bias), ("inplace", inplace)):
             if not isinstance(value, bool):
                 refuse(TypeError, name, repr(value), "True or False", "SqueezeExcite")
-        encode(act, gate, squeeze, pre_act, post_act, caller="SqueezeExcite")
+        self.options = encode("SqueezeExcite", act, gate, squeeze, pre_act, post_act)
         self.w1 = nn.Parameter(torch.empty(r, channels, device=device, dtype=dtype))
         self.w2 = nn.Parameter(torch.empty(channels, r, device=device, dtype=dtype))
         self.b1 = nn.Parameter(torch.empty(r, device=device, dtype=dtype)) if bias else None
         self.b2 = nn.Parameter(torch.empty(channels, device=device, dtype=dtype)) if bias else None
-        self.act, self.gate, self.squeeze = act, gate, squeeze
-        self.pre_act, self.post_act, self.inplace = pre_act, post_act, inplace
+        self.inplace = inplace
         self.reset_parameters()
+
+    act = property(lambda self: self.options.names()["act"])
+    gate = property(lambda self: self.options.names()["gate"])
+    squeeze = property(lambda self: self.options.names()["squeeze"])
+    pre_act = property(lambda self: self.options.names()["pre_act"])
+    post_act = property(lambda self: self.options.names()["post_act"])
 
     def reset_parameters(self) -> None:
         """Draw the parameters as `nn.Linear` does: uniform within 1 / sqrt(inputs)."""
@@ -85,17 +90,10 @@ class SqueezeExcite(nn.Module):
                 nn.init.uniform_(b, -bound, bound)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return squeeze_excite(
-            x, self.w1, self.b1, self.w2, self.b2,
-            act=self.act, gate=self.gate, squeeze=self.squeeze,
-            pre_act=self.pre_act, residual=residual, post_act=self.post_act,
-            inplace=self.inplace and not torch.is_grad_enabled(),
-        )  # fmt: skip
+        inplace = self.inplace and not torch.is_grad_enabled()
+        return ops.call(x, self.w1, self.b1, self.w2, self.b2, residual, self.options, inplace)
 
     def extra_repr(self) -> str:
         r, c = self.w1.shape
-        options = f"act={self.act!r}, gate={self.gate!r}, squeeze={self.squeeze!r}"
-        for name in ("pre_act", "post_act"):
-            if getattr(self, name) is not None:
-                options += f", {name}={getattr(self, name)!r}"
-        return f"{c}, hidden={r}, bias={self.b1 is not None}, {options}" + (", inplace=True" if self.inplace else "")
+        options = "".join(f", {name}={value!r}" for name, value in self.options.names().items() if value is not None)
+        return f"{c}, hidden={r}, bias={self.b1 is not None}{options}" + (", inplace=True" if self.inplace else "")

@@ -14,7 +14,7 @@ the order [N, C, *spatial] or [N, *spatial, C], and every weight dense.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import _C, Tensor
@@ -22,13 +22,15 @@ from torch.autograd import profiler
 from torch.utils._device import DeviceContext
 
 from . import backends, launch, reference
-from .arguments import autocast, check, decode, encode, needs_grad, writes_a_past_inference
+from .arguments import autocast, check, needs_grad, writes_a_past_inference
 from .observers import decomposes, observed, under_transform, unobserved
-from .reference import HardSigmoid
+from .options import SQUEEZES, HardSigmoid, OptionNames, Options
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _INPUTS = "Tensor x, Tensor? w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? residual"
-# act, gate, pre_act, post_act: enum Activation; slope, offset: a hard-sigmoid gate's; squeeze: enum Squeeze (se.h).
-_OPTIONS = "int act, int gate, float slope, float offset, int squeeze, int pre_act, int post_act"
+_OPTIONS = ", ".join(f"{'float' if name in ('slope', 'offset') else 'int'} {name}" for name in Options._fields)
 _SAVED = "Tensor z, Tensor p1, Tensor p2"
 
 _LIBRARY = torch.library.Library("se_fused", "DEF")
@@ -77,7 +79,7 @@ def _(g: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], saved: tuple[Tensor, ...]) -> None:
-    ctx.options = inputs[6:]
+    ctx.options = Options(*inputs[6:])
     ctx.residual_is_x = inputs[5] is inputs[0]
     ctx.save_for_backward(*inputs[:6], *saved)
     ctx.set_materialize_grads(False)
@@ -93,9 +95,8 @@ def _differentiate(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Tensor | None, 
         return _gradients_of_reference(g, inputs, needs, ctx.options) + nothing
     if not saved:  # a program that was exported without gradients, and is trained
         _, *saved = torch.ops.se_fused.squeeze_excite_train.default(*inputs, *ctx.options)
-    *_, post_act = ctx.options
     into_x = ctx.residual_is_x and needs[0]
-    g_is_dresidual = post_act == 0 and not into_x
+    g_is_dresidual = ctx.options.post_act == 0 and not into_x
     ask = [*needs[:5], needs[5] and not (into_x or g_is_dresidual)]
     run = launch.backward if unobserved(g, *inputs) else torch.ops.se_fused.squeeze_excite_backward.default
     found = run(g, *inputs, *saved, *ctx.options, ask, into_x)
@@ -111,7 +112,7 @@ def _is_batched(g: Tensor) -> bool:
 
 
 def _gradients_of_reference(
-    g: Tensor, inputs: tuple[Tensor | None, ...], needs: list[bool], options: tuple[Any, ...]
+    g: Tensor, inputs: tuple[Tensor | None, ...], needs: list[bool], options: Options
 ) -> tuple[Tensor | None, ...]:
     """The gradients by PyTorch's operators: under `create_graph=True` they can be differentiated, to any order."""
     again = torch.is_grad_enabled()
@@ -119,7 +120,7 @@ def _gradients_of_reference(
         # One input may come from another (w2 = w1.t(), residual = x): autograd.grad would count that way twice, so each
         # is differentiated by an alias of its own.
         aliases = [t if t is None else t.view_as(t) for t in inputs]
-        y = reference.squeeze_excite(*aliases[:5], residual=aliases[5], **decode(*options))  # type: ignore[arg-type]
+        y = reference.compute(*aliases, options=options)  # type: ignore[arg-type, misc]
         wanted = [t for t, need in zip(aliases, needs, strict=True) if need and t is not None]
         found = iter(torch.autograd.grad(y, wanted, g, create_graph=again))
     return tuple(next(found) if need else None for need in needs)
@@ -272,20 +273,25 @@ def squeeze_excite(
         TypeError, ValueError: for an argument of a wrong kind, shape, dtype, device or name, before it computes.
         BackendUnavailable: if a backend was forced that cannot serve the call.
     """
-    options = encode(act, gate, squeeze, pre_act, post_act)
+    options = Options.of(act, gate, squeeze, pre_act, post_act)
+    return call(x, w1, b1, w2, b2, residual, options, inplace)
+
+
+def call(
+    x: Tensor, w1: Tensor | None, b1: Tensor | None, w2: Tensor, b2: Tensor | None, residual: Tensor | None,
+    options: Options, inplace: bool = False,
+) -> Tensor:  # fmt: skip
+    """`squeeze_excite` of `Options`, which a layer makes once."""
     direct = _direct if _C._len_torch_function_stack() == 0 else _direct_under_a_mode
     done = direct(x, w1, b1, w2, b2, residual, *options, inplace=inplace)
     if done is not None:
         return done
     if _mixed(x, w2, residual):
         x, w1, b1, w2, b2, residual = autocast(x, w1, b1, w2, b2, residual)  # type: ignore[assignment]
-    _check(x, w1, b1, w2, b2, residual, squeeze, inplace)
+    _check(x, w1, b1, w2, b2, residual, SQUEEZES[options.squeeze], inplace)
     # An empty map has nothing to compute fast, and the reference knows what its mean and maximum are.
     if decomposes(x.device) or backends.select(x.device) == "reference" or under_transform() or x.numel() == 0:
-        return reference.squeeze_excite(
-            x, w1, b1, w2, b2, act=act, gate=gate, squeeze=squeeze,
-            pre_act=pre_act, residual=residual, post_act=post_act, inplace=inplace,
-        )  # fmt: skip
+        return reference.compute(x, w1, b1, w2, b2, residual, options, inplace)
     tensors = (x, w1, b1, w2, b2, residual)
     ops, alone = torch.ops.se_fused, unobserved(*tensors)
     y: Tensor
@@ -306,20 +312,9 @@ def squeeze_excite(
 
 
 def explain(
-    x: Tensor,
-    w1: Tensor | None,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    *,
-    act: str = "relu",
-    gate: str | HardSigmoid = "sigmoid",
-    squeeze: str = "mean",
-    pre_act: str | None = None,
-    residual: Tensor | None = None,
-    post_act: str | None = None,
-    inplace: bool = False,
-) -> backends.Explanation:
+    x: Tensor, w1: Tensor | None, b1: Tensor | None, w2: Tensor, b2: Tensor | None,
+    *, residual: Tensor | None = None, inplace: bool = False, **options: Unpack[OptionNames],
+) -> backends.Explanation:  # fmt: skip
     """Which backend would serve `squeeze_excite` with these arguments, and why each other one would not.
 
     Whatever it says, the reference serves empty maps, forward-mode AD, torch.func transforms and double backward.
@@ -327,12 +322,10 @@ def explain(
     Raises:
         TypeError, ValueError, BackendUnavailable: as the call itself would.
     """
-    encode(act, gate, squeeze, pre_act, post_act)
-    check(x, w1, b1, w2, b2, residual, squeeze, inplace)
+    chosen = Options.of(**options)
+    check(x, w1, b1, w2, b2, residual, SQUEEZES[chosen.squeeze], inplace)
 
     def plan() -> str:
-        own_residual = residual is not None and residual is not x
-        r = 0 if w1 is None else w1.shape[0]
-        return launch.plan(x, r, squeeze, pre_act is not None, own_residual, post_act is not None)
+        return launch.plan(x, 0 if w1 is None else w1.shape[0], chosen, residual is not None and residual is not x)
 
     return backends.explain(x.device, plan if x.numel() > 0 else None)

@@ -25,9 +25,9 @@ from torch.nn.utils import parametrize
 
 from . import probe, reference
 from .inside import HOOKS, Inside
+from .options import ACTIVATIONS, GATES, SQUEEZES, HardSigmoid, Options
 from .proof import disproof, same
 from .recognised import Recognised
-from .reference import ACTIVATIONS, GATES, SQUEEZES, HardSigmoid
 from .undisturbed import undisturbed
 
 # The ways in which a class can say how it is copied: `replace` has its own.
@@ -192,7 +192,7 @@ def _name_of_gate(p2: Tensor, m: Tensor) -> tuple[str | HardSigmoid, bool] | Non
         s = m.reshape(-1) - float(residual)
         for name in GATES:
             gate = _fitted_hard_sigmoid(v, s) if name == "hard_sigmoid" else name
-            if gate is not None and same(s, reference._activation(gate, v)):
+            if gate is not None and same(s, Options.of(gate=gate).apply_gate(v)):
                 return gate, residual
     return None
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
 
 from torch import Tensor, nn
 
-from .reference import HardSigmoid
+from .options import HardSigmoid, Options
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,6 @@ class Recognised:
         w1, b1, b2 = (None if name is None else attrgetter(name)(layer) for name in (self.w1, self.b1, self.b2))
         return w1, b1, attrgetter(self.w2)(layer), b2
 
-    def options(self) -> dict[str, Any]:
-        """act, gate and squeeze as keyword arguments. The one-FC form has no act; its name is not used there."""
-        return {"act": self.act or "identity", "gate": self.gate, "squeeze": self.squeeze}
+    def options(self) -> Options:
+        """The one-FC form has no act; which one is named is not used there."""
+        return Options.of(self.act or "identity", self.gate, self.squeeze)

@@ -12,63 +12,23 @@ the one-FC form is eSE of Lee and Park, "CenterMask", section 3.3.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .options import ACTIVATIONS, SQUEEZES, OptionNames, Options
 
-class HardSigmoid(NamedTuple):
-    """The gate ``clamp(slope * v + offset, 0, 1)``.
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-    In use are PyTorch's (1/6, 1/2), Paddle's (0.2, 0.5) and early mmcv's (1/2, 1/2).
-    """
-
-    slope: float = 1 / 6
-    offset: float = 1 / 2
-
-    def __call__(self, v: Tensor) -> Tensor:
-        return torch.clamp(self.slope * v + self.offset, 0, 1)
+_FUNCTIONS = tuple(ACTIVATIONS.values())
 
 
-def _hardswish(v: Tensor) -> Tensor:
-    # In float64 F.hardswish multiplies by a float32 1/6 on CUDA, which is off by 3e-8. The gradients are the same.
-    return v * F.relu6(v + 3) / 6 if v.dtype is torch.float64 else F.hardswish(v)
-
-
-def _gelu_tanh(v: Tensor) -> Tensor:
-    return F.gelu(v, approximate="tanh")
-
-
-# The order is that of enum Activation in csrc/se.h.
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "identity": lambda v: v,
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "silu": F.silu,
-    "hardswish": _hardswish,
-    "gelu": F.gelu,
-    "gelu_tanh": _gelu_tanh,
-    "leaky_relu": F.leaky_relu,
-    "mish": F.mish,
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-}
-# "hard_sigmoid" names HardSigmoid() with PyTorch's slope and offset.
-GATES = ("sigmoid", "hard_sigmoid", "tanh", "relu", "identity")
-# The order is that of enum Squeeze in csrc/se.h.
-SQUEEZES = ("mean", "max", "mean_max")
-
-
-def _activation(name: str | HardSigmoid | None, v: Tensor) -> Tensor:
-    if name is None:
-        return v
-    if name == "hard_sigmoid":
-        name = HardSigmoid()
-    return name(v) if isinstance(name, HardSigmoid) else ACTIVATIONS[name](v)
+def _activation(code: int, v: Tensor) -> Tensor:
+    return _FUNCTIONS[code](v)
 
 
 def _squeeze(u: Tensor, how: str) -> Tensor:
@@ -84,35 +44,32 @@ def _linear(v: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
 
 
 def squeeze_excite(
-    x: Tensor,
-    w1: Tensor | None,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    *,
-    act: str = "relu",
-    gate: str | HardSigmoid = "sigmoid",
-    squeeze: str = "mean",
-    pre_act: str | None = None,
-    residual: Tensor | None = None,
-    post_act: str | None = None,
-    inplace: bool = False,
-) -> Tensor:
+    x: Tensor, w1: Tensor | None, b1: Tensor | None, w2: Tensor, b2: Tensor | None,
+    *, residual: Tensor | None = None, inplace: bool = False, **options: Unpack[OptionNames],
+) -> Tensor:  # fmt: skip
     """What `se_fused.squeeze_excite` computes, with its arguments; see there for shapes, dtypes and meaning.
 
-    Arguments are not checked. The interior is float32, or float64 for float64 `x`.
+    Options are checked, tensors are not. The interior is float32, or float64 for float64 `x`.
     """
+    return compute(x, w1, b1, w2, b2, residual, Options.of(**options), inplace)
+
+
+def compute(
+    x: Tensor, w1: Tensor | None, b1: Tensor | None, w2: Tensor, b2: Tensor | None, residual: Tensor | None,
+    options: Options, inplace: bool = False,
+) -> Tensor:  # fmt: skip
+    """`squeeze_excite` of `Options`."""
     device = x.device.type
     # A context that is not needed would stand in every traced graph.
     casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     with torch.autocast(device, enabled=False) if casts else nullcontext():
-        u = _activation(pre_act, x.to(torch.promote_types(x.dtype, torch.float32)))
-        h = _squeeze(u, squeeze)
+        u = _activation(options.pre_act, x.to(torch.promote_types(x.dtype, torch.float32)))
+        h = _squeeze(u, SQUEEZES[options.squeeze])
         if w1 is not None:
-            h = _activation(act, _linear(h, w1, b1))
-        s = _activation(gate, _linear(h, w2, b2))
+            h = _activation(options.act, _linear(h, w1, b1))
+        s = options.apply_gate(_linear(h, w2, b2))
         v = u * s[(..., *(None,) * (x.dim() - 2))]
         if residual is not None:
             v = v + residual
-        y = _activation(post_act, v).to(x.dtype)
+        y = _activation(options.post_act, v).to(x.dtype)
     return x.copy_(y) if inplace else y

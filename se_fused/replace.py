@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import ops
 from .inside import SWAP
 from .modules import SqueezeExcite
 from .near_miss import float64_refusal, near_miss
 from .observers import recorded, under_transform
-from .ops import squeeze_excite
 from .recognise import recognise
 from .recognised import Recognised
 from .report import Report
@@ -69,12 +69,12 @@ def _fused_forward(original: type[Any]) -> Callable[..., Any]:
             weights = None if x is None else swap.weights(self, x)
             if weights is not None:
                 assert x is not None
-                residual = x if swap.recognised.residual else None
+                given = (x, *weights, x if swap.recognised.residual else None, swap.options)
                 if swap.inplace and not (torch.is_grad_enabled() or x.requires_grad or under_transform()):
                     # Refused before anything is written: x overlaps itself or a weight, or is an inference tensor.
                     with contextlib.suppress(ValueError):
-                        return squeeze_excite(x, *weights, residual=residual, inplace=True, **swap.options)
-                return squeeze_excite(x, *weights, residual=residual, **swap.options)
+                        return ops.call(*given, inplace=True)  # type: ignore[misc]
+                return ops.call(*given)
         return original.forward(self, *args, **kwargs)
 
     return forward

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import reference
 from .measure import largest_difference
 from .ops import squeeze_excite
-from .reference import ACTIVATIONS, GATES, SQUEEZES, HardSigmoid
+from .options import ACTIVATIONS, GATES, SQUEEZES, HardSigmoid
 
 # Name: dtype of the maps, dtype of the weights.
 PRECISIONS = {

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from se_fused import HardSigmoid, reference
-from se_fused.reference import ACTIVATIONS, GATES, SQUEEZES
+from se_fused.options import ACTIVATIONS, GATES, SQUEEZES
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 GATE_CHOICES = (*GATES, HardSigmoid(0.2, 0.5), HardSigmoid(0.5, 0.5))

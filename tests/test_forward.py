@@ -6,7 +6,7 @@ from cases import DTYPES, LAYOUTS, Case, assert_close, call, cases, in_pytorch, 
 from hypothesis import given, settings
 
 import se_fused
-from se_fused.reference import ACTIVATIONS, SQUEEZES
+from se_fused.options import ACTIVATIONS, SQUEEZES
 
 pytestmark = pytest.mark.usefixtures("native")
 

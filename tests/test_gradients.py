@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 
 import se_fused
 from se_fused import reference
-from se_fused.reference import ACTIVATIONS, SQUEEZES
+from se_fused.options import ACTIVATIONS, SQUEEZES
 
 pytestmark = pytest.mark.usefixtures("native")
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from cuda_on_cpu import DEVICE, FLAGS, ROOT
 from torch import Tensor
 
-from se_fused.reference import ACTIVATIONS
+from se_fused.options import ACTIVATIONS
 
 DTYPES = {torch.float16: 2, torch.bfloat16: 3}  # as enum DType of csrc/se.h
 NAMES = ("silu", "hardswish")

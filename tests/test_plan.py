@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import se_fused
 from se_fused import backends, launch, native
+from se_fused.options import Options
 
 C = native.load_facts()
 H200 = C.preset("H200")
@@ -414,7 +415,7 @@ def test_explain_prints_the_plan_of_the_device_with_its_prediction(monkeypatch):
     monkeypatch.setattr(backends, "cuda_limits", lambda index: limits)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H200")
     for x in (torch.empty(32, 256, 7, 7, dtype=torch.float16), torch.empty(1, 24, 300, 300)):
-        text = launch.plan(x, 16, "mean", pre_act=False, residual=False, post_act=False)
+        text = launch.plan(x, 16, Options.of(), own_residual=False)
         n, c, *spatial = x.shape
         assert text == str(C.plan(H200, n=n, c=c, r=16, l=math.prod(spatial), dtype=str(x.dtype)[6:]))
         assert re.search(f"predicted: {PREDICTED}", text)

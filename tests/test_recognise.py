@@ -32,9 +32,9 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from examples import zoo
+from se_fused.options import HardSigmoid
 from se_fused.recognise import recognise
 from se_fused.recognised import Recognised
-from se_fused.reference import HardSigmoid
 
 zoo.import_torchvision()
 from timm.layers import EcaModule, EffectiveSEModule, SEModule  # noqa: E402

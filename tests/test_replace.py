@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import se_fused
 from examples import zoo
-from se_fused.reference import HardSigmoid
+from se_fused.options import HardSigmoid
 from se_fused.replace import FusedSE, replace, restore
 
 torchvision = zoo.import_torchvision()

@@ -13,7 +13,7 @@ from test_gradients import NAMES, gradients
 
 import se_fused
 from se_fused import HardSigmoid, reference
-from se_fused.reference import ACTIVATIONS, SQUEEZES
+from se_fused.options import ACTIVATIONS, SQUEEZES
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in Triton's interpreter
 

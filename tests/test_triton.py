@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from test_gradients import ORDER_KEEPING, gradients
 
 import se_fused
-from se_fused import arguments, backends, reference
-from se_fused.reference import ACTIVATIONS, SQUEEZES
+from se_fused import backends, reference
+from se_fused.options import ACTIVATIONS, SQUEEZES, Options
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -194,7 +194,7 @@ def test_nothing_outside_the_tensors_is_read_or_written(n, c, r, l, channels_las
     tensors = {name: guarded(t) for name, t in plain.items()}
     inputs = [tensors[name] for name in ("x", "w1", "b1", "w2", "b2", "residual")]
     options = {"act": "silu", "gate": "sigmoid", "squeeze": squeeze, "pre_act": "relu", "post_act": "silu"}
-    encoded = arguments.encode(**options)
+    encoded = Options.of(**options)
     scratch = launch._Problem.scratch
     monkeypatch.setattr(launch._Problem, "scratch", lambda self, *shape: guarded(scratch(self, *shape), fill=False))
     saved = [guarded(t, fill=False) for t in (torch.empty(n, c), torch.empty(n, r or 0), torch.empty(n, c))]

@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from se_fused.arguments import encode
+from se_fused.options import Options
 from se_fused.triton import backward, forward, launch, weights
 
 TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float64: "*fp64"}
@@ -70,7 +70,7 @@ def record(n, c, r, spatial, dtype, channels_last, options, with_residual):
     inputs.append(torch.empty_like(x) if with_residual else None)
     wide = torch.promote_types(dtype, torch.float32)
     kept = [new(n, c, of=wide), new(n, r or 0, of=wide), new(n, c, of=wide)]
-    encoded = encode(**options)
+    encoded = Options.of(**options)
     launch.forward_out(*inputs, *encoded, channels_last, torch.empty_like(x), *kept)
     grads = [None if t is None else torch.empty_like(t) for t in inputs]
     launch.backward_out(torch.empty_like(x), *inputs, *kept, *encoded, channels_last, False, *grads)

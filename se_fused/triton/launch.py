@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..options import Options
 from . import backward, forward, weights
 from .plan import WEIGHT_TILE, plan
 from .tiles import MAP, MEAN, MEAN_MAX, NO_RESIDUAL, X_ITSELF
@@ -33,7 +34,7 @@ class _Problem:
         self.x = x
         self.dtype = torch.promote_types(x.dtype, torch.float32)
         self.options = options
-        self.squeeze = options[4]
+        self.squeeze = Options(*options).squeeze
         self.plan = p = plan(
             self.n, self.c, self.r, self.l, last, x.element_size(), backward=backward, ordered=_ORDERED
         )

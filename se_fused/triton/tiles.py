@@ -1,7 +1,7 @@
 """What the kernels share: where a tile of a map lies, products with the weights, and maxima that keep NaN.
 
 A tile is [BN samples, BC channels, BL positions] whatever the order of the map; what is known of its channels is
-[BN, BC]. `codes` is the tuple of `se_fused.arguments.encode`; its places are named below.
+[BN, BC]. `codes` is `se_fused.options.Options`; its places are named below.
 """
 
 from __future__ import annotations
