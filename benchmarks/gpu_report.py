@@ -64,7 +64,8 @@ def read(folder: Path) -> Results:
     failed = {part["part"] for part in run["parts"] if part["outcome"] == "failed"}
     *rest, smoke = (rows_of(folder / name) for name in ("models_gpu.csv", "plans_gpu.csv", "smoke.csv"))
     wrong = [line for line in smoke if not line["outcome"].startswith(("right", "refused"))]
-    if failed != set(explained) or ("smoke" in failed and (wrong or not smoke)):  # nothing excuses a wrong result
+    # Nothing excuses a wrong result, nor one that is missing.
+    if failed != set(explained) or ("smoke" in failed and (wrong or not _is_whole(run, smoke))):
         raise ValueError(
             f"{folder / 'run.json'}: {', '.join(sorted(failed)) or 'nothing'} failed; "
             f"{by_hand.name} explains {', '.join(sorted(explained)) or 'nothing'}"
@@ -77,6 +78,12 @@ def read(folder: Path) -> Results:
     for key, group in itertools.groupby(lines, lambda line: tuple(line[name] for name in keys)):
         cases.append(Case(*key[1:], {(line["mode"], line["variant"]): line for line in group}))
     return Results(run, cases, *rest, smoke, explained)
+
+
+def _is_whole(run: dict[str, Any], smoke: Sequence[Line]) -> bool:
+    """Whether the smoke that failed had said before that all of its cases are over."""
+    (part,) = (part for part in run["parts"] if part["part"] == "smoke")
+    return any(re.fullmatch(rf"{len(smoke)} of {len(smoke)} cases", line) for line in part["tail"])
 
 
 def best_measured(results: Results) -> list[Case]:

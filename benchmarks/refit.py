@@ -21,9 +21,12 @@ import numpy as np
 import typer
 from scipy.optimize import least_squares
 
+from se_fused import native
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results"
-PLAN = re.compile(r"two_pass|cluster size=\d+ threads=\d+")  # those of today
+PLANNERS = "planner's"
+PLAN = re.compile(rf"{PLANNERS}|two_pass|cluster size=\d+ threads=\d+")  # those of today
 DTYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}  # enum DType of csrc/se.h
 LINE = 5  # constants in a line
 # What no computer can exceed; the rest is positive.
@@ -80,12 +83,21 @@ class Row:
         return self.shape, self.r, self.dtype, self.channels_last, self.direction
 
 
+def preset(folder: str) -> str:
+    """The name in csrc/plan/plan.cpp of the GPU whose record is in this folder: "RTX 4090" of rtx4090."""
+    names = {device.name.replace(" ", "").lower(): device.name for device in native.load_facts().device_presets()}
+    if folder not in names:
+        raise ValueError(f"refit: the GPU is {folder!r}; wanted one of {', '.join(names)}")
+    return names[folder]
+
+
 def read(gpu: str) -> list[Row]:
-    """The plans of benchmarks/results/<gpu>/plans_gpu.csv that can still be forced."""
+    """The plans of benchmarks/results/<gpu>/plans_gpu.csv that can still be forced, and the planner's own."""
+    name = preset(gpu)
     with (RESULTS / gpu / "plans_gpu.csv").open(newline="") as stream:
         return [
             Row(
-                gpu.upper(), tuple(map(int, line["shape"].split("x"))), int(line["r"]), line["dtype"],  # type: ignore[arg-type]
+                name, tuple(map(int, line["shape"].split("x"))), int(line["r"]), line["dtype"],  # type: ignore[arg-type]
                 line["layout"] == "channels_last", line["direction"], line["plan"], float(line["p50_us"]),
             )
             for line in csv.DictReader(stream)
@@ -127,9 +139,12 @@ class Timed:
         both = direction == "both"
         kept = []
         for row in rows:
-            plans = model.plan(row, False), model.plan(row, True) if both else 0
-            if row.direction == direction and None not in plans:
-                kept.append((row, *plans))
+            if row.direction == direction and row.plan != PLANNERS:
+                plans = model.plan(row, False), model.plan(row, True) if both else 0
+                if None not in plans:
+                    kept.append((row, *plans))
+        if not kept:
+            raise ValueError(f"refit: no plan of {direction} was timed that can still be forced")
         return cls([k[0] for k in kept], [k[1] for k in kept], [k[2] for k in kept] if both else [])  # type: ignore[misc]
 
     def predict(self, model: Model, forward: np.ndarray, backward: np.ndarray) -> np.ndarray:
@@ -147,7 +162,8 @@ class Timed:
         return np.array([fastest[row.call] / row.us for row in self.rows]) ** 2
 
     def losses(self, predicted: np.ndarray) -> list[float]:
-        """By call, how much longer the plan takes that is predicted to be fastest than the one that is."""
+        """By call, how much longer the plan takes that is predicted to be fastest than the one that is. Forward and
+        backward have the same plan here; the planner chooses one for each."""
         calls = defaultdict(list)
         for row, us in zip(self.rows, predicted, strict=True):
             calls[row.call].append((us, row.us))

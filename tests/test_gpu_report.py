@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -76,9 +77,9 @@ def test_a_gpu_run_of_no_commit_is_no_record(gpu_run: Path, change: dict[str, ob
         gpu_report.read(gpu_run)
 
 
-def fail(gpu_run: Path, part: str) -> None:
+def fail(gpu_run: Path, part: str, tail: Sequence[str] = ()) -> None:
     run = json.loads((gpu_run / "run.json").read_text())
-    run["parts"].append({"part": part, "outcome": "failed", "reason": "1 wrong"})
+    run["parts"].append({"part": part, "outcome": "failed", "reason": "1 wrong", "tail": list(tail)})
     (gpu_run / "run.json").write_text(json.dumps(run))
 
 
@@ -99,10 +100,14 @@ def test_a_failure_that_is_explained_stands_under_the_table(gpu_run: Path) -> No
 
 def test_nothing_excuses_a_wrong_result(gpu_run: Path) -> None:
     (gpu_run / "failures.json").write_text(json.dumps({"smoke": "aborted at its end"}))
-    fail(gpu_run, "smoke")
-    assert "smoke: aborted at its end" in gpu_report.summary(gpu_report.read(gpu_run))
     smoke = gpu_run / "smoke.csv"
     right = smoke.read_text()
+    cases = len(right.splitlines()) - 1
+    fail(gpu_run, "smoke", tail=[f"{cases} of {cases} cases", "terminate called"])
+    assert "smoke: aborted at its end" in gpu_report.summary(gpu_report.read(gpu_run))
+    smoke.write_text("".join(right.splitlines(keepends=True)[:-1]))  # and one case is missing
+    with pytest.raises(ValueError, match="smoke failed"):
+        gpu_report.read(gpu_run)
     smoke.write_text(right.replace("right", "WRONG", 1))
     with pytest.raises(ValueError, match="smoke failed"):
         gpu_report.read(gpu_run)

@@ -8,7 +8,7 @@ import sys
 
 from se_fused import native
 
-from .worker import Worker
+from .worker import Worker, run_part
 
 # Two threads still take every parallel path, and the processes run side by side.
 CHECK = """
@@ -43,4 +43,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_part(main)

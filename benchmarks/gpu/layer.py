@@ -14,7 +14,7 @@ from ..shapes import HEADLINE, Shape
 from ..timing import ratio, spread
 from . import calls
 from .calls import Row
-from .worker import Rows, Worker
+from .worker import Rows, Worker, run_part
 
 FIELDS = (
     "case", "shape", "r", "dtype", "layout", "direction", "mode", "variant", "rounds", "p20_us", "p50_us", "p80_us",
@@ -139,4 +139,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_part(main)

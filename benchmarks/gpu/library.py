@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from se_fused import native
 
-from .worker import Worker
+from .worker import Worker, run_part
 
 
 def main() -> None:
@@ -15,4 +15,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_part(main)

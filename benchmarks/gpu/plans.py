@@ -13,7 +13,7 @@ from ..timing import Times, ratio, spread
 from . import calls
 from .calls import Row
 from .layer import BATCHES, LAYOUTS, shapes
-from .worker import Rows, Worker
+from .worker import Rows, Worker, run_part
 
 FIELDS = ("shape", "r", "dtype", "layout", "direction", "plan", "p20_us", "p50_us", "p80_us", "ratio_to_planner")
 SIZES, THREADS = (1, 2, 4, 8, 16), (256, 512)
@@ -78,4 +78,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_part(main)

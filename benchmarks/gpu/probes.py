@@ -18,7 +18,7 @@ from .. import gpu_probes
 from ..shapes import Shape
 from . import calls
 from .plans import SIZES
-from .worker import Worker
+from .worker import Worker, run_part
 
 COPIES = tuple(1 << power for power in range(20, 30, 3))  # 1 MB to 512 MB
 # Nothing to compute: what is left is the launch, and from one size to the next what the exchange takes.
@@ -88,4 +88,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_part(main)

@@ -12,7 +12,7 @@ import se_fused
 from se_fused import backends, verify
 
 from .plans import SIZES
-from .worker import Rows, Worker
+from .worker import Rows, Worker, run_part
 
 FIELDS = ("plan", "case", "error", "of", "tolerance", "outcome")
 PLANS = (
@@ -77,4 +77,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_part(main)

@@ -9,7 +9,7 @@ import se_fused
 from se_fused import backends, verify
 
 from . import layer
-from .worker import Worker
+from .worker import Worker, run_part
 
 STEP = 17  # prime to the numbers of calls, layouts and precisions, so that each is among the cases
 
@@ -42,4 +42,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_part(main)

@@ -96,16 +96,24 @@ class Worker:
         sys.exit(NOT_RUN)
 
     def finish(self) -> NoReturn:
-        """End the process: with a failure if something was wrong, or no case ran.
-
-        Without the interpreter's own end, where torch's thread for backward on a GPU may abort the process ("terminate
-        called without an active exception"; github.com/pytorch/pytorch/issues/38228), after whatever it had run.
-        """
+        """End the process: with a failure if something was wrong, or no case ran."""
         counts = {"skipped": self._skipped, "wrong": self._wrong}
         more = [f", {count} {what}" for what, count in counts.items() if count]
         self.say(f"{self._done} of {self._of} cases{''.join(more)}")
+        sys.exit(1 if self._wrong or not self._done else 0)
+
+
+def run_part(main: Callable[[], None]) -> None:
+    """A part, as the process that it is.
+
+    Without the interpreter's own end, where torch's thread for backward on a GPU may abort the process ("terminate
+    called without an active exception"; github.com/pytorch/pytorch/issues/38228), after all that it had to say.
+    """
+    try:
+        main()
+    except SystemExit as end:
         sys.stdout.flush()
-        os._exit(1 if self._wrong or not self._done else 0)
+        os._exit(end.code if isinstance(end.code, int) else 1)
 
 
 def machine(device: torch.device) -> dict[str, Any]:
