@@ -29,6 +29,20 @@ constexpr int kColumns = 32;  // of a matrix that a warp takes; of a tile of wei
 // Where the next vector of numbers begins in shared memory, so that each can be read in 16 bytes.
 SE_FUSED_BOTH constexpr int64_t padded(int64_t numbers) { return (numbers + 3) / 4 * 4; }
 
+// Where the vectors of a cluster's block begin in shared memory, in numbers, after its slabs and what its steps need in
+// turn (`work`). The planner counts by it, and the kernels read and write by it.
+//            forward                     backward
+//   own      z of its channels           dp2 of its channels
+//   part     its part of W1 z            its part of W2^T dp2
+//   whole    h; where R = 0, z of all    dp1; where R = 0, dp2 of all
+//   gates    s of its channels           s and its share of dz of its channels; for the maximum two numbers more
+struct ClusterLayout {
+  int64_t own, part, whole, gates;
+
+  SE_FUSED_BOTH constexpr ClusterLayout(int64_t work, int64_t channels, int64_t r, int64_t depth)
+      : own(work), part(own + padded(channels)), whole(part + padded(r)), gates(whole + padded(depth)) {}
+};
+
 // The limits of a device that decisions depend on.
 struct Device {
   std::string name;

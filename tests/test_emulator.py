@@ -82,8 +82,8 @@ FAULTS = {
     "a misaligned vector": (
         run_kernels,
         "cuda/forward_cluster.cu",
-        "hidden_part + padded(r);",
-        "hidden_part + r + 1;",
+        "*h = work + at.whole,",
+        "*h = work + at.whole + 1,",
         "a read of .* bytes that is not aligned to them",
     ),
     "a vector outside shared memory": (

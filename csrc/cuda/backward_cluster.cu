@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kMostBackwardThreads, 1)
   const int64_t n = share.n, c0 = share.c0;
   const Matrix<T> w1{f.w1, f.weight_dtype, f.c}, w2{f.w2, f.weight_dtype, depth};
 
-  // As csrc/plan/cluster.cpp counts it.
+  const ClusterLayout at(residence.work, residence.channels, r, depth);
   unsigned char* free = shared_memory<unsigned char>();
   auto copy = [&](const void* map) {
     T* memory = reinterpret_cast<T*>(free);
@@ -60,10 +60,8 @@ __global__ void __launch_bounds__(kMostBackwardThreads, 1)
   const X x = read(residence.keeps_x, f.x);
   const M maps{f, g, x, read(residence.keeps_residual, f.residual)};
   A* work = reinterpret_cast<A*>(free);
-  A* dp2 = work + residence.work;                     // [own]
-  A* hidden_part = dp2 + padded(residence.channels);  // [R]
-  A* whole = hidden_part + padded(r);                 // dp1 [R], or dp2 [C]
-  const Channels<A> channels(whole + padded(depth), residence.channels);
+  A *dp2 = work + at.own, *hidden_part = work + at.part, *whole = work + at.whole;
+  const Channels<A> channels(work + at.gates, residence.channels);
 
   if (n == 0) {  // for all samples
     prefetch(w2.from(f.r ? c0 : 0, f.r ? 0 : c0), f.r ? own : depth, f.r ? depth : own);

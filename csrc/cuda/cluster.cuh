@@ -19,9 +19,9 @@ struct Cluster {
 
   __device__ explicit Cluster(int size) : size(size), rank(static_cast<int>(blockIdx.x % size)) {}
 
-  // Until this cluster's turn to begin.
+  // Until this cluster's turn to begin; a GPU may sleep for none to twice of what it is told.
   __device__ static void begin(const Residence& residence, int64_t n) {
-    if (n < residence.first_wave) __nanosleep(static_cast<unsigned>(n) * residence.stagger_ns);
+    if (n > 0 && n < residence.first_wave) __nanosleep(static_cast<unsigned>(n) * residence.stagger_ns);
   }
   // What any thread of any block wrote before is seen by all after it.
   __device__ void sync() const {

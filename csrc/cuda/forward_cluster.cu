@@ -23,13 +23,10 @@ __global__ void __launch_bounds__(kMostForwardThreads, 1)
   const int own = share.channels, r = static_cast<int>(f.r), depth = static_cast<int>(f.r ? f.r : f.c);
   const Matrix<T> w1{f.w1, f.weight_dtype, f.c}, w2{f.w2, f.weight_dtype, depth};
 
-  // As csrc/plan/cluster.cpp counts it.
+  const ClusterLayout at(residence.work, residence.channels, r, depth);
   T* memory = shared_memory<T>();
   A* work = reinterpret_cast<A*>(shared_memory<unsigned char>() + residence.slab_bytes);
-  A* z = work + residence.work;                     // [own]
-  A* hidden_part = z + padded(residence.channels);  // [R]
-  A* h = hidden_part + padded(r);                   // [R], or z [C]
-  A* s = h + padded(depth);                         // [own]
+  A *z = work + at.own, *hidden_part = work + at.part, *h = work + at.whole, *s = work + at.gates;
 
   Cluster::begin(residence, share.n);
   const Slab<T> x = copy_to_slab(share, f.x, memory);

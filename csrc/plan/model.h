@@ -7,10 +7,10 @@ namespace se::planning {
 
 struct Constants {
   double alone_bytes;     // that a multiprocessor moves alone in a microsecond
-  double cluster_share;   // what all move together, as a share of a copy's speed
+  double cluster_share;   // cluster: of a copy's speed, what all multiprocessors move together at most
   double overlap;         // p of the p-norm that a turn takes: 1 if nothing overlaps, large if all does
   double tail;            // turns that the last clusters of several waves take beside all others
-  double two_pass_share;  // the same of two_pass
+  double two_pass_share;  // two_pass: the same
   double start_us;        // until the first block works, and after the last has ended
   double pass_us;         // two_pass: of a launch, with what waits at its begin and end
   double chain_us;        // of a block of a cluster: loads, barriers and layers that wait for one another
@@ -32,8 +32,9 @@ inline Prediction predict(const Plan& plan, const Device& device) {
   return predict(plan, device, constants(plan.call.direction));
 }
 
-// How the first clusters are spread over the time in which their bytes move: over most of it where many follow, over
-// half where they are all, whose last ends later by as much.
+// The first clusters begin spread over a part of the time in which their bytes move: waves / (1 + waves) of it. That is
+// most of it where many clusters follow, and at most half where none does, since the last of them ends later by as
+// much.
 void add_stagger(Plan& plan, const Device& device);
 
 }  // namespace se::planning
