@@ -1,7 +1,7 @@
-// From tensors to se.h's structs, without a torch header: what every way into the kernels shares. On the way through
-// the dispatcher se_fused/ops.py has checked the arguments and brought them into form, and these checks keep a call of
-// the bare operator from reading outside a tensor. On the direct way (direct.h) they are the only ones: what they let
-// through must be what se_fused/arguments.py takes.
+// Converts tensors to the structs of se.h, without a torch header, for both ways into the kernels. Behind the
+// dispatcher, se_fused/ops.py has checked the arguments already, and these checks keep a call of the bare operator from
+// reading outside a tensor. The direct way (direct.h) has no other checks, so these must accept exactly what
+// se_fused/arguments.py accepts.
 #pragma once
 
 #include <sstream>

@@ -54,7 +54,7 @@ struct Device {
   double bytes_per_us;  // of a copy, what is read and what is written
   int64_t l2_bytes;
 };
-// Those whose numbers of clusters nobody has measured are predicted.
+// Known GPUs. Numbers of clusters that nobody has measured are predicted.
 const std::vector<Device>& device_presets();
 
 enum class Algorithm : int32_t { kTwoPass, kCluster };
@@ -106,7 +106,7 @@ struct Elementwise {
   int width;          // bytes of an access
   int64_t chunks;     // channels_last: blocks side by side along the channels
   int64_t per_block;  // NCHW: elements of a sample; channels_last: positions
-  int64_t ranges;     // blocks a sample (and chunk)
+  int64_t ranges;     // blocks per sample (and chunk)
   int64_t channels;   // at most so many in a block
 };
 

@@ -50,7 +50,7 @@ _NAMES = ("auto", *BACKENDS)
 # Name and plan that each `with use_backend` that is open asked for, the latest last; the environment's come first.
 _asked: list[list[str]] = [[os.environ.get("SE_FUSED_BACKEND") or "auto", ""]]
 _forced, _forced_plan = _asked[-1]  # what holds now
-# None: usable. A text: why not, the same for every call.
+# For each backend why no call can use it, or None.
 _unusable: dict[str, str | None] = {
     "cuda": "there is no NVIDIA GPU",
     "triton": None,
@@ -123,8 +123,8 @@ def _connect(path: Path) -> None:
 
 
 def cuda_limits(index: int) -> list[int]:
-    """Of a GPU: capability, multiprocessors, shared memory a block and a multiprocessor, clusters of 1, 2, 4, 8, 16,
-    bytes a microsecond of a copy, bytes of the L2.
+    """Of a GPU: capability, multiprocessors, shared memory per block and per multiprocessor, clusters of 1, 2, 4, 8, 16,
+    bytes per microsecond of a copy, bytes of the L2.
 
     Raises:
         RuntimeError: if the CUDA part is not loaded, or does not run on the device.

@@ -170,8 +170,8 @@ def _direct(
     """y straight from the kernels: inference on dense CPU tensors, while nobody traces, transforms, watches or forces.
 
     With nothing to compute a call takes a quarter of what checks and dispatcher take, longer than many a small map does
-    (benchmarks/results/call_overhead.csv, "bare" and "strided"). None: it must go that way, where what is wrong is
-    found and what needs a conversion gets it.
+    (benchmarks/results/call_overhead.csv, "bare" and "strided"). Returns None if the call must take the dispatcher,
+    which reports errors and converts inputs.
     """
     if type(x) is not Tensor or type(inplace) is not bool:
         return None

@@ -129,7 +129,7 @@ def test_the_bytes_of_the_maps():
         ({"channels_last": True}, "lanes=64", "lanes=64; wanted one of 1, 2, 4, 8, 16, 32"),
         ({}, "splits=65", "splits=65; wanted 1 to 64"),
         ({"r": 300}, "fused_hidden=1", "fused_hidden=1 with R = 300; wanted 1 to 256"),
-        ({"l": 1, "c": 4096}, "per_block=4096", "4096 channels a block; wanted 1 to 1024"),
+        ({"l": 1, "c": 4096}, "per_block=4096", "4096 channels per block; wanted 1 to 1024"),
         ({}, "per_block=0", "per_block=0"),
         ({}, "two-pass", "'two-pass' is none of two_pass, cluster, width="),
         ({}, "by_channels=1", "'by_channels=1' is none of .*, rows=, fused_hidden=, size= and threads="),
@@ -263,7 +263,7 @@ def test_a_cluster_splits_channels_whatever_its_size(size, threads, backward, ch
     assert f"{32 * size} blocks of {threads} threads in clusters of {size}, " in str(chosen)
     channels = -(-125 // size) * 8  # in whole 16 bytes of float16
     assert chosen.per_block == (49 if channels_last else channels * 49)
-    assert f" of {'' if channels_last else 'at most '}{channels} channels a block" in str(chosen)
+    assert f" of {'' if channels_last else 'at most '}{channels} channels per block" in str(chosen)
     assert (chosen.width, chosen.splits, chosen.rows) == (16 if channels_last else 2, 1, 0)
     # Backward has two at least along a row, because it reads x from global memory.
     fewest = 2 if backward else 1

@@ -210,7 +210,8 @@ SE_INLINE A horizontal_sum(Vec<A> v) {
   return v[0];
 }
 
-// Blocks of kHalf lanes, those of p and of q by turns: the sums of the two halves of their blocks of 2 kHalf.
+// Pairwise horizontal add. The result has blocks of kHalf lanes, from p and q in turn; each block is the sum of the two
+// halves of a block of 2 kHalf lanes. With kHalf = 1 and four lanes: {p0 + p1, q0 + q1, p2 + p3, q2 + q3}.
 template <int kHalf, class V, int... kLane>
 SE_INLINE V sum_halves(V p, V q, std::integer_sequence<int, kLane...>) {
   constexpr int kOther = static_cast<int>(sizeof...(kLane)) - kHalf;  // from p's lane to that of q in its place

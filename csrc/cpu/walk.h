@@ -82,7 +82,8 @@ SE_INLINE const A* stage(const T* span, int64_t n, Activation activation, const 
   return buffer;
 }
 
-// One value for each channel, seen along a span: the same one along a row, the next one along a position.
+// A value for each channel, read along a span: the same value all along a row (contiguous), another one for each
+// element of a position (channels_last).
 template <class A>
 struct AlongRow {
   A value;

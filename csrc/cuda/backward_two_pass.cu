@@ -7,7 +7,8 @@
 //         one sample's map a block, which first computes s and dz of its channels; the weights' in weight_gradients.cu.
 // Bytes:  reads g and x twice (x once, where dx does not depend on it), writes dx once.
 // Needs:  nothing: any shape, alignment and device.
-// Why:    the fallback of every faster algorithm; W1 is read once a sample, because a block needs its own columns only.
+// Why:    the fallback of every faster algorithm; W1 is read once per sample, because a block needs its own columns
+// only.
 #include "backward.cuh"
 #include "kernels.h"
 #include "slab.cuh"

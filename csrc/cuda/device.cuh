@@ -15,10 +15,10 @@
 namespace se::cuda {
 
 constexpr int kWarp = 32, kWarps = kThreads / kWarp;
-// Blocks of two_pass that a multiprocessor must be able to hold: 64 registers a thread where the plain forms do with
-// them, which the compiler manages for sm_90 alone; 128 in float64 and in the general form of backward; else 80. With
-// fewer they spill. With four loads of 16 bytes a thread under way, 768 threads have 48 KB under way; at a
-// latency of 1 us the 4.3 TB/s of an H200 need 32 on each of its 132 multiprocessors.
+// Minimum blocks per multiprocessor for the __launch_bounds__ of two_pass, which set the registers per thread: 4 blocks
+// allow 64, 3 allow 80, 2 allow 128. With fewer the compiler spills: 64 are enough for the plain forms on sm_90 alone;
+// float64 and the general form of backward need 128. Three blocks of 256 threads with four loads of 16 bytes each have
+// 48 KB under way; at a latency of 1 us the 4.3 TB/s of an H200 need 32 KB on each of its 132 multiprocessors.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
 constexpr int kPlainBlocks = 4;
 #else

@@ -1,11 +1,17 @@
 // A block's share of the maps, walked in accesses of 16 bytes wherever the data allows.
 //
-// A share has: n, c0 and channels (its sample and channels), sample_first() (whether this block reports what it
-// computed for the whole sample), owns(i) (and for the channel c0 + i), and walk(operation), for every V elements.
+// A share has
+//   n, c0, channels           its sample and its channels, from c0 on
+//   sample_first()            whether this block stores what several blocks compute for the whole sample
+//   owns(i)                   the same for the channel c0 + i
+//   walk(operation)           calls the operation for every V elements
 //
-// An operation has: kAhead (loads under way), fetch<V>(Index), finish(Index, gathered, fetched) and gather<V>(along),
-// which takes what it needs of the elements' channels: along(values, v) is v[k] = values[i] for the channel c0 + i of
-// each of the V elements.
+// An operation has
+//   kAhead                    loads under way before the first of them is used
+//   fetch<V>(Index)           the loads of V elements
+//   gather<V>(along)          what belongs to their channels: along(values, v) sets v[k] = values[i] for the channel
+//                             c0 + i of element k
+//   finish(Index, gathered, fetched)
 #pragma once
 
 #include "device.cuh"

@@ -2,7 +2,7 @@
 // Grid:   a cluster of up to 16 blocks for each sample; each block has C / size channels of it.
 //           1. x into shared memory    2. squeeze of the own channels    3. their part of W1 z
 //           4. h: the sum of all blocks' parts; gates of the own channels    5. y from shared memory
-// Bytes:  reads x and the residual once, writes y once: the least there is. Every weight is read once a sample.
+// Bytes:  reads x and the residual once, writes y once: the least there is. Every weight is read once per sample.
 // Needs:  sm_90, and a sample that fits: a block has up to 227 KB.
 // Why:    no workspace, no counters, and nobody to wait for but the cluster's own blocks, which run together.
 #include "cluster.cuh"

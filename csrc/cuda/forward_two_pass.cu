@@ -3,7 +3,7 @@
 //         map a block, which first computes the gates of its channels (and h too, where W1 is small).
 // Bytes:  reads x twice and the residual once, writes y once: accesses of 16 bytes wherever the data allows.
 // Needs:  nothing: any shape, alignment and device; no workspace but partial sums, no state between calls.
-// Why:    the fallback of every faster algorithm; W2 is read once a sample, because a block needs its own rows only.
+// Why:    the fallback of every faster algorithm; W2 is read once per sample, because a block needs its own rows only.
 #include "excite.cuh"
 #include "forward.cuh"
 #include "kernels.h"

@@ -33,7 +33,7 @@ __device__ void reduce_line(const Operation& op, const Context& context, const L
 }
 
 // Over the accesses [begin, end) of a row, by a group of `lanes` threads: complete in the group's first. V independent
-// parts a thread, so that their additions overlap. Shared memory: warps, one for each of the block.
+// parts per thread, so that their additions overlap. Shared memory: warps, one for each of the block.
 template <int V, class Operation, class Part = typename Operation::Part>
 __device__ Part reduce_row(const Operation& op, bool exists, int64_t row, const Line& line, unsigned begin,
                            unsigned end, int lanes, Part* warps) {

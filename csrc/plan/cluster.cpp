@@ -31,7 +31,7 @@ bool divide(Plan& plan, int size, const Forced& forced) {
   return true;
 }
 
-// Of a block, as csrc/plan.h lays it out.
+// The bytes of shared memory of a block: its slabs, and the numbers after them (ClusterLayout).
 int64_t shared_bytes(Plan& plan, int threads) {
   const Call& call = plan.call;
   Residence& residence = plan.residence;
@@ -110,8 +110,8 @@ std::string plan_cluster(Plan& plan, const Device& device, const Forced& forced)
       add_launches(plan, threads);
       if (!call.channels_last) {
         plan.reduction.lanes = lanes_for_rows(plan.residence.channels, threads, forced);
-        // From global memory, x is read by threads side by side: with one for each row, most of every sector of 32 bytes
-        // is not used.
+        // From global memory, x is read by threads side by side: with one for each row, most of every sector of 32
+        // bytes is not used.
         const bool reads_x = call.direction == Direction::kBackward && !plan.residence.keeps_x;
         const int fewest = std::max(2, plan.reduction.width / 2);
         if (reads_x && !forced.lanes) plan.reduction.lanes = std::max(plan.reduction.lanes, fewest);

@@ -25,15 +25,15 @@ struct Forced {
   explicit Forced(const std::string& text);
 };
 
-// The widest access of 16, 8 (where `half_wide`) or one element's bytes that divides every span of `span` bytes. For
-// float64 an element's: it is there to check the others against, and each width is a kernel to compile.
+// The widest access, of 16 bytes, 8 (if `half_wide`) or one element, that divides every span of `span` bytes. float64
+// has accesses of one element only: it exists to check the other types, and each width is another kernel to compile.
 int width_for(const Call& call, int64_t span, bool half_wide, const std::optional<int64_t>& forced);
 
 // A reduction of which one block does the whole of its channels, at most `channels` of channels_last: splits, chunks
 // and, in NCHW, lanes are left to the caller.
 Reduction whole_reduction(const Call& call, int64_t channels, const Forced& forced);
 
-// NCHW: how a block that has `rows` whole rows in shared memory divides its threads among them. Few lanes a row take
+// NCHW: how a block that has `rows` whole rows in shared memory divides its threads among them. Few lanes per row take
 // the fewest instructions.
 int lanes_for_rows(int64_t rows, int threads, const Forced& forced);
 

@@ -246,7 +246,7 @@ std::string Plan::text() const {
   if (reduction.rows > 0) out << ", " << reduction.rows << " rows at a time through shared memory";
   out << "\n  elementwise: accesses of " << elementwise.width << " bytes, " << elementwise.per_block
       << (call.channels_last ? " positions of " : " elements of at most ") << elementwise.channels
-      << " channels a block\n"
+      << " channels per block\n"
       << "  maps: " << map_bytes_read << " bytes read, " << map_bytes_written << " written; scratch: " << scratch_bytes
       << " bytes\n  predicted: " << text_of(predicted) << "\n  " << other;
   return out.str();

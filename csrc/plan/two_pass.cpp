@@ -16,7 +16,7 @@ constexpr int64_t kRangeBytes = 64 << 10, kSmallestRangeBytes = 4 << 10;    // o
 constexpr int64_t kRangeChannels = 512;                                     // whose gates one block computes
 constexpr int64_t kFusedWeights = 4096, kFusedHidden = 256;  // W1 that each block reads again instead of a launch
 
-// NCHW, in global memory: a group of 8 takes up to 8 accesses a thread, a warp up to 16.
+// NCHW, in global memory: a group of 8 takes up to 8 accesses per thread, a warp up to 16.
 int lanes_along_rows(const Call& call, const Reduction& reduction, const Forced& forced) {
   const int64_t vectors = call.l * element_bytes(call.dtype) / reduction.width;
   return one_of("lanes", {8, 32, kThreads}, forced.lanes.value_or(vectors <= 64 ? 8 : vectors <= 512 ? 32 : kThreads));
@@ -97,7 +97,7 @@ Elementwise plan_elementwise(const Call& call, int64_t wanted_blocks, const Forc
   }
   if (share < 1 || share > kLargestShare || elementwise.channels > 2 * kRangeChannels) {
     refuse("per_block=" + std::to_string(elementwise.per_block) + " with " + std::to_string(elementwise.channels) +
-           " channels a block; wanted 1 to " + std::to_string(2 * kRangeChannels) +
+           " channels per block; wanted 1 to " + std::to_string(2 * kRangeChannels) +
            " of them and 1 to 2^31 - 1 elements");
   }
   return elementwise;
