@@ -123,8 +123,8 @@ def _connect(path: Path) -> None:
 
 
 def cuda_limits(index: int) -> list[int]:
-    """Of a GPU: capability, multiprocessors, shared memory per block and per multiprocessor, clusters of 1, 2, 4, 8, 16,
-    bytes per microsecond of a copy, bytes of the L2.
+    """Of a GPU: capability, multiprocessors, shared memory per block and per multiprocessor, clusters of 1, 2, 4, 8 and
+    16 blocks, bytes per microsecond of a copy, bytes of the L2.
 
     Raises:
         RuntimeError: if the CUDA part is not loaded, or does not run on the device.
