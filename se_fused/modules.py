@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .options import HardSigmoid, encode, refuse
+from .options import HardSigmoid, Options, encode, refuse
 
 
 def _size(name: str, value: Any) -> int:
@@ -67,7 +67,7 @@ class SqueezeExcite(nn.Module):
         for name, value in (("bias", bias), ("inplace", inplace)):
             if not isinstance(value, bool):
                 refuse(TypeError, name, repr(value), "True or False", "SqueezeExcite")
-        self.options = encode("SqueezeExcite", act, gate, squeeze, pre_act, post_act)
+        self.options = Options(*encode("SqueezeExcite", act, gate, squeeze, pre_act, post_act))
         self.w1 = nn.Parameter(torch.empty(r, channels, device=device, dtype=dtype))
         self.w2 = nn.Parameter(torch.empty(channels, r, device=device, dtype=dtype))
         self.b1 = nn.Parameter(torch.empty(r, device=device, dtype=dtype)) if bias else None

@@ -24,7 +24,7 @@ from torch.utils._device import DeviceContext
 from . import backends, launch, reference
 from .arguments import autocast, check, needs_grad, writes_a_past_inference
 from .observers import decomposes, observed, under_transform, unobserved
-from .options import SQUEEZES, HardSigmoid, OptionNames, Options
+from .options import SQUEEZES, Codes, HardSigmoid, OptionNames, Options, encode
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -273,19 +273,20 @@ def squeeze_excite(
         TypeError, ValueError: for an argument of a wrong kind, shape, dtype, device or name, before it computes.
         BackendUnavailable: if a backend was forced that cannot serve the call.
     """
-    options = Options.of(act, gate, squeeze, pre_act, post_act)
-    return call(x, w1, b1, w2, b2, residual, options, inplace)
+    codes = encode("squeeze_excite", act, gate, squeeze, pre_act, post_act)
+    return call(x, w1, b1, w2, b2, residual, codes, inplace)
 
 
 def call(
     x: Tensor, w1: Tensor | None, b1: Tensor | None, w2: Tensor, b2: Tensor | None, residual: Tensor | None,
-    options: Options, inplace: bool = False,
+    codes: Codes, inplace: bool = False,
 ) -> Tensor:  # fmt: skip
-    """`squeeze_excite` of `Options`, which a layer makes once."""
+    """`squeeze_excite` of `Options`, which a layer makes once, or of their plain tuple."""
     direct = _direct if _C._len_torch_function_stack() == 0 else _direct_under_a_mode
-    done = direct(x, w1, b1, w2, b2, residual, *options, inplace=inplace)
+    done = direct(x, w1, b1, w2, b2, residual, *codes, inplace=inplace)
     if done is not None:
         return done
+    options = Options(*codes)
     if _mixed(x, w2, residual):
         x, w1, b1, w2, b2, residual = autocast(x, w1, b1, w2, b2, residual)  # type: ignore[assignment]
     _check(x, w1, b1, w2, b2, residual, SQUEEZES[options.squeeze], inplace)
