@@ -97,7 +97,7 @@ def best_measured(results: Results) -> list[Case]:
     return list(found.values())
 
 
-def _mean(values: Iterable[float | None]) -> str:
+def mean_and_range(values: Iterable[float | None]) -> str:
     """Geometric mean and range, or nothing if one of them was not measured."""
     known = list(values)
     if not known or any(value is None for value in known):
@@ -114,14 +114,14 @@ def summary(results: Results) -> str:
         {(case.dtype, case.direction, case.layout, case.n) for case in cases},
         key=lambda kind: (kind[0] != "float16", list(DIRECTIONS).index(kind[1]), LAYOUTS.index(kind[2]), kind[3]),
     )
+    kinds_of_ratio = (("eager", "calls"), ("eager",), ("compile", "calls"), ("compile",))
     for kind in kinds:
         some = [case for case in cases if (case.dtype, case.direction, case.layout, case.n) == kind]
         dtype, direction, layout, n = kind
         rows.append([
             f"{dtype} {layout}, {DIRECTIONS[direction]}{f' ({len(some)} of 6)' * (len(some) < 6)}", str(n),
-            _mean(case.ratio("eager", "calls") for case in some), _mean(case.ratio("eager") for case in some),
-            _mean(case.ratio("compile", "calls") for case in some), _mean(case.ratio("compile") for case in some),
-            _mean(case.ratio("copy") for case in some).replace("**", ""),
+            *(mean_and_range(case.ratio(*of) for case in some) for of in kinds_of_ratio),
+            mean_and_range(case.ratio("copy") for case in some).replace("**", ""),
         ])  # fmt: skip
     header = [
         "six shapes, geometric mean (range)", "N", "eager / fused, as calls", "eager / fused, in a graph",

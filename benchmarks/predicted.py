@@ -22,8 +22,8 @@ from scipy.optimize import nnls
 from se_fused import native
 
 from . import gpu_report, refit
-from .gpu_report import DIRECTIONS
-from .layer_cpu_report import markdown, times
+from .gpu_report import DIRECTIONS, mean_and_range
+from .layer_cpu_report import markdown
 
 GPUS = ("H200", "H100", "A100", "RTX 4090", "T4")
 # Channels, hidden units and positions along a side: SE layers of ResNets, MobileNetV3 and EfficientNet.
@@ -38,6 +38,8 @@ LAYOUTS, DTYPES = ("contiguous", "channels_last"), ("float16", "float32")
 
 @dataclass(frozen=True)
 class Call:
+    """A forward call on a GPU: `gpu` is a Device of the planner, `side` the square root of L."""
+
     gpu: Any
     dtype: str
     layout: str
@@ -49,9 +51,6 @@ class Call:
     @property
     def map_bytes(self) -> int:
         return self.n * self.c * self.side**2 * (2 if self.dtype == "float16" else 4)
-
-    def __str__(self) -> str:
-        return f"{self.n}x{self.c}x{self.side}x{self.side}"
 
     def plan(self) -> Any:
         sizes = {"n": self.n, "c": self.c, "r": self.r, "l": self.side**2}
@@ -72,7 +71,7 @@ class Call:
 
 def compile_model(record: Path) -> np.ndarray:
     """The constants of `compile_terms`, by least squares of relative errors over the record's forward calls."""
-    gpu, terms, measured = native.load_facts().preset(record.name.upper()), [], []
+    gpu, terms, measured = native.load_facts().preset(refit.preset(record.name)), [], []
     for case in gpu_report.best_measured(gpu_report.read(record)):
         line = case.lines.get(("graph", "compile"))
         if line is None or case.direction != "forward":
@@ -127,15 +126,12 @@ def predict(gpu: str, constants: np.ndarray) -> list[Prediction]:
 
 
 def ratios(predictions: Sequence[Prediction]) -> str:
-    values = [each.ratio for each in predictions]
-    lost = sum(value < 1 for value in values)
-    mean = times(statistics.geometric_mean(values))
-    return f"{mean} ({min(values):.2f} to {max(values):.2f}), {lost} of {len(values)}"
+    lost = sum(each.ratio < 1 for each in predictions)
+    return f"{mean_and_range(each.ratio for each in predictions)}, {lost} of {len(predictions)}"
 
 
 def copies(predictions: Sequence[Prediction]) -> str:
-    values = [each.of_copy for each in predictions]
-    return f"{statistics.geometric_mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+    return mean_and_range(each.of_copy for each in predictions).replace("**", "")  # no contender: never a loss
 
 
 def table(record: Path) -> str:
@@ -163,7 +159,8 @@ def table(record: Path) -> str:
 
 
 def predicted_us(row: refit.Row) -> float:
-    """Of a timed plan; forward and backward is the sum of both. The planner's own is what it chooses today."""
+    """What today's model predicts for a timed plan; for "planner's", for the plan that is chosen today. Forward and
+    backward is the sum of both."""
     n, c, h, w = row.shape
     facts, forced = native.load_facts(), "" if row.plan == refit.PLANNERS else row.plan
     call = {"n": n, "c": c, "r": row.r, "l": h * w, "dtype": row.dtype, "channels_last": row.channels_last}

@@ -53,6 +53,7 @@ GATES = ("sigmoid", "hard_sigmoid", "tanh", "relu", "identity")
 SQUEEZES = ("mean", "max", "mean_max")
 
 _NAMES = tuple(ACTIVATIONS)
+FUNCTIONS = tuple(ACTIVATIONS.values())  # by their numbers
 _ACT_CODE = {name: code for code, name in enumerate(ACTIVATIONS)}
 _MAP_ACT_CODE: dict[str | None, int] = dict(_ACT_CODE) | {None: 0}  # pre_act, post_act
 _GATE_CODE = {name: _ACT_CODE[name] for name in GATES if name in _ACT_CODE}
@@ -117,7 +118,7 @@ class Options(NamedTuple):
 
     def apply_gate(self, v: Tensor) -> Tensor:
         hard = self.hard_sigmoid()
-        return ACTIVATIONS[_NAMES[self.gate]](v) if hard is None else hard(v)
+        return FUNCTIONS[self.gate](v) if hard is None else hard(v)
 
     def hard_sigmoid(self) -> HardSigmoid | None:
         return HardSigmoid(self.slope, self.offset) if self.gate == _HARD_SIGMOID_CODE else None

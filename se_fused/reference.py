@@ -19,16 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .options import ACTIVATIONS, SQUEEZES, OptionNames, Options
+from .options import FUNCTIONS, SQUEEZES, OptionNames, Options
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-_FUNCTIONS = tuple(ACTIVATIONS.values())
-
-
-def _activation(code: int, v: Tensor) -> Tensor:
-    return _FUNCTIONS[code](v)
 
 
 def _squeeze(u: Tensor, how: str) -> Tensor:
@@ -63,13 +57,13 @@ def compute(
     # A context that is not needed would stand in every traced graph.
     casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     with torch.autocast(device, enabled=False) if casts else nullcontext():
-        u = _activation(options.pre_act, x.to(torch.promote_types(x.dtype, torch.float32)))
+        u = FUNCTIONS[options.pre_act](x.to(torch.promote_types(x.dtype, torch.float32)))
         h = _squeeze(u, SQUEEZES[options.squeeze])
         if w1 is not None:
-            h = _activation(options.act, _linear(h, w1, b1))
+            h = FUNCTIONS[options.act](_linear(h, w1, b1))
         s = options.apply_gate(_linear(h, w2, b2))
         v = u * s[(..., *(None,) * (x.dim() - 2))]
         if residual is not None:
             v = v + residual
-        y = _activation(options.post_act, v).to(x.dtype)
+        y = FUNCTIONS[options.post_act](v).to(x.dtype)
     return x.copy_(y) if inplace else y

@@ -102,9 +102,9 @@ void add_stagger(Plan& plan, const Device& device) {
   constexpr double kLongestSleep = 0.9e6;  // nanoseconds: __nanosleep takes up to a millisecond
   const double n = static_cast<double>(plan.call.n), first = wave(plan, device).all(), waves = n / first;
   const double moved = static_cast<double>(plan.map_bytes_read + plan.map_bytes_written) * std::min(1.0, 1 / waves);
-  const double spread_us = moved / device.bytes_per_us * waves / (1 + waves);
   plan.residence.first_wave = static_cast<int64_t>(first);
   if (!(device.bytes_per_us > 0)) return;  // a driver may not say
+  const double spread_us = moved / device.bytes_per_us * waves / (1 + waves);
   plan.residence.stagger_ns = static_cast<unsigned>(std::min(1e3 * spread_us, kLongestSleep) / std::min(n, first));
 }
 
