@@ -31,7 +31,7 @@ from se_fused.native import build, gpus, manifest, recipe, toolchain
 ROOT = Path(__file__).resolve().parents[1]
 REGISTERS, INSTRUCTIONS = (ROOT / "csrc" / "cuda" / name for name in ("registers.csv", "instructions.csv"))
 SYMBOLS = ROOT / "tests" / "torch_2_10_symbols.txt"
-PROBES = ROOT / "benchmarks" / "gpu_probes" / "probes.cu"
+MICROBENCHMARKS = ROOT / "benchmarks" / "microbenchmarks" / "microbenchmarks.cu"
 SASS_OF = "90"
 # Of 8.x only the step from PTX on differs; what precedes it is half the time.
 TOGETHER = [tuple(group) for _, group in groupby(gpus.ARCHITECTURES, lambda sm: sm[0] if sm[0] == "8" else sm)]
@@ -177,13 +177,13 @@ def check_hot_kernels(code: Code, loops: dict[tuple[str, str], list[sass.Loop]])
     return sorted(f"{what} ({', '.join(sms)})" for what, sms in guilty.items())
 
 
-def check_probes(folder: Path, pool: Executor) -> None:
-    list(pool.map(lambda sm: compile_one(PROBES, [sm], folder), ("90", "100", "120")))
-    sass = sass_of(folder / f"{PROBES.stem}.{SASS_OF}.o")
+def check_microbenchmarks(folder: Path, pool: Executor) -> None:
+    list(pool.map(lambda sm: compile_one(MICROBENCHMARKS, [sm], folder), ("90", "100", "120")))
+    sass = sass_of(folder / f"{MICROBENCHMARKS.stem}.{SASS_OF}.o")
     for wanted in ("UBLKCP", "STAS", "SYNCS.PHASECHK"):  # bulk copies, pushes, waits at an mbarrier
         if wanted not in sass:
-            sys.exit(f"no {wanted} in the SASS of {PROBES.name}")
-    print("the probes copy in bulk, push and wait at mbarriers")
+            sys.exit(f"no {wanted} in the SASS of {MICROBENCHMARKS.name}")
+    print("the microbenchmarks copy in bulk, push and wait at mbarriers")
 
 
 def check_library(objects: list[Path], folder: Path, pool: Executor) -> None:
@@ -241,7 +241,7 @@ def main() -> None:
         loops = {key: sass.vector_loops(lines) for key, lines in code.items()}
         failed = compare_registers(registers, update) + compare_instructions(loops, update)
         failed += check_hot_kernels(code, loops)
-        check_probes(folder, pool)
+        check_microbenchmarks(folder, pool)
         check_library([folder / f"{source.stem}.{SASS_OF}.o" for source in sources], folder, pool)
     if failed:
         sys.exit("\n".join(failed))

@@ -83,7 +83,7 @@ PARTS = (
     Part("tests", 50, "tests/test_cuda.py in parallel processes", gpu_tests, proof=" passed"),
     _sanitizer_part("memcheck", 50, beside="tests"),
     Part("instruction_sets", 50, "the CPU kernels of each one", module("instruction_sets", "cpu"), beside="tests"),
-    Part("probes", 15, "what the planner's model builds on", module("probes")),
+    Part("microbenchmarks", 15, "what the planner's model builds on", module("microbenchmarks")),
     Part("sweep", 25, "every plan beside the planner's choice", module("plans"), silence=30),
     Part("triton", 30, "a sample of the Triton kernels, and their times", module("triton_sample")),
     *(_sanitizer_part(tool, 60, default=False) for tool in ("racecheck", "initcheck", "synccheck")),

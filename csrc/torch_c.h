@@ -1,5 +1,5 @@
 // What the native code takes of torch: the C functions of its stable ABI, as they are from torch 2.10 on, declared here
-// so that building needs no torch and one library serves every later one. tests/cuda_on_cpu/binding.cpp includes
+// so that building needs no torch and one library serves every later one. tests/emulator/binding.cpp includes
 // torch's own headers as well, where a declaration that differs does not compile.
 #pragma once
 

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import probe
+from . import tracing
 
 _N = 2
 # Larger than the kernels and strides of common blocks.
@@ -317,4 +317,4 @@ def _meta_copy(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
         own = dtype if dtype is not None and t.is_floating_point() else t.dtype
         return torch.empty(t.shape, dtype=own, device="meta")
 
-    return probe.copy_apart(module, lambda p: nn.Parameter(tensor(p), requires_grad=False), tensor)
+    return tracing.copy_apart(module, lambda p: nn.Parameter(tensor(p), requires_grad=False), tensor)

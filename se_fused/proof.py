@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from . import probe, reference, sizes
+from . import reference, sizes, tracing
 from .recognised import Recognised
 from .undisturbed import are_equal, random_states
 
@@ -52,7 +52,7 @@ def disproof(bare: nn.Module, meta: nn.Module, recognised: Recognised, dims: int
 def _difference(bare: nn.Module, recognised: Recognised, shape: tuple[int, ...], mode: str) -> str | None:
     """How result or gradients of layer and formula differ on a random map."""
     bare.train(mode == "train")
-    x, g = probe.random_map(*shape), probe.numbers(*shape)
+    x, g = tracing.random_map(*shape), tracing.numbers(*shape)
     leaves = {"x": x.clone().requires_grad_(), **dict(bare.named_parameters())}
     where = f"in {mode} mode on a map of shape {list(shape)}"
     states = random_states()
@@ -89,7 +89,7 @@ def _difference(bare: nn.Module, recognised: Recognised, shape: tuple[int, ...],
 
 def _on_extremes(bare: nn.Module, recognised: Recognised, dims: int) -> str | None:
     """Whether the result differs where numbers are huge, tiny, 0 or NaN."""
-    x = probe.random_map(6, recognised.channels, *(4, 3, 2)[: dims - 2])
+    x = tracing.random_map(6, recognised.channels, *(4, 3, 2)[: dims - 2])
     for sample, factor in zip(x, (1e8, 1e-8, 0.0), strict=False):
         sample *= factor
     x[3, ::2] = 0

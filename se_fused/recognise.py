@@ -1,6 +1,6 @@
 """Recognises SE layers by what they compute, whatever their class, names or style.
 
-A layer that may be SE by the shapes of its weights is run once, as a copy (see `probe`), and its formula is read off:
+A layer that may be SE by the shapes of its weights is run once, as a copy (see `tracing`), and its formula is read off:
 
     z    against each squeeze of x           tells the squeeze
     h    against the values planted as p1    tells act
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from . import probe, reference
+from . import reference, tracing
 from .inside import HOOKS, Inside
 from .options import ACTIVATIONS, GATES, SQUEEZES, HardSigmoid, Options
 from .proof import disproof, same
@@ -42,7 +42,7 @@ def recognise(layer: nn.Module) -> Recognised | str | None:
 
     The layer, its class and PyTorch's state are as before.
     """
-    shapes = probe.weight_shapes(layer)
+    shapes = tracing.weight_shapes(layer)
     if shapes is None:
         return None
     with (
@@ -62,15 +62,15 @@ def recognise(layer: nn.Module) -> Recognised | str | None:
 
 def _recognise(layer: nn.Module, shapes: list[tuple[int, ...]]) -> Recognised | str | None:
     try:
-        bare = probe.bare_copy(layer)
+        bare = tracing.bare_copy(layer)
     except Exception as error:
         return f"it cannot be copied for examination: {error}"
     scripted = any(isinstance(module, torch.jit.ScriptModule) for module in layer.modules())
     before = None if scripted else Inside(bare, type(bare))
-    arity = probe.arity(layer)
+    arity = tracing.arity(layer)
     alike = False
-    for x in probe.trial_maps(shapes):
-        trace = probe.trace(bare, x, arity)
+    for x in tracing.trial_maps(shapes):
+        trace = tracing.trace(bare, x, arity)
         alike = alike or trace is not None
         squeeze = None if trace is None else _name_of_squeeze(x, trace.calls[0].input)
         if trace is not None and squeeze is not None:
@@ -135,7 +135,7 @@ def _held_by(value: Any) -> Iterator[Any]:
         yield value
 
 
-def _identify(name: str, bare: nn.Module, trace: probe.Trace, squeeze: str) -> Recognised | str:
+def _identify(name: str, bare: nn.Module, trace: tracing.Trace, squeeze: str) -> Recognised | str:
     """Read the formula off the trace, then prove it."""
     if trace.wrote:
         return "it writes over its input"
@@ -175,7 +175,7 @@ def _identify(name: str, bare: nn.Module, trace: probe.Trace, squeeze: str) -> R
     return disproof(bare, meta, recognised, dims) or replace(recognised, dims=proven)
 
 
-def _factor(trace: probe.Trace) -> Tensor | None:
+def _factor(trace: tracing.Trace) -> Tensor | None:
     """What each channel is multiplied by, [N, C]; None if that depends on the position."""
     m = (trace.y / trace.x).flatten(2)
     return m[..., 0] if same(m, m[..., :1].expand_as(m).contiguous()) else None

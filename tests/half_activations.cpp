@@ -2,8 +2,8 @@
 #include "activations.cuh"
 
 // No kernel runs here.
-const cuda_on_cpu::Position& cuda_on_cpu::position() {
-  static cuda_on_cpu::Position none{};
+const emulator::Position& emulator::position() {
+  static emulator::Position none{};
   return none;
 }
 
@@ -33,7 +33,7 @@ void apply(int width, se::Activation activation, const void* x, float* y, float*
 extern "C" __attribute__((visibility("default"))) void half_activations(int activation, int dtype, int width,
                                                                         unsigned directions, const void* x, float* y,
                                                                         float* slope, int64_t count) {
-  cuda_on_cpu::directions = directions;
+  emulator::directions = directions;
   const bool bfloat16 = static_cast<se::DType>(dtype) == se::DType::kBFloat16;
   (bfloat16 ? apply<__nv_bfloat16> : apply<__half>)(width, static_cast<se::Activation>(activation), x, y, slope, count);
 }

@@ -1,5 +1,5 @@
 // What a call costs the host in csrc/cuda/binding.cpp and launch(), beside torch and CUDA: heap allocations, calls of
-// torch's C functions, which are stood in for here, and of CUDA's runtime (tests/cuda_on_cpu), whose kernels do not
+// torch's C functions, which are stood in for here, and of CUDA's runtime (tests/emulator), whose kernels do not
 // run. Prints JSON for test_host_cost.py, which compiles it; exits with 1, and says why, where the plans' cache is
 // wrong.
 #include <array>
@@ -16,7 +16,7 @@
 #include "../csrc/cuda/kernels.h"
 #include "../csrc/plan/cache.h"
 #include "../csrc/torch_c.h"
-#include "cuda_on_cpu/machine.h"
+#include "emulator/machine.h"
 
 namespace {
 
@@ -88,7 +88,7 @@ int32_t aoti_torch_dtype_bfloat16() { return ++torch, 15; }
 int32_t aoti_torch_dtype_uint8() { return ++torch, 0; }
 int32_t aoti_torch_device_type_cuda() { return ++torch, 1; }
 AOTITorchError aoti_torch_create_device_guard(int32_t index, DeviceGuardHandle* to) {
-  cuda_on_cpu::runtime.device = index;
+  emulator::runtime.device = index;
   return give(to, reinterpret_cast<DeviceGuardHandle>(&made));
 }
 AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) { return done(); }
@@ -122,7 +122,7 @@ class Layer {
   void call() { forward(arguments()); }
   std::string cost() {
     const Stack stack = arguments();
-    auto& runtime = cuda_on_cpu::runtime;
+    auto& runtime = emulator::runtime;
     heap = torch = tensors = runtime.set_attribute = runtime.get_device = runtime.launch = 0;
     forward(stack);
     char text[200];
@@ -204,7 +204,7 @@ se::Device se::cuda::device_limits(int index) { return h200(index); }
 
 int main() {
   check_cache();
-  cuda_on_cpu::runtime.only_counts = true;
+  emulator::runtime.only_counts = true;
   Layer layer(0), elsewhere(1);
   std::printf("{");
   for (const auto& [plan, forced] : {std::pair{"cluster", ""}, {"two_pass", "two_pass"}}) {
@@ -216,9 +216,9 @@ int main() {
   // Of a kernel that no call above has launched.
   se_fused_force_plan("cluster");
   const StableIValue max = 1;
-  cuda_on_cpu::runtime.set_attribute = 0;
+  emulator::runtime.set_attribute = 0;
   in_threads([&](int thread) {
     for (int i = 0; i < 1000; ++i) Layer((thread + i) % kDevices, max).call();
   });
-  std::printf(R"("set_attribute in threads": %d})", cuda_on_cpu::runtime.set_attribute.load());
+  std::printf(R"("set_attribute in threads": %d})", emulator::runtime.set_attribute.load());
 }

@@ -1,9 +1,9 @@
-"""What tests/cuda_on_cpu sees beyond results: bank conflicts, stale reads, shared memory that a launch may not have."""
+"""What tests/emulator sees beyond results: bank conflicts, stale reads, shared memory that a launch may not have."""
 
 import re
 from pathlib import Path
 
-import cuda_on_cpu
+import emulator
 import pytest
 import torch
 from cases import Case, assert_close, call, truth
@@ -26,7 +26,7 @@ WAVEFRONTS = {
 
 
 def hold_wavefronts(path: Path) -> None:
-    library = cuda_on_cpu.Library(path)
+    library = emulator.Library(path)
     library.setup("H200", "cluster")
     with library.serves(), torch.no_grad():
         for (layout, side, c), most in WAVEFRONTS.items():
@@ -42,7 +42,7 @@ def hold_wavefronts(path: Path) -> None:
 
 def run_kernels(path: Path) -> None:
     """In place, in two passes and in clusters; backward too."""
-    library = cuda_on_cpu.Library(path)
+    library = emulator.Library(path)
     case = Case(n=2, c=48, r=8, spatial=(6, 6))
     with library.serves():
         for plan in ("two_pass fused_hidden=0", "cluster size=2"):
@@ -56,12 +56,12 @@ def run_kernels(path: Path) -> None:
 
 
 def test_the_kernels_read_shared_memory_without_more_conflicts():
-    well, said = cuda_on_cpu.run_apart(hold_wavefronts, cuda_on_cpu.library())
+    well, said = emulator.run_apart(hold_wavefronts, emulator.library())
     assert well, said
 
 
 def test_without_a_fault_nothing_is_said():
-    well, said = cuda_on_cpu.run_apart(run_kernels, cuda_on_cpu.library())
+    well, said = emulator.run_apart(run_kernels, emulator.library())
     assert well, said
 
 
@@ -70,9 +70,9 @@ FAULTS = {
     "vectors read element by element": (
         hold_wavefronts,
         "cuda/device.cuh",
-        "  return {cuda_on_cpu::read_shared(raw, sizeof(T))};",
+        "  return {emulator::read_shared(raw, sizeof(T))};",
         "  T elements[V];\n"
-        "  for (int i = 0; i < V; ++i) elements[i] = cuda_on_cpu::read_shared(p + i, sizeof(T));\n"
+        "  for (int i = 0; i < V; ++i) elements[i] = emulator::read_shared(p + i, sizeof(T));\n"
         "  Vector<V, T> read{};\n"
         "  memcpy(&read.raw, elements, sizeof(elements));\n"
         "  (void)raw;\n"
@@ -120,9 +120,9 @@ FAULTS = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_caught(name, tmp_path):
     calls, file, old, new, message = FAULTS[name]
-    cuda_on_cpu.patched(tmp_path, f"csrc/{file}", old, new)
-    kept = cuda_on_cpu.objects(but=f"csrc/{file}")
-    library = cuda_on_cpu.compile_library(tmp_path, tmp_path / "build", kept, "-O0")
-    well, said = cuda_on_cpu.run_apart(calls, library)
+    emulator.patched(tmp_path, f"csrc/{file}", old, new)
+    kept = emulator.objects(but=f"csrc/{file}")
+    library = emulator.compile_library(tmp_path, tmp_path / "build", kept, "-O0")
+    well, said = emulator.run_apart(calls, library)
     assert not well, "the fault went unnoticed"
     assert re.search(message, said), said[-3000:]

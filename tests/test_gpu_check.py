@@ -91,7 +91,7 @@ def test_arguments_that_are_wrong(arguments: list[str], message: str, capsys: py
 
 
 def test_parts_that_time_something_run_alone() -> None:
-    timed = {"layer", "models", "probes", "sweep", "triton"}
+    timed = {"layer", "models", "microbenchmarks", "sweep", "triton"}
     stages = gpu_check.stages(part for part in gpu_check.PARTS if part.default)
     assert [stage[0].name for stage in stages][:4] == ["library", "smoke", "layer", "models"]
     assert all(len(stage) == 1 for stage in stages if stage[0].name in timed)

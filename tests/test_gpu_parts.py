@@ -162,7 +162,7 @@ def test_rows_that_do_not_fit_into_memory_are_no_success(tmp_path: Path, monkeyp
 START = 7  # of a process: import torch, create a context
 SMOKE_CASE = 0.02
 LAYER_ROW, COMPILED_ROW, TRAINING_CASE, INFERENCE_CASE = 0.4, 1.8, 8, 1.8
-SWEEP_ROW, PROBES, GPU_TESTS, MEMCHECK, INSTRUCTION_SETS = 0.7, 15, 48, 17, 22
+SWEEP_ROW, MICROBENCHMARKS, GPU_TESTS, MEMCHECK, INSTRUCTION_SETS = 0.7, 15, 48, 17, 22
 TRITON_KERNEL = 1.0  # of one core, here
 CORES = 12  # that Triton's processes take, of 16
 
@@ -178,7 +178,7 @@ def test_what_is_compiled_and_measured_fits_into_six_minutes(capsys: pytest.Capt
         "layer": START + LAYER_ROW * (len(rows) - compiled) + COMPILED_ROW * compiled,
         "models": START + INFERENCE_CASE * 2 * cases + TRAINING_CASE * cases,
         "tests": max(GPU_TESTS, MEMCHECK, INSTRUCTION_SETS),
-        "probes": PROBES,
+        "microbenchmarks": MICROBENCHMARKS,
         "sweep": START + SWEEP_ROW * len(plans.rows()),
         "triton": 2 * START + kernels * TRITON_KERNEL / CORES,  # without its times
     }
@@ -194,7 +194,7 @@ def test_what_is_compiled_and_measured_fits_into_six_minutes(capsys: pytest.Capt
     assert given["layer"] >= START + 72 * LAYER_ROW, "the headline"
     assert START + INFERENCE_CASE * 2 * cases + TRAINING_CASE * len(models.MODELS) <= given["models"]
     assert given["sweep"] >= START + SWEEP_ROW * 24, "each shape and layout at two batches"
-    assert all(wanted[name] <= given[name] for name in ("library", "smoke", "tests", "probes"))
+    assert all(wanted[name] <= given[name] for name in ("library", "smoke", "tests", "microbenchmarks"))
     assert wanted["triton"] <= given["triton"] + 5, "parts before it leave some of theirs"
 
 

@@ -98,19 +98,21 @@ def test_a_case_that_hangs_is_ended_with_its_children_and_named(part, tmp_path: 
 
 
 def test_a_part_that_never_ends_is_ended_by_its_limit(part) -> None:
-    code, outcomes = part(seconds=10, probes="while True: print('case 0: on and on'); time.sleep(0.01)", triton=PASSES)
+    code, outcomes = part(
+        seconds=10, microbenchmarks="while True: print('case 0: on and on'); time.sleep(0.01)", triton=PASSES
+    )
     assert code == 1
-    assert outcomes["probes"]["outcome"] == "failed"
-    assert outcomes["probes"]["reason"].startswith("no end within its time in ")
-    assert outcomes["probes"]["seconds"] < 60
+    assert outcomes["microbenchmarks"]["outcome"] == "failed"
+    assert outcomes["microbenchmarks"]["reason"].startswith("no end within its time in ")
+    assert outcomes["microbenchmarks"]["seconds"] < 60
 
 
 def test_a_case_that_only_looks_like_one_and_garbled_facts_break_nothing(part) -> None:
     garbled = "print('case of trouble'); print('facts {oops'); raise RuntimeError('no case at hand')"
-    code, outcomes = part(smoke=garbled, probes=PASSES)
+    code, outcomes = part(smoke=garbled, microbenchmarks=PASSES)
     assert code == 1
     assert outcomes["smoke"]["reason"] == "RuntimeError: no case at hand in no case"
-    assert outcomes["probes"]["outcome"] == "passed"
+    assert outcomes["microbenchmarks"]["outcome"] == "passed"
 
 
 def test_a_command_that_cannot_be_started_is_a_failure_of_its_part(
@@ -137,9 +139,9 @@ def test_a_gpu_that_a_crash_has_taken_away_does_not_undo_the_failure(part) -> No
 
 
 def test_what_python_says_as_it_ends_is_no_failure(part) -> None:
-    code, outcomes = part(probes="print('case 0: fine'); print('Traceback (ignored)'); print('1 of 1 cases')")
+    code, outcomes = part(microbenchmarks="print('case 0: fine'); print('Traceback (ignored)'); print('1 of 1 cases')")
     assert code == 0
-    assert outcomes["probes"]["outcome"] == "passed"
+    assert outcomes["microbenchmarks"]["outcome"] == "passed"
 
 
 def test_no_process_outlives_the_run(tmp_path: Path) -> None:
@@ -169,10 +171,10 @@ def test_no_process_outlives_the_run(tmp_path: Path) -> None:
 
 
 def test_a_wrong_result_fails_its_part_and_goes_on(part) -> None:
-    code, outcomes = part(smoke="print('case 0: x'); print('wrong: y is off'); sys.exit(1)", probes=PASSES)
+    code, outcomes = part(smoke="print('case 0: x'); print('wrong: y is off'); sys.exit(1)", microbenchmarks=PASSES)
     assert code == 1
     assert outcomes["smoke"]["wrong"] == ["wrong: y is off"]
-    assert outcomes["probes"]["outcome"] == "passed"
+    assert outcomes["microbenchmarks"]["outcome"] == "passed"
 
 
 def test_no_rows_is_a_failure_and_nothing_run_too(part) -> None:
@@ -180,7 +182,7 @@ def test_no_rows_is_a_failure_and_nothing_run_too(part) -> None:
     code, outcomes = part(models="print('not run: timm is not installed'); sys.exit(77)")
     assert code == 1, "nothing ran"
     assert (outcomes["models"]["outcome"], outcomes["models"]["reason"]) == ("not run", "timm is not installed")
-    assert part(models="print('not run: no timm'); sys.exit(77)", probes=PASSES)[0] == 0
+    assert part(models="print('not run: no timm'); sys.exit(77)", microbenchmarks=PASSES)[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """The fast arithmetic for half-precision maps on every float16 and bfloat16 there is.
 
-The special function unit is taken at its worst, in each combination of directions (tests/cuda_on_cpu/cuda_runtime.h).
+The special function unit is taken at its worst, in each combination of directions (tests/emulator/cuda_runtime.h).
 Before it is rounded to the map's type, a result may be off by a quarter of that type's step.
 """
 
@@ -10,11 +10,11 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import cuda_on_cpu
+import emulator
 import pytest
 import torch
 import torch.nn.functional as F
-from cuda_on_cpu import DEVICE, FLAGS, ROOT
+from emulator import DEVICE, FLAGS, ROOT
 from torch import Tensor
 
 from se_fused.options import ACTIVATIONS
@@ -135,7 +135,7 @@ FAULTS = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_error_is_found(name, tmp_path):
     file, old, new, *dtypes = FAULTS[name]
-    cuda_on_cpu.patched(tmp_path, file, old, new)
+    emulator.patched(tmp_path, file, old, new)
     library = Library(tmp_path, tmp_path)
     for dtype in dtypes:
         assert any(error >= 1 for _, error in errors(library, dtype))

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 
-import cuda_on_cpu
+import emulator
 import pytest
 
 ATTRIBUTES = 3  # of a kernel in clusters
@@ -16,9 +16,9 @@ SCRATCH = 5  # its dtype, the kind of its device, itself, its address, its end
 @pytest.fixture(scope="module")
 def costs(tmp_path_factory):
     program = tmp_path_factory.mktemp("host_cost") / "host_cost"
-    built = cuda_on_cpu.library().parent  # where sources that are gone have left objects
-    kernels = [built / f"{path.stem}.o" for path in cuda_on_cpu.sources(cuda_on_cpu.ROOT) if path.stem != "binding"]
-    sources = [cuda_on_cpu.ROOT / "tests/host_cost.cpp", cuda_on_cpu.ROOT / "csrc/cuda/binding.cpp"]
+    built = emulator.library().parent  # where sources that are gone have left objects
+    kernels = [built / f"{path.stem}.o" for path in emulator.sources(emulator.ROOT) if path.stem != "binding"]
+    sources = [emulator.ROOT / "tests/host_cost.cpp", emulator.ROOT / "csrc/cuda/binding.cpp"]
     flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", *os.environ.get("SE_FUSED_CXXFLAGS", "").split()]
     subprocess.run(["c++", *flags, *sources, *kernels, "-pthread", "-o", program], check=True)
     return json.loads(subprocess.run([program], check=True, stdout=subprocess.PIPE, text=True).stdout)

@@ -5,7 +5,7 @@ import math
 import os
 import random
 
-import cuda_on_cpu
+import emulator
 import pytest
 import torch
 from cases import GATE_CHOICES, Case, call
@@ -31,7 +31,7 @@ def backend(request):
         with se_fused.use_backend(request.param):
             yield request.param
         return
-    cuda = cuda_on_cpu.Library(cuda_on_cpu.library())
+    cuda = emulator.Library(emulator.library())
     with cuda.serves():
         cuda.setup(request.param)
         yield request.param

@@ -216,8 +216,8 @@ def free(device: torch.device) -> None:
 def copier(size: int, device: torch.device) -> Call:
     """What reads and writes `size` bytes in all and does nothing else: an elementwise kernel.
 
-    `copy_` would be a memcpy node in a graph, which moves 2.8 TB/s on an H200 where a kernel moves 4.2 (the probes of
-    benchmarks/results/h200/run.json, 512 MB).
+    `copy_` would be a memcpy node in a graph, which moves 2.8 TB/s on an H200 where a kernel moves 4.2
+    (microbenchmarks of 512 MB in benchmarks/results/h200/run.json).
     """
     source = torch.randn(max(1, size // 8), device=device)
     target = torch.empty_like(source)

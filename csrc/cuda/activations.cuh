@@ -81,7 +81,7 @@ __device__ inline float exp2_approx(float v) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(v));
   return result;
 #else
-  return cuda_on_cpu::exp2_approx(v);
+  return emulator::exp2_approx(v);
 #endif
 }
 __device__ inline float reciprocal_approx(float v) {
@@ -90,7 +90,7 @@ __device__ inline float reciprocal_approx(float v) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(v));
   return result;
 #else
-  return cuda_on_cpu::reciprocal_approx(v);
+  return emulator::reciprocal_approx(v);
 #endif
 }
 

@@ -1,6 +1,6 @@
 // What every kernel is made of: element types, 2- to 16-byte accesses, warp reductions, shared memory.
 // The kernels touch global memory through load, load_streaming, load_one and store, and take all their shared memory
-// from shared_memory(), so that tests/cuda_on_cpu can run the same sources on a CPU.
+// from shared_memory(), so that tests/emulator can run the same sources on a CPU.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -122,7 +122,7 @@ __device__ Vector<V, T> load_shared(const T* p) {
 #ifdef __CUDACC__
   return {*raw};
 #else
-  return {cuda_on_cpu::read_shared(raw, sizeof(T))};
+  return {emulator::read_shared(raw, sizeof(T))};
 #endif
 }
 
@@ -146,7 +146,7 @@ __device__ void write_global(Raw* p, const Raw& raw) {
     *p = raw;
   }
 #else
-  cuda_on_cpu::write(p, raw);
+  emulator::write(p, raw);
 #endif
 }
 
@@ -172,7 +172,7 @@ __device__ inline void prefetch(const void* p) {
 #ifdef __CUDACC__
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 #else
-  cuda_on_cpu::check_access(p, 1);
+  emulator::check_access(p, 1);
 #endif
 }
 
@@ -276,7 +276,7 @@ __device__ T* shared_memory() {
 #ifdef __CUDACC__
   extern __shared__ __align__(16) unsigned char memory[];
 #else
-  unsigned char* memory = cuda_on_cpu::shared_memory();
+  unsigned char* memory = emulator::shared_memory();
 #endif
   return reinterpret_cast<T*>(memory);
 }

@@ -1,4 +1,4 @@
-// How the host starts a kernel as the plan says; tests/cuda_on_cpu takes its place on a CPU.
+// How the host starts a kernel as the plan says; tests/emulator takes its place on a CPU.
 #pragma once
 
 #include <mutex>

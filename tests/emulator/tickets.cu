@@ -14,7 +14,7 @@ void take_tickets(int* tickets, int* counter) {
 
 }  // namespace
 
-extern "C" __attribute__((visibility("default"))) void cuda_on_cpu_tickets(int* tickets, int* counter, int blocks) {
+extern "C" __attribute__((visibility("default"))) void emulator_tickets(int* tickets, int* counter, int blocks) {
   const auto grid = static_cast<unsigned>(blocks);
-  cuda_on_cpu::run({grid, 1, 1}, {se::kThreads, 1, 1}, 1, sizeof(int), [&] { take_tickets(tickets, counter); });
+  emulator::run({grid, 1, 1}, {se::kThreads, 1, 1}, 1, sizeof(int), [&] { take_tickets(tickets, counter); });
 }

@@ -12,20 +12,20 @@
 #define __grid_constant__
 #define __launch_bounds__(...)
 
-#define threadIdx (::cuda_on_cpu::position().thread)
-#define blockIdx (::cuda_on_cpu::position().block)
-#define __syncthreads() ::cuda_on_cpu::sync_threads(__FILE__, __LINE__)
-#define __shfl_xor_sync(mask, value, offset) ::cuda_on_cpu::shuffle_xor(mask, value, offset, __FILE__, __LINE__)
-#define __ldg ::cuda_on_cpu::read_only
-#define __ldcs ::cuda_on_cpu::read
+#define threadIdx (::emulator::position().thread)
+#define blockIdx (::emulator::position().block)
+#define __syncthreads() ::emulator::sync_threads(__FILE__, __LINE__)
+#define __shfl_xor_sync(mask, value, offset) ::emulator::shuffle_xor(mask, value, offset, __FILE__, __LINE__)
+#define __ldg ::emulator::read_only
+#define __ldcs ::emulator::read
 
 // No macros: members of cudaLaunchConfig_t have these names.
-inline const cuda_on_cpu::Index& blockDim = cuda_on_cpu::position().threads;
-inline const cuda_on_cpu::Index& gridDim = cuda_on_cpu::position().blocks;
+inline const emulator::Index& blockDim = emulator::position().threads;
+inline const emulator::Index& gridDim = emulator::position().blocks;
 
 // Of integers only: sums of floats have an order.
-inline int atomicAdd(int* p, int v) { return cuda_on_cpu::atomic_add(p, v); }
-inline unsigned atomicAdd(unsigned* p, unsigned v) { return cuda_on_cpu::atomic_add(p, v); }
+inline int atomicAdd(int* p, int v) { return emulator::atomic_add(p, v); }
+inline unsigned atomicAdd(unsigned* p, unsigned v) { return emulator::atomic_add(p, v); }
 
 struct alignas(8) uint2 {
   unsigned x, y;
@@ -39,7 +39,7 @@ inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(
 
 inline float __saturatef(float v) { return v > 0 ? v < 1 ? v : 1 : 0; }  // of NaN: 0
 
-namespace cuda_on_cpu {
+namespace emulator {
 
 // The special function unit at its worst: off by 2 units in the last place, as the tables of maximum errors in the CUDA
 // Programming Guide allow for exp2f, for __expf near 0 and for __fdividef, which are made of these instructions. A hash
@@ -57,7 +57,7 @@ inline float approximation(double exact, float argument, unsigned direction) {
 inline float exp2_approx(float v) { return approximation(std::exp2(double{v}), v, directions); }
 inline float reciprocal_approx(float v) { return approximation(1 / double{v}, v, directions >> 1); }
 
-}  // namespace cuda_on_cpu
+}  // namespace emulator
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -74,13 +74,13 @@ enum cudaFuncAttribute {
 };
 enum { cudaSharedmemCarveoutMaxShared = 100 };
 inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
-  ++cuda_on_cpu::runtime.set_attribute;
-  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) cuda_on_cpu::allow_shared(kernel, value);
+  ++emulator::runtime.set_attribute;
+  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) emulator::allow_shared(kernel, value);
   return cudaSuccess;
 }
 inline cudaError_t cudaGetDevice(int* device) {
-  ++cuda_on_cpu::runtime.get_device;
-  *device = cuda_on_cpu::runtime.device;
+  ++emulator::runtime.get_device;
+  *device = emulator::runtime.device;
   return cudaSuccess;
 }
 inline const char* cudaGetErrorString(cudaError_t error) {
@@ -108,15 +108,15 @@ struct cudaLaunchConfig_t {
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                const Arguments&... arguments) {
-  ++cuda_on_cpu::runtime.launch;
-  if (config->dynamicSmemBytes > cuda_on_cpu::kShared &&
-      config->dynamicSmemBytes > cuda_on_cpu::allowed_shared(reinterpret_cast<const void*>(kernel))) {
+  ++emulator::runtime.launch;
+  if (config->dynamicSmemBytes > emulator::kShared &&
+      config->dynamicSmemBytes > emulator::allowed_shared(reinterpret_cast<const void*>(kernel))) {
     return cudaErrorInvalidValue;
   }
-  if (cuda_on_cpu::runtime.only_counts) return cudaSuccess;
+  if (emulator::runtime.only_counts) return cudaSuccess;
   const dim3 &grid = config->gridDim, &block = config->blockDim;
   const unsigned cluster = config->numAttrs ? config->attrs->val.clusterDim.x : 1;
-  cuda_on_cpu::run({grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, cluster, config->dynamicSmemBytes,
-                   [&] { kernel(static_cast<Parameters>(arguments)...); });
+  emulator::run({grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, cluster, config->dynamicSmemBytes,
+                [&] { kernel(static_cast<Parameters>(arguments)...); });
   return cudaSuccess;
 }

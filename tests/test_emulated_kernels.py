@@ -1,12 +1,12 @@
 """The CUDA kernels, run thread by thread on the CPU, against the reference in float64.
 
-Every call is also checked by tests/cuda_on_cpu: no access outside a buffer or misaligned, no divergent barrier, and the
+Every call is also checked by tests/emulator: no access outside a buffer or misaligned, no divergent barrier, and the
 bytes of the maps that were read and written are those of the plan.
 """
 
 import math
 
-import cuda_on_cpu
+import emulator
 import pytest
 import torch
 from cases import DTYPES, Case, assert_close, call, cases, truth
@@ -21,7 +21,7 @@ from se_fused.options import ACTIVATIONS, GATES, SQUEEZES
 
 @pytest.fixture(scope="module")
 def cuda():
-    return cuda_on_cpu.Library(cuda_on_cpu.library())
+    return emulator.Library(emulator.library())
 
 
 @pytest.fixture(autouse=True)

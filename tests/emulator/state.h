@@ -14,7 +14,7 @@
 
 #include "machine.h"
 
-namespace cuda_on_cpu {
+namespace emulator {
 
 constexpr int kWarp = 32;
 constexpr size_t kStack = 256 << 10;  // of address space; pages come as they are touched
@@ -107,4 +107,4 @@ void check_end(const Block& block, bool last);
 void forget_reads(int fibers);
 void count_reads(int fiber, int fibers);
 
-}  // namespace cuda_on_cpu
+}  // namespace emulator

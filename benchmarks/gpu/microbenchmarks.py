@@ -14,7 +14,7 @@ import se_fused
 from se_fused import backends
 from se_fused.native import BuildError
 
-from .. import gpu_probes
+from .. import microbenchmarks
 from ..shapes import Shape
 from . import calls
 from .plans import SIZES
@@ -30,7 +30,7 @@ def us_of(device: torch.device, function: Callable[[], object]) -> float:
     return statistics.median(replay.time() for _ in range(calls.ROUNDS))
 
 
-def bandwidths(device: torch.device) -> Iterator[gpu_probes.Row]:
+def bandwidths(device: torch.device) -> Iterator[microbenchmarks.Row]:
     for size in COPIES:
         source = torch.randint(256, (size,), dtype=torch.uint8, device=device).view(torch.float32)
         target = torch.empty_like(source)
@@ -43,12 +43,12 @@ def bandwidths(device: torch.device) -> Iterator[gpu_probes.Row]:
             yield name, f"{size} bytes", moved / us_of(device, function) / 1e3, "GB/s"
 
 
-def resident_clusters(device: torch.device) -> Iterator[gpu_probes.Row]:
+def resident_clusters(device: torch.device) -> Iterator[microbenchmarks.Row]:
     for size, count in _clusters().items():
         yield "clusters, a block a multiprocessor", f"{size} blocks", count, "clusters"
 
 
-def empty_calls(device: torch.device) -> Iterator[gpu_probes.Row]:
+def empty_calls(device: torch.device) -> Iterator[microbenchmarks.Row]:
     (inputs,) = calls.draw(TINY, 1, device)
     for plan in ("two_pass", *(f"cluster size={size}" for size in SIZES)):
         try:
@@ -59,11 +59,11 @@ def empty_calls(device: torch.device) -> Iterator[gpu_probes.Row]:
         yield "a call with nothing to compute", plan, took, "us"
 
 
-def exchanges_and_slabs(device: torch.device) -> Iterator[gpu_probes.Row]:
+def exchanges_and_slabs(device: torch.device) -> Iterator[microbenchmarks.Row]:
     with tempfile.TemporaryDirectory() as folder:
-        library = gpu_probes.Probes(gpu_probes.compile_probes(Path(folder)))
+        library = microbenchmarks.Microbenchmarks(microbenchmarks.compile_microbenchmarks(Path(folder)))
     shared_bytes = backends.cuda_limits(torch.cuda.current_device())[2]
-    yield from gpu_probes.measure(library, partial(us_of, device), _clusters(), shared_bytes)
+    yield from microbenchmarks.measure(library, partial(us_of, device), _clusters(), shared_bytes)
 
 
 def _clusters() -> dict[int, int]:
@@ -74,16 +74,16 @@ def main() -> None:
     worker = Worker(__doc__ or "")
     rows: list[dict[str, str]] = []
     of_a_gpu = [resident_clusters, empty_calls, exchanges_and_slabs] if worker.device.type == "cuda" else []
-    for _, probe in worker.each([bandwidths, *of_a_gpu], lambda probe: probe.__name__):
+    for _, microbenchmark in worker.each([bandwidths, *of_a_gpu], lambda microbenchmark: microbenchmark.__name__):
         try:
-            for name, what, value, unit in probe(worker.device):
-                rows.append({"probe": name, "of": what, "value": f"{value:.4g}", "unit": unit})
+            for name, what, value, unit in microbenchmark(worker.device):
+                rows.append({"microbenchmark": name, "of": what, "value": f"{value:.4g}", "unit": unit})
                 worker.say(f"  {name}, {what}: {value:.4g} {unit}")
         except BuildError as error:  # no nvcc
             worker.skip(error)
-        except gpu_probes.ProbeError as error:
-            worker.wrong(f"{probe.__name__}: {error}")
-        worker.facts({"probes": rows})
+        except microbenchmarks.Failed as error:
+            worker.wrong(f"{microbenchmark.__name__}: {error}")
+        worker.facts({"microbenchmarks": rows})
     worker.finish()
 
 

@@ -8,7 +8,7 @@
 
 #include "state.h"
 
-namespace cuda_on_cpu {
+namespace emulator {
 namespace {
 
 constexpr int kBanks = 32, kBank = 4, kAbsent = -1;
@@ -97,4 +97,4 @@ void count_reads(int fiber, int fibers) {
   }
 }
 
-}  // namespace cuda_on_cpu
+}  // namespace emulator

@@ -30,7 +30,7 @@ from se_fused import launch, ops
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-DEVICE, PROBES = "tests/cuda_on_cpu", "benchmarks/gpu_probes"
+DEVICE, MICROBENCHMARKS = "tests/emulator", "benchmarks/microbenchmarks"
 FLAGS = (
     "-std=c++17 -fPIC -fvisibility=hidden -fno-omit-frame-pointer -Wall -Wextra -Werror "
     "-Wno-unknown-pragmas -Wno-parentheses"
@@ -43,8 +43,8 @@ _TORCH_LIBRARIES = f"-L{_TORCH / 'lib'} -Wl,--no-as-needed -ltorch -ltorch_cpu"
 
 
 def sources(root: Path) -> list[Path]:
-    """Of the kernels, the planner, the device and the probes."""
-    patterns = ("csrc/cuda/*_*.cu", "csrc/plan/*.cpp", f"{DEVICE}/*.c*", f"{PROBES}/*.cu")
+    """Of the kernels, the planner, the device and the microbenchmarks."""
+    patterns = ("csrc/cuda/*_*.cu", "csrc/plan/*.cpp", f"{DEVICE}/*.c*", f"{MICROBENCHMARKS}/*.cu")
     return [path for pattern in patterns for path in sorted(root.glob(pattern))]
 
 
@@ -69,10 +69,10 @@ def compile_library(
             if source.name not in finished:
                 ninja.build(f"{source.stem}.o", "cpp", str(source))
         objects = [str(finished.get(source.name, f"{source.stem}.o")) for source in sources(root)]
-        ninja.build("libcuda_on_cpu.so", "link", objects)
+        ninja.build("libemulator.so", "link", objects)
     command = [str(Path(BIN_DIR) / "ninja"), "-C", str(output)]
     subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return output / "libcuda_on_cpu.so"
+    return output / "libemulator.so"
 
 
 class Library:
@@ -81,37 +81,37 @@ class Library:
     def __init__(self, path: Path) -> None:
         torch.ops.load_library(path)
         self._native = ctypes.CDLL(str(path))
-        self._native.cuda_on_cpu_setup.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_uint64]
-        self._native.cuda_on_cpu_watch.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_size_t]
-        self._native.cuda_on_cpu_plan.restype = ctypes.c_char_p
-        self._native.cuda_on_cpu_wide_share.restype = ctypes.c_double
-        self._native.cuda_on_cpu_wavefronts.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_int64)]
+        self._native.emulator_setup.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_uint64]
+        self._native.emulator_watch.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_size_t]
+        self._native.emulator_plan.restype = ctypes.c_char_p
+        self._native.emulator_wide_share.restype = ctypes.c_double
+        self._native.emulator_wavefronts.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_int64)]
 
     def setup(self, device: str = "T4", plan: str = "", seed: int = 0) -> None:
         """For the calls that follow: the GPU whose limits hold, the forced plan, the seed of the schedule."""
-        self._native.cuda_on_cpu_setup(device.encode(), plan.encode(), seed)
+        self._native.emulator_setup(device.encode(), plan.encode(), seed)
 
     def last_plan(self) -> str:
         """Of the last call."""
-        text: bytes = self._native.cuda_on_cpu_plan()
+        text: bytes = self._native.emulator_plan()
         return text.decode()
 
     def wide_share(self) -> float:
         """The share of 16-byte accesses among the last call's accesses to maps."""
-        share: float = self._native.cuda_on_cpu_wide_share()
+        share: float = self._native.emulator_wide_share()
         return share
 
     def wavefronts(self, element: int) -> tuple[int, int]:
         """Those that a GPU would need for the last call's reads of shared memory by vectors whose elements have so many
         bytes, and the fewest that as many reads can need."""
         counts = (ctypes.c_int64 * 2)()
-        self._native.cuda_on_cpu_wavefronts(element, counts)
+        self._native.emulator_wavefronts(element, counts)
         return counts[0], counts[1]
 
     def slept(self) -> dict[int, set[int]]:
         """By block, the nanoseconds that threads of the last call's launches have slept."""
         blocks, ns = (ctypes.c_uint * 4096)(), (ctypes.c_uint * 4096)()
-        count = self._native.cuda_on_cpu_slept(blocks, ns, len(ns))
+        count = self._native.emulator_slept(blocks, ns, len(ns))
         assert count <= len(ns)
         found: dict[int, set[int]] = {}
         for block, time in zip(blocks[:count], ns[:count], strict=True):
@@ -122,23 +122,21 @@ class Library:
         """The order in which blocks took a ticket, by integer atomics (tickets.cu)."""
         tickets, counter = torch.full((blocks,), -1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
         self.watch(tickets=tickets, counter=counter)
-        self._native.cuda_on_cpu_tickets(
-            ctypes.c_void_p(tickets.data_ptr()), ctypes.c_void_p(counter.data_ptr()), blocks
-        )
+        self._native.emulator_tickets(ctypes.c_void_p(tickets.data_ptr()), ctypes.c_void_p(counter.data_ptr()), blocks)
         assert counter == blocks
         return tickets
 
     def watch(self, **buffers: torch.Tensor) -> None:
         """Kernels that no operator launches may touch these and nothing else."""
-        self._native.cuda_on_cpu_forget()
+        self._native.emulator_forget()
         for name, buffer in buffers.items():
-            self._native.cuda_on_cpu_watch(name.encode(), buffer.data_ptr(), buffer.nbytes)
+            self._native.emulator_watch(name.encode(), buffer.data_ptr(), buffer.nbytes)
 
     @contextmanager
     def serves(self) -> Iterator[None]:
         """Within: every call on CPU tensors goes to the CUDA kernels."""
         before = launch._OPS, ops._direct
-        launch._OPS, ops._direct = torch.ops.cuda_on_cpu, lambda *_, **__: None
+        launch._OPS, ops._direct = torch.ops.emulator, lambda *_, **__: None
         try:
             yield
         finally:
@@ -147,7 +145,7 @@ class Library:
 
 def library() -> Path:
     """The library of this checkout; ninja compiles what has changed since it was last asked for."""
-    cache = Path(os.environ.get("SE_FUSED_CACHE") or platformdirs.user_cache_dir("se_fused")) / "cuda_on_cpu"
+    cache = Path(os.environ.get("SE_FUSED_CACHE") or platformdirs.user_cache_dir("se_fused")) / "emulator"
     cache /= hashlib.sha256(f"{ROOT}{os.environ.get('SE_FUSED_CXXFLAGS')}".encode()).hexdigest()[:16]
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / "lock"):
@@ -167,7 +165,7 @@ def objects(but: str) -> dict[str, Path]:
 
 def patched(root: Path, file: str, old: str, new: str) -> None:
     """A copy of the sources at `root` in which `old`, which must be there once, is `new`."""
-    for folder in ("csrc", DEVICE, PROBES):
+    for folder in ("csrc", DEVICE, MICROBENCHMARKS):
         shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
     path = root / file
     text = path.read_text()

@@ -1,5 +1,5 @@
 // mbarriers, bulk copies and pushes to another block of the cluster: PTX, from sm_90 on (PTX ISA 8.1, "Asynchronous
-// copies and mbarrier"). On a CPU, tests/cuda_on_cpu stands in for them.
+// copies and mbarrier"). On a CPU, tests/emulator stands in for them.
 #pragma once
 
 #include "../../csrc/cuda/cluster.cuh"
@@ -26,7 +26,7 @@ struct Mbarrier {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(this)), "r"(count) : "memory");
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #else
-    cuda_on_cpu::mbarrier_init(this, count);
+    emulator::mbarrier_init(this, count);
 #endif
   }
 
@@ -36,7 +36,7 @@ struct Mbarrier {
                  "r"(expected_bytes)
                  : "memory");
 #else
-    cuda_on_cpu::mbarrier_arrive(this, expected_bytes);
+    emulator::mbarrier_arrive(this, expected_bytes);
 #endif
   }
 
@@ -53,7 +53,7 @@ struct Mbarrier {
           : "memory");
     }
 #else
-    cuda_on_cpu::mbarrier_wait(this, parity);
+    emulator::mbarrier_wait(this, parity);
 #endif
   }
 };
@@ -66,7 +66,7 @@ __device__ inline void copy_bulk(void* to, const void* from, unsigned bytes, Mba
                "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(mbarrier))
                : "memory");
 #else
-  cuda_on_cpu::copy_bulk(to, from, bytes, mbarrier);
+  emulator::copy_bulk(to, from, bytes, mbarrier);
 #endif
 }
 
@@ -78,7 +78,7 @@ __device__ inline void push(float* mine, float value, Mbarrier* mbarrier, int ra
       "r"(__float_as_uint(value)), "r"(shared_address(mbarrier, rank))
       : "memory");
 #else
-  cuda_on_cpu::push(mine, &value, sizeof(value), mbarrier, rank);
+  emulator::push(mine, &value, sizeof(value), mbarrier, rank);
 #endif
 }
 #endif

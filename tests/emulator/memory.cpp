@@ -3,7 +3,7 @@
 
 #include "machine.h"
 
-namespace cuda_on_cpu {
+namespace emulator {
 namespace {
 
 struct Buffer {
@@ -66,4 +66,4 @@ void check_access(const void* p, size_t bytes, Use use) {
   fail(std::string(write ? "a write" : "a read") + " of " + std::to_string(bytes) + " bytes out of bounds, " + near);
 }
 
-}  // namespace cuda_on_cpu
+}  // namespace emulator

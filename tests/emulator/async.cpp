@@ -4,7 +4,7 @@
 
 #include "state.h"
 
-namespace cuda_on_cpu {
+namespace emulator {
 namespace {
 
 Mbarrier& find(const void* mbarrier, const char* otherwise = "an mbarrier that is not initialised") {
@@ -92,4 +92,4 @@ void check_end(const Block& block, bool last) {
   }
 }
 
-}  // namespace cuda_on_cpu
+}  // namespace emulator

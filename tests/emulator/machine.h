@@ -18,7 +18,7 @@
 #include <string>
 #include <utility>
 
-namespace cuda_on_cpu {
+namespace emulator {
 
 struct Index {
   unsigned x, y, z;
@@ -128,4 +128,4 @@ T shuffle_xor(unsigned mask, T v, int offset, const char* file, int line) {
   return v;
 }
 
-}  // namespace cuda_on_cpu
+}  // namespace emulator

@@ -1,11 +1,11 @@
-"""That tests/cuda_on_cpu can fail: planted faults, each of which it must catch, and how."""
+"""That tests/emulator can fail: planted faults, each of which it must catch, and how."""
 
 import re
 import subprocess
 
-import cuda_on_cpu
+import emulator
 import pytest
-from cuda_on_cpu import probe
+from emulator import every_kernel
 
 PARTS_OF_OTHERS = "  if (f.r) transposed_multiply<1>(w2.from(c0, 0), own, depth, dp2, 0, work, hidden_part);\n"
 # Name: file under csrc/cuda, what stands there once, what replaces it, what must be said.
@@ -270,20 +270,20 @@ FAULTS = {
 
 
 def test_without_a_fault_nothing_is_said():
-    well, said = cuda_on_cpu.run_apart(probe.main, cuda_on_cpu.library())
+    well, said = emulator.run_apart(every_kernel.main, emulator.library())
     assert well, said
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_caught(name, tmp_path):
     file, old, new, message = FAULTS[name]
-    cuda_on_cpu.patched(tmp_path, f"csrc/cuda/{file}", old, new)
-    kept = cuda_on_cpu.objects(but=f"csrc/cuda/{file}")
+    emulator.patched(tmp_path, f"csrc/cuda/{file}", old, new)
+    kept = emulator.objects(but=f"csrc/cuda/{file}")
     try:
-        library = cuda_on_cpu.compile_library(tmp_path, tmp_path / "build", kept, "-O0")
+        library = emulator.compile_library(tmp_path, tmp_path / "build", kept, "-O0")
     except subprocess.CalledProcessError as error:
         said = error.output
     else:
-        well, said = cuda_on_cpu.run_apart(probe.main, library)
+        well, said = emulator.run_apart(every_kernel.main, library)
         assert not well, "the fault went unnoticed"
     assert re.search(message, said), said[-3000:]

@@ -7,7 +7,7 @@ import torch
 from cases import Case, assert_close, call, truth
 from test_gradients import compare
 
-import cuda_on_cpu
+import emulator
 import se_fused
 
 PLANS = ("splits=2", "rows=3", "cluster size=2 threads=256", "cluster size=2 threads=512")
@@ -39,7 +39,7 @@ def apart(t: torch.Tensor) -> torch.Tensor:
 
 
 def main(path: Path) -> None:
-    library = cuda_on_cpu.Library(path)
+    library = emulator.Library(path)
     with library.serves():
         for plan, seed, case in itertools.product(PLANS, range(3), CASES):
             if not serves(plan, case):

@@ -12,7 +12,7 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-namespace cuda_on_cpu {
+namespace emulator {
 
 Machine machine;
 
@@ -321,7 +321,7 @@ void run(Index grid, Index block, unsigned cluster, size_t shared_bytes, const s
   machine.kernel = &kernel;
   begin_launch();
   machine.error.clear();
-  if (grid.x % cluster != 0) throw std::runtime_error("cuda_on_cpu: the grid is no multiple of the cluster");
+  if (grid.x % cluster != 0) throw std::runtime_error("emulator: the grid is no multiple of the cluster");
   std::vector<unsigned> order(grid.x / cluster);
   for (unsigned i = 0; i < order.size(); ++i) order[i] = i * cluster;
   std::shuffle(order.begin(), order.end(), machine.random);
@@ -332,8 +332,8 @@ void run(Index grid, Index block, unsigned cluster, size_t shared_bytes, const s
       machine.blocks.push_back({{first + i, 0, 0}, std::vector<unsigned char>(shared_bytes, kPoison), 0, 0, {}});
     }
     run_cluster(block, count);
-    if (!machine.error.empty()) throw std::runtime_error("cuda_on_cpu: " + machine.error);
+    if (!machine.error.empty()) throw std::runtime_error("emulator: " + machine.error);
   }
 }
 
-}  // namespace cuda_on_cpu
+}  // namespace emulator

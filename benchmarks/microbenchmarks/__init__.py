@@ -1,4 +1,4 @@
-"""The probes of probes.cu: what bulk copies and pushes would gain in the cluster kernels, each result checked."""
+"""Microbenchmarks: what bulk copies and pushes would gain in the cluster kernels. Each result is checked."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from torch import Tensor
 
 from se_fused.native import gpus, recipe, toolchain
 
-SOURCE = Path(__file__).with_name("probes.cu")
+SOURCE = Path(__file__).with_name("microbenchmarks.cu")
 LARGEST_COUNT, LARGEST_CHUNKS = 256, 8  # kThreads and kWarps of csrc
-Row = tuple[str, str, float, str]  # of probes.csv: probe, of what, value, unit
+Row = tuple[str, str, float, str]  # of microbenchmarks.csv: microbenchmark, of what, value, unit
 Timer = Callable[[Callable[[], None]], float]  # the microseconds of one call on the GPU
 
 
-class ProbeError(RuntimeError):
-    """A probe cannot be compiled, does not run, or gives a wrong result."""
+class Failed(RuntimeError):
+    """A microbenchmark cannot be compiled, does not run, or gives a wrong result."""
 
 
-def compile_probes(folder: Path) -> Path:
-    """The library for the GPU that is here. Raises ProbeError, BuildError."""
-    library = folder / "libgpu_probes.so"
+def compile_microbenchmarks(folder: Path) -> Path:
+    """The library for the GPU that is here. Raises Failed, BuildError."""
+    library = folder / "libmicrobenchmarks.so"
     command = [
         toolchain.nvcc(),
         *recipe.NVCC_FLAGS,
@@ -38,12 +38,12 @@ def compile_probes(folder: Path) -> Path:
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise ProbeError(done.stderr[-2000:])
+        raise Failed(done.stderr[-2000:])
     return library
 
 
-class Probes:
-    """The loaded library; a call raises ProbeError with the device's words."""
+class Microbenchmarks:
+    """The loaded library; a call raises Failed with the device's words."""
 
     def __init__(self, library: Path) -> None:
         native = ctypes.CDLL(str(library))
@@ -65,7 +65,7 @@ class Probes:
 
 def _raise(error: bytes | None) -> None:
     if error is not None:
-        raise ProbeError(error.decode())
+        raise Failed(error.decode())
 
 
 def _stream(t: Tensor) -> int:
@@ -78,15 +78,18 @@ def sums_of_exchange(blocks: int, count: int, size: int, rounds: int) -> Tensor:
     return ((rank + 1) * (i % 7) + round_ % 5).sum((0, 2)).float().expand(blocks, count)
 
 
-def measure(probes: Probes, us_of: Timer, clusters: Mapping[int, int], shared_bytes: int) -> Iterator[Row]:
-    """Every probe, checked and timed, on a GPU that holds so many clusters of a size at once and gives a block so many
-    bytes of shared memory; nothing where there are no clusters. Raises ProbeError."""
+def measure(library: Microbenchmarks, us_of: Timer, clusters: Mapping[int, int], shared_bytes: int) -> Iterator[Row]:
+    """Every microbenchmark, checked and timed; nothing where the GPU has no clusters.
+
+    clusters: for each size of a cluster, how many of them the GPU holds at once. shared_bytes: shared memory per block.
+    Raises Failed.
+    """
     if any(clusters.values()):
-        yield from _exchanges(probes, us_of, clusters)
-        yield from _slabs(probes, us_of, shared_bytes)
+        yield from _exchanges(library, us_of, clusters)
+        yield from _slabs(library, us_of, shared_bytes)
 
 
-def _exchanges(probes: Probes, us_of: Timer, clusters: Mapping[int, int]) -> Iterator[Row]:
+def _exchanges(library: Microbenchmarks, us_of: Timer, clusters: Mapping[int, int]) -> Iterator[Row]:
     """One exchange of clusters that all run at once: what each of 64 more in the same launch adds."""
     for (size, resident), count in itertools.product(clusters.items(), (16, 64, LARGEST_COUNT)):
         if size == 1 or resident == 0:
@@ -95,15 +98,15 @@ def _exchanges(probes: Probes, us_of: Timer, clusters: Mapping[int, int]) -> Ite
         for name, by_push in (("exchange by barrier", False), ("exchange by push", True)):
             what, times = f"{size} blocks, {count} numbers", []
             for rounds in (1, 65):
-                call = functools.partial(probes.exchange, out, size, rounds, by_push=by_push)
+                call = functools.partial(library.exchange, out, size, rounds, by_push=by_push)
                 call()
                 if not torch.equal(out.cpu(), sums_of_exchange(*out.shape, size, rounds)):
-                    raise ProbeError(f"{name}, {what}: wrong sums")
+                    raise Failed(f"{name}, {what}: wrong sums")
                 times.append(us_of(call))
             yield name, what, (times[1] - times[0]) / 64, "us"
 
 
-def _slabs(probes: Probes, us_of: Timer, shared_bytes: int) -> Iterator[Row]:
+def _slabs(library: Microbenchmarks, us_of: Timer, shared_bytes: int) -> Iterator[Row]:
     """256 MB, which no cache holds, through shared memory."""
     for kilobytes in (16, 64, 96, 200):
         if (kilobytes + 1) << 10 > shared_bytes:
@@ -112,8 +115,8 @@ def _slabs(probes: Probes, us_of: Timer, shared_bytes: int) -> Iterator[Row]:
         out, expected = torch.empty(len(source), device="cuda"), source.double().sum(1)
         for chunks in (0, 1, 2, 4, LARGEST_CHUNKS):
             name = f"slab by {chunks} bulk copies" if chunks else "slab by threads"
-            call = functools.partial(probes.slab, source, out, chunks=chunks)
+            call = functools.partial(library.slab, source, out, chunks=chunks)
             call()
             if not torch.allclose(out.double(), expected, rtol=0, atol=1e-2):
-                raise ProbeError(f"{name}, {kilobytes} KB: wrong sums")
+                raise Failed(f"{name}, {kilobytes} KB: wrong sums")
             yield name, f"{kilobytes} KB a block", source.nbytes / us_of(call) / 1e3, "GB/s"

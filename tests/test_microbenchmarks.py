@@ -1,62 +1,63 @@
-"""The GPU probes run thread by thread on the CPU: right under any schedule, and each planted fault is caught."""
+"""The GPU microbenchmarks on the emulator: right under any schedule, and each planted fault is caught."""
 
 import re
 from pathlib import Path
 
-import cuda_on_cpu
+import emulator
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks import gpu_probes
+from benchmarks import microbenchmarks
+from benchmarks.microbenchmarks import LARGEST_CHUNKS, LARGEST_COUNT
 
 
 @pytest.fixture(scope="module")
 def device():
-    library = cuda_on_cpu.library()
-    return cuda_on_cpu.Library(library), gpu_probes.Probes(library)
+    library = emulator.library()
+    return emulator.Library(library), microbenchmarks.Microbenchmarks(library)
 
 
 def exchange(device, seed, size, count, rounds, by_push):
-    machine, probes = device
+    machine, library = device
     out = torch.full((2 * size, count), torch.nan)
     machine.setup(seed=seed)
     machine.watch(out=out)
-    probes.exchange(out, size, rounds, by_push=by_push)
-    assert torch.equal(out, gpu_probes.sums_of_exchange(*out.shape, size, rounds))
+    library.exchange(out, size, rounds, by_push=by_push)
+    assert torch.equal(out, microbenchmarks.sums_of_exchange(*out.shape, size, rounds))
 
 
 def slab(device, seed, blocks, sixteens, chunks):
-    machine, probes = device
+    machine, library = device
     source, out = torch.randint(-9, 9, (blocks, 4 * sixteens)).float(), torch.full((blocks,), torch.nan)
     machine.setup(seed=seed)
     machine.watch(source=source, out=out)
-    probes.slab(source, out, chunks=chunks)
+    library.slab(source, out, chunks=chunks)
     assert torch.equal(out, source.sum(1))
 
 
 SEEDS = st.integers(0, 2**32)
 
 
-@given(SEEDS, st.sampled_from([1, 2, 4, 8]), st.integers(1, gpu_probes.LARGEST_COUNT), st.integers(1, 4), st.booleans())
+@given(SEEDS, st.sampled_from([1, 2, 4, 8]), st.integers(1, LARGEST_COUNT), st.integers(1, 4), st.booleans())
 @settings(max_examples=20)
 def test_exchanges(device, seed, size, count, rounds, by_push):
     exchange(device, seed, size, count, rounds, by_push)
 
 
-@given(SEEDS, st.integers(1, 3), st.integers(1, 700), st.integers(0, gpu_probes.LARGEST_CHUNKS))
+@given(SEEDS, st.integers(1, 3), st.integers(1, 700), st.integers(0, LARGEST_CHUNKS))
 @settings(max_examples=20)
 def test_slabs(device, seed, blocks, sixteens, chunks):
     slab(device, seed, blocks, max(sixteens, chunks), chunks)
 
 
 def test_measure_gives_every_row(monkeypatch):
-    """With a device that computes by PyTorch: each probe is called, checked and timed."""
+    """With a device that computes by PyTorch: each microbenchmark is called, checked and timed."""
 
     class Device:
         def exchange(self, out, size, rounds, *, by_push):
-            out.copy_(gpu_probes.sums_of_exchange(*out.shape, size, rounds))
+            out.copy_(microbenchmarks.sums_of_exchange(*out.shape, size, rounds))
 
         def slab(self, source, out, *, chunks):
             out.copy_(source.double().sum(1))
@@ -65,16 +66,17 @@ def test_measure_gives_every_row(monkeypatch):
         real = getattr(torch, name)
         monkeypatch.setattr(torch, name, lambda *size, real=real, device: real(*[min(n, 64) for n in size]))
     clusters = {1: 132, 2: 66, 4: 32, 8: 15, 16: 0}
-    rows = list(gpu_probes.measure(Device(), lambda call: 2.0 if call.args[2:] == (65,) else 1.0, clusters, 100 << 10))
+    times = lambda call: 2.0 if call.args[2:] == (65,) else 1.0  # noqa: E731
+    rows = list(microbenchmarks.measure(Device(), times, clusters, 100 << 10))
     assert len(rows) == 3 * 3 * 2 + 3 * 5  # no clusters of 16 blocks, no slab of 200 KB
     assert ("exchange by push", "8 blocks, 64 numbers", 1 / 64, "us") in rows
-    assert list(gpu_probes.measure(Device(), lambda call: 1.0, dict.fromkeys(clusters, 0), 64 << 10)) == []
+    assert list(microbenchmarks.measure(Device(), lambda call: 1.0, dict.fromkeys(clusters, 0), 64 << 10)) == []
     monkeypatch.setattr(Device, "exchange", lambda self, out, *_, **__: out.zero_())
-    with pytest.raises(gpu_probes.ProbeError, match="exchange by barrier, 2 blocks, 16 numbers: wrong sums"):
-        next(gpu_probes.measure(Device(), lambda call: 1.0, clusters, 0))
+    with pytest.raises(microbenchmarks.Failed, match="exchange by barrier, 2 blocks, 16 numbers: wrong sums"):
+        next(microbenchmarks.measure(Device(), lambda call: 1.0, clusters, 0))
 
 
-# Name: what stands once in probes.cu, what replaces it, what must be said.
+# Name: what stands once in microbenchmarks.cu, what replaces it, what must be said.
 FAULTS = {
     "a push before the peer's mbarrier is ready": (
         "    arrived[0].init(1);\n    arrived[1].init(1);\n  }\n  cluster.sync();\n",
@@ -158,7 +160,7 @@ def use(device):
 
 
 def load_and_use(library: Path) -> None:
-    use((cuda_on_cpu.Library(library), gpu_probes.Probes(library)))
+    use((emulator.Library(library), microbenchmarks.Microbenchmarks(library)))
 
 
 def test_without_a_fault_nothing_is_said(device):
@@ -168,10 +170,10 @@ def test_without_a_fault_nothing_is_said(device):
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_caught(name, tmp_path):
     old, new, message = FAULTS[name]
-    probes = f"{cuda_on_cpu.PROBES}/probes.cu"
-    cuda_on_cpu.patched(tmp_path, probes, old, new)
-    kept = cuda_on_cpu.objects(but=probes)
-    library = cuda_on_cpu.compile_library(tmp_path, tmp_path / "build", kept, "-O0")
-    well, said = cuda_on_cpu.run_apart(load_and_use, library)
+    source = f"{emulator.MICROBENCHMARKS}/microbenchmarks.cu"
+    emulator.patched(tmp_path, source, old, new)
+    kept = emulator.objects(but=source)
+    library = emulator.compile_library(tmp_path, tmp_path / "build", kept, "-O0")
+    well, said = emulator.run_apart(load_and_use, library)
     assert not well, "the fault went unnoticed"
     assert re.search(message, said), said[-3000:]

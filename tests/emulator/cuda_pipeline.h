@@ -3,6 +3,6 @@
 
 #include "machine.h"
 
-#define __pipeline_memcpy_async ::cuda_on_cpu::copy_async
+#define __pipeline_memcpy_async ::emulator::copy_async
 #define __pipeline_commit()
-#define __pipeline_wait_prior(count) ::cuda_on_cpu::await_copies()
+#define __pipeline_wait_prior(count) ::emulator::await_copies()

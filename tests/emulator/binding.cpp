@@ -1,4 +1,4 @@
-// Registers the CUDA kernels, run by machine.cpp, as cuda_on_cpu::forward_out and cuda_on_cpu::backward_out for CPU
+// Registers the CUDA kernels, run by machine.cpp, as emulator::forward_out and emulator::backward_out for CPU
 // tensors. Every call is checked: each access lies in one of the call's buffers, and the bytes of the maps that are
 // read and written are those of the plan.
 #include <torch/csrc/stable/library.h>
@@ -22,18 +22,18 @@ int64_t bytes(se::DType dtype) { return se::element_bytes(dtype); }
 
 void watch_inputs(const se::Problem& p, int64_t map) {
   const int64_t w = bytes(p.weight_dtype), depth = p.r ? p.r : p.c;
-  cuda_on_cpu::watch("x", p.x, map, true);
-  if (p.residual != p.x) cuda_on_cpu::watch("residual", p.residual, map, true);
-  cuda_on_cpu::watch("w1", p.w1, p.r * p.c * w, false);
-  cuda_on_cpu::watch("b1", p.b1, p.r * w, false);
-  cuda_on_cpu::watch("w2", p.w2, p.c * depth * w, false);
-  cuda_on_cpu::watch("b2", p.b2, p.c * w, false);
+  emulator::watch("x", p.x, map, true);
+  if (p.residual != p.x) emulator::watch("residual", p.residual, map, true);
+  emulator::watch("w1", p.w1, p.r * p.c * w, false);
+  emulator::watch("b1", p.b1, p.r * w, false);
+  emulator::watch("w2", p.w2, p.c * depth * w, false);
+  emulator::watch("b2", p.b2, p.c * w, false);
 }
 
 // Poisoned, so that what a kernel leaves unwritten is NaN.
 void watch_output(const char* name, void* p, int64_t size, bool map = false) {
   if (p) std::memset(p, 0xff, size);
-  cuda_on_cpu::watch(name, p, size, map);
+  emulator::watch(name, p, size, map);
 }
 
 void watch(const se::Forward& f, int64_t map) {
@@ -48,10 +48,10 @@ void watch(const se::Forward& f, int64_t map) {
 void watch(const se::Backward& f, int64_t map) {
   const int64_t a = se::accumulator_bytes(f.dtype), w = bytes(f.weight_dtype), depth = f.r ? f.r : f.c;
   watch_inputs(f, map);
-  cuda_on_cpu::watch("g", f.g, map, true);
-  cuda_on_cpu::watch("z", f.z, f.n * f.c * a, false);
-  cuda_on_cpu::watch("p1", f.p1, f.n * f.r * a, false);
-  cuda_on_cpu::watch("p2", f.p2, f.n * f.c * a, false);
+  emulator::watch("g", f.g, map, true);
+  emulator::watch("z", f.z, f.n * f.c * a, false);
+  emulator::watch("p1", f.p1, f.n * f.r * a, false);
+  emulator::watch("p2", f.p2, f.n * f.c * a, false);
   watch_output("dx", f.dx, map, true);
   watch_output("dresidual", f.dresidual, map, true);
   watch_output("dw1", f.dw1, f.r * f.c * w);
@@ -65,25 +65,25 @@ struct OnCpu {
   static void run(const Direction& f, const se::Tensor&) {
     const std::vector<se::Device>& known = se::device_presets();
     const auto found = std::find_if(known.begin(), known.end(), [](auto& preset) { return preset.name == device; });
-    STD_TORCH_CHECK(found != known.end(), "cuda_on_cpu: no device ", device);
+    STD_TORCH_CHECK(found != known.end(), "emulator: no device ", device);
     last_plan = plans.plan(se::call_of(f), static_cast<int>(found - known.begin()));
     const se::Plan& plan = *last_plan;
     const std::unique_ptr<unsigned char[]> scratch(new unsigned char[plan.scratch_bytes]);
-    cuda_on_cpu::forget_all();
+    emulator::forget_all();
     watch(f, f.n * f.c * f.l * bytes(f.dtype));
     watch_output("scratch", scratch.get(), plan.scratch_bytes);
     se::cuda::run(f, plan, scratch.get(), nullptr);
-    const auto& counted = cuda_on_cpu::counters();
+    const auto& counted = emulator::counters();
     STD_TORCH_CHECK(
         counted.map_bytes_read == plan.map_bytes_read && counted.map_bytes_written == plan.map_bytes_written,
-        "cuda_on_cpu: ", counted.map_bytes_read, " bytes of maps read and ", counted.map_bytes_written,
+        "emulator: ", counted.map_bytes_read, " bytes of maps read and ", counted.map_bytes_written,
         " written, where the plan says\n", plan.text());
   }
 };
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(cuda_on_cpu, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(emulator, m) {
   const std::string inputs = "Tensor x, Tensor? w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? residual, ";
   const std::string options =
       "int act, int gate, float slope, float offset, int squeeze, int pre_act, int post_act, bool channels_last, ";
@@ -95,41 +95,41 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cuda_on_cpu, m) {
             .c_str());
 }
 
-STABLE_TORCH_LIBRARY_IMPL(cuda_on_cpu, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(emulator, CPU, m) {
   m.impl("forward_out", &se::Boxed<&se::forward_out<OnCpu>>::call);
   m.impl("backward_out", &se::Boxed<&se::backward_out<OnCpu>>::call);
 }
 
 // For ctypes.
-#define CUDA_ON_CPU_API extern "C" __attribute__((visibility("default")))
+#define EMULATOR_API extern "C" __attribute__((visibility("default")))
 
-CUDA_ON_CPU_API void cuda_on_cpu_setup(const char* device_name, const char* plan, uint64_t seed) {
+EMULATOR_API void emulator_setup(const char* device_name, const char* plan, uint64_t seed) {
   device = device_name;
   plans.force(plan);
-  cuda_on_cpu::set_seed(seed);
+  emulator::set_seed(seed);
 }
-CUDA_ON_CPU_API const char* cuda_on_cpu_plan() {
+EMULATOR_API const char* emulator_plan() {
   static std::string text;
   text = last_plan->text();
   return text.c_str();
 }
-CUDA_ON_CPU_API double cuda_on_cpu_wide_share() {
-  const auto& counted = cuda_on_cpu::counters();
+EMULATOR_API double emulator_wide_share() {
+  const auto& counted = emulator::counters();
   return static_cast<double>(counted.wide_accesses) / (counted.wide_accesses + counted.narrow_accesses);
 }
-CUDA_ON_CPU_API void cuda_on_cpu_wavefronts(int element, int64_t* counts) {
-  const auto& reads = cuda_on_cpu::counters().shared_reads[element];
+EMULATOR_API void emulator_wavefronts(int element, int64_t* counts) {
+  const auto& reads = emulator::counters().shared_reads[element];
   counts[0] = reads.taken, counts[1] = reads.least;
 }
-CUDA_ON_CPU_API int cuda_on_cpu_slept(unsigned* blocks, unsigned* ns, int most) {
+EMULATOR_API int emulator_slept(unsigned* blocks, unsigned* ns, int most) {
   int count = 0;
-  for (const auto& [block, time] : cuda_on_cpu::counters().slept) {
+  for (const auto& [block, time] : emulator::counters().slept) {
     if (count < most) blocks[count] = block, ns[count] = time;
     ++count;
   }
   return count;
 }
-CUDA_ON_CPU_API void cuda_on_cpu_forget() { cuda_on_cpu::forget_all(); }
-CUDA_ON_CPU_API void cuda_on_cpu_watch(const char* name, const void* begin, size_t bytes) {
-  cuda_on_cpu::watch(name, begin, bytes, false);
+EMULATOR_API void emulator_forget() { emulator::forget_all(); }
+EMULATOR_API void emulator_watch(const char* name, const void* begin, size_t bytes) {
+  emulator::watch(name, begin, bytes, false);
 }
