@@ -21,8 +21,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "docs" / "versions.csv"
-COLUMNS = ["date", "commit", "python", "torch", "built_with", "direct", "passed", "failed", "skipped", "note"]
-CORE = "forward gradients direct contract replace recognise aliases native plan"
+COLUMNS = ["date", "commit", "python", "torch", "built_with", "fast_path", "passed", "failed", "skipped", "note"]
+CORE = "forward gradients fast_path contract replace recognise aliases native plan"
 # torchvision and timm have layers that replace and recognise are tested on; pip takes the torchvision of that torch.
 BESIDE = ["torchvision", "timm", "numpy", "pytest", "pytest-xdist", "hypothesis"]
 # Run without a compiler: the wheel's libraries have to load as they are.
@@ -30,11 +30,12 @@ FACTS = """
 import json, pathlib, platform, sys, torch, se_fused
 from se_fused import backends, native
 assert pathlib.Path(se_fused.__file__).is_relative_to(sys.prefix), se_fused.__file__
-why = backends.why_not("cpu", torch.device("cpu"))
+why = backends.CPU.why_not(torch.device("cpu"))
 assert why is None, why
 built = json.loads((native.library("cpu").parent / "build.json").read_text())["compiler"]
-direct = "no" if backends.forward_direct is backends._refuse else "yes"
-print(json.dumps(dict(python=platform.python_version(), torch=torch.__version__, built_with=built, direct=direct)))
+fast_path = "yes" if backends.CPU.has_fast_path() else "no"
+versions = dict(python=platform.python_version(), torch=torch.__version__)
+print(json.dumps(versions | dict(built_with=built, fast_path=fast_path)))
 """
 
 

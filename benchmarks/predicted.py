@@ -54,7 +54,7 @@ class Call:
 
     def plan(self) -> Any:
         sizes = {"n": self.n, "c": self.c, "r": self.r, "l": self.side**2}
-        return native.load_facts().plan(
+        return native.load_extension().plan(
             self.gpu, **sizes, dtype=self.dtype, channels_last=self.layout == "channels_last"
         )
 
@@ -71,7 +71,7 @@ class Call:
 
 def compile_model(record: Path) -> np.ndarray:
     """The constants of `compile_terms`, by least squares of relative errors over the record's forward calls."""
-    gpu, terms, measured = native.load_facts().preset(refit.preset(record.name)), [], []
+    gpu, terms, measured = native.load_extension().preset(refit.preset(record.name)), [], []
     for case in gpu_report.best_measured(gpu_report.read(record)):
         line = case.lines.get(("graph", "compile"))
         if line is None or case.direction != "forward":
@@ -116,7 +116,7 @@ def why(call: Call, plan: Any) -> str:
 
 
 def predict(gpu: str, constants: np.ndarray) -> list[Prediction]:
-    device, found = native.load_facts().preset(gpu), []
+    device, found = native.load_extension().preset(gpu), []
     for dtype, layout, n, shape in itertools.product(DTYPES, LAYOUTS, BATCHES, SHAPES):
         call = Call(device, dtype, layout, n, *shape)
         plan = call.plan()
@@ -162,7 +162,7 @@ def predicted_us(row: refit.Row) -> float:
     """What today's model predicts for a timed plan; for "planner's", for the plan that is chosen today. Forward and
     backward is the sum of both."""
     n, c, h, w = row.shape
-    facts, forced = native.load_facts(), "" if row.plan == refit.PLANNERS else row.plan
+    facts, forced = native.load_extension(), "" if row.plan == refit.PLANNERS else row.plan
     call = {"n": n, "c": c, "r": row.r, "l": h * w, "dtype": row.dtype, "channels_last": row.channels_last}
     sides = (False, True) if row.direction == "both" else (False,)
     device = facts.preset(row.gpu)

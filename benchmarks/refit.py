@@ -85,7 +85,7 @@ class Row:
 
 def preset(folder: str) -> str:
     """The name in csrc/plan/plan.cpp of the GPU whose record is in this folder: "RTX 4090" of rtx4090."""
-    names = {device.name.replace(" ", "").lower(): device.name for device in native.load_facts().device_presets()}
+    names = {device.name.replace(" ", "").lower(): device.name for device in native.load_extension().device_presets()}
     if folder not in names:
         raise ValueError(f"refit: the GPU is {folder!r}; wanted one of {', '.join(names)}")
     return names[folder]

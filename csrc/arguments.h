@@ -1,6 +1,6 @@
 // Converts tensors to the structs of se.h, without a torch header, for both ways into the kernels. Behind the
 // dispatcher, se_fused/ops.py has checked the arguments already, and these checks keep a call of the bare operator from
-// reading outside a tensor. The direct way (direct.h) has no other checks, so these must accept exactly what
+// reading outside a tensor. The fast path (fast_path.h) has no other checks, so these must accept exactly what
 // se_fused/arguments.py accepts.
 #pragma once
 

@@ -1,5 +1,4 @@
-// se_fused._C: what this CPU runs, the plans of calls on a GPU, and the direct way into the CPU
-// kernels. It links to no torch, so importing it needs none.
+// se_fused._C: what this CPU runs, the plans of calls on a GPU, and the fast path to the CPU kernels. It links to no torch, so importing it needs none.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -11,7 +10,7 @@
 #include <vector>
 
 #include "cpu/features.h"
-#include "direct.h"
+#include "fast_path.h"
 #include "plan.h"
 
 namespace py = pybind11;
@@ -75,14 +74,14 @@ se::Plan plan(const se::Device& device, bool backward, int64_t n, int64_t c, int
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "What this CPU runs, the plans of calls on a GPU, the direct way into the CPU kernels.";
+  m.doc() = "What this CPU runs, the plans of calls on a GPU, the fast path to the CPU kernels.";
   m.def("cpu_features", &cpu_features, "The instruction sets that this CPU runs, of those that are compiled.");
 
   m.def(
-      "connect", &se::direct::connect, py::arg("forward"), py::arg("types"), py::arg("empty_like"),
+      "connect", &se::fast_path::connect, py::arg("forward"), py::arg("types"), py::arg("empty_like"),
       "From now on forward() runs the function at this address, for tensors of these types; false where this torch has "
       "no DLPack exchange.");
-  m.def("forward", &se::direct::forward,
+  m.def("forward", &se::fast_path::forward,
         "squeeze_excite(x, w1, b1, w2, b2, residual, inplace), then the options as numbers (se.h); None, and nothing "
         "done, where it takes the dispatcher.");
 

@@ -51,7 +51,7 @@ def verify(
 ) -> None:
     """Compare outputs and gradients on this machine with the formula in float64; fails if one is out of tolerance."""
     try:
-        backend = backends.select(torch.device(device))
+        backend = backends.select(torch.device(device)).name
         results = list(track(grid.run(device), "verifying", total=len(grid.cases()), console=console))
     except (RuntimeError, AssertionError) as error:
         _fail(f"cannot verify on {device}: {str(error).splitlines()[0]}")
@@ -129,9 +129,9 @@ def plan(
     if min(spatial) < 1:
         _fail(f"SHAPE is {shape!r}; wanted sizes of 1 or more")
     try:
-        facts = native.load_facts()
-        chosen = facts.plan(
-            facts.preset(device), n=n, c=c, r=hidden, l=math.prod(spatial), dtype=dtype,
+        extension = native.load_extension()
+        chosen = extension.plan(
+            extension.preset(device), n=n, c=c, r=hidden, l=math.prod(spatial), dtype=dtype,
             channels_last=channels_last, backward=backward, forced=forced,
         )  # fmt: skip
     except (ValueError, BuildError) as error:

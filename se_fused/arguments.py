@@ -141,6 +141,19 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return False
 
 
+def mixes(x: Any, w2: Any, residual: Any) -> bool:
+    """Whether autocast is on and has to bring the dtypes of these together (`autocast`)."""
+    try:
+        if x.dtype is w2.dtype and (residual is None or residual.dtype is x.dtype):
+            return False
+    except AttributeError:
+        return False  # no tensor
+    if not isinstance(x, Tensor):
+        return False
+    device = x.device.type  # of which "meta" knows no autocast, and asking raises
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def autocast(x: Tensor, *others: Tensor | None) -> list[Tensor | None]:
     """`x`, w1, b1, w2, b2, residual in dtypes that `check` takes, where eager PyTorch under autocast would mix them.
 

@@ -35,13 +35,13 @@ def facts() -> dict[str, Any]:
     }
     # Where the compiled part is not loaded, asking for its facts would compile it.
     found["cpu_features"] = None
-    if backends.why_not("cpu", torch.device("cpu")) is None:
+    if backends.CPU.why_not(torch.device("cpu")) is None:
         with contextlib.suppress(BuildError):  # the module alone may be missing; the list of builds says why
-            found["cpu_features"] = native.load_facts().cpu_features()
+            found["cpu_features"] = native.load_extension().cpu_features()
     found["native"] = native.status()
     found["environment"] = {name: os.environ.get(name) for name in VARIABLES}
     found["backends"] = {
-        device: {name: backends.why_not(name, torch.device(device)) for name in backends.BACKENDS}
+        device: {name: backend.why_not(torch.device(device)) for name, backend in backends.ALL.items()}
         for device in _devices()
     }
     return found

@@ -1,4 +1,4 @@
-"""Where tensors lie: what a call in place may overwrite."""
+"""Where tensors lie: their order, and what a call in place may overwrite."""
 
 from __future__ import annotations
 
@@ -37,6 +37,11 @@ def _touched(t: Tensor, begin: int, size: int) -> Tensor:
     steps = [step * width for step in t.stride()]
     touched.as_strided((*t.shape, width), (*steps, 1), t.data_ptr() - begin).fill_(True)
     return touched
+
+
+def is_channels_last(t: Tensor) -> bool:
+    """Whether `t` lies in the order [N, *spatial, C] and in no other."""
+    return not t.is_contiguous() and t.movedim(1, -1).is_contiguous()
 
 
 def overlaps_itself(t: Tensor) -> bool:

@@ -7,7 +7,6 @@ from torch import _C, Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from . import backends
 from .memory import PLAIN
 
 
@@ -34,16 +33,16 @@ def under_transform() -> bool:
     return _C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def decomposes(device: torch.device) -> bool:
+def decomposes(device: torch.device, is_forced: bool) -> bool:
     """Whether the call is to be plain PyTorch for whoever records it.
 
     TorchScript and ONNX do not know the operators. Inductor fuses the formula with what stands around it, and is faster
     that way wherever that was measured: on CPUs (benchmarks/results/compiled.csv) and on an H200
-    (benchmarks/results/h200/, in a graph). Elsewhere, and where a backend is forced, the operator stays.
+    (benchmarks/results/h200/, in a graph). Elsewhere, and where a backend `is_forced`, the operator stays.
     """
     if not recorded():
         return False
     if _C._get_tracing_state() is not None:
         return True
     measured = device.type == "cpu" or (device.type == "cuda" and torch.version.hip is None)
-    return (measured and not backends.is_forced()) or torch.onnx.is_in_onnx_export()
+    return (measured and not is_forced) or torch.onnx.is_in_onnx_export()

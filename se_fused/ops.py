@@ -1,29 +1,29 @@
 """The contract: what the operation takes, what it returns, how it is differentiated.
 
-    squeeze_excite (public)  -> plain inference on the CPU: straight to the kernels (csrc/direct.cpp); else checks,
-                                then the reference or one of
+    squeeze_excite (public)  -> plain inference on the CPU: the fast path (se_fused/backends/cpu.py); else checks, then
+                                the reference or one of
       torch.ops.se_fused.squeeze_excite            inference: y
       torch.ops.se_fused.squeeze_excite_           inference, y written over x
       torch.ops.se_fused.squeeze_excite_train      y, and for backward z, p1 = W1 z + b1, p2 = W2 h + b2
       torch.ops.se_fused.squeeze_excite_backward   the gradients
         torch.ops.se_fused.forward_out, backward_out: what a backend implements, into memory allocated here
 
-A backend registers `forward_out` and `backward_out` for its dispatch key and nothing else. It sees every map dense, in
-the order [N, C, *spatial] or [N, *spatial, C], and every weight dense.
+A compiled backend (backends/backend.py) registers `forward_out` and `backward_out` for its dispatch key, nothing else.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import _C, Tensor
 from torch.autograd import profiler
-from torch.utils._device import DeviceContext
 
-from . import backends, launch, reference
-from .arguments import autocast, check, needs_grad, writes_a_past_inference
-from .observers import decomposes, observed, under_transform, unobserved
+from . import backends, implementation, reference
+from .arguments import autocast, check, mixes, needs_grad
+from .backends import forcing
+from .observers import decomposes, under_transform, unobserved
 from .options import SQUEEZES, Codes, HardSigmoid, OptionNames, Options, encode
 
 if TYPE_CHECKING:
@@ -49,10 +49,16 @@ for _schema in (
 ):
     _LIBRARY.define(_schema, tags=torch.Tag.pt2_compliant_tag)
 
-_LIBRARY.impl("squeeze_excite", launch.forward, "CompositeExplicitAutograd")
-_LIBRARY.impl("squeeze_excite_", launch.forward_inplace, "CompositeExplicitAutograd")
-_LIBRARY.impl("squeeze_excite_train", launch.forward_train, "CompositeExplicitAutograd")
-_LIBRARY.impl("squeeze_excite_backward", launch.backward, "CompositeExplicitAutograd")
+
+def _body(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with the backend for the device of its first tensor, chosen when the operator runs."""
+    return lambda *args: function(backends.select(args[0].device), *args)
+
+
+_LIBRARY.impl("squeeze_excite", _body(implementation.forward), "CompositeExplicitAutograd")
+_LIBRARY.impl("squeeze_excite_", _body(implementation.forward_inplace), "CompositeExplicitAutograd")
+_LIBRARY.impl("squeeze_excite_train", _body(implementation.forward_train), "CompositeExplicitAutograd")
+_LIBRARY.impl("squeeze_excite_backward", _body(implementation.backward), "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("se_fused::squeeze_excite", lib=_LIBRARY)
@@ -67,12 +73,12 @@ def _(x: Tensor, *_: Any) -> None:
 
 @torch.library.register_fake("se_fused::squeeze_excite_train", lib=_LIBRARY)
 def _(x: Tensor, w1: Tensor | None, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), *launch.empty_saved(x, w1)
+    return torch.empty_like(x), *implementation.empty_saved(x, w1)
 
 
 @torch.library.register_fake("se_fused::squeeze_excite_backward", lib=_LIBRARY)
 def _(g: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return tuple(launch.empty_grads(args[:6], args[-2]))
+    return tuple(implementation.empty_grads(args[:6], args[-2]))
 
 
 # Autograd. What is saved beside the inputs is of the size of the gates; u, u * s and y are computed again from x.
@@ -81,6 +87,7 @@ def _(g: Tensor, *args: Any) -> tuple[Tensor, ...]:
 def _keep(ctx: Any, inputs: tuple[Any, ...], saved: tuple[Tensor, ...]) -> None:
     ctx.options = Options(*inputs[6:])
     ctx.residual_is_x = inputs[5] is inputs[0]
+    ctx.forced = forcing.current()
     ctx.save_for_backward(*inputs[:6], *saved)
     ctx.set_materialize_grads(False)
 
@@ -98,8 +105,12 @@ def _differentiate(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Tensor | None, 
     into_x = ctx.residual_is_x and needs[0]
     g_is_dresidual = ctx.options.post_act == 0 and not into_x
     ask = [*needs[:5], needs[5] and not (into_x or g_is_dresidual)]
-    run = launch.backward if unobserved(g, *inputs) else torch.ops.se_fused.squeeze_excite_backward.default
-    found = run(g, *inputs, *saved, *ctx.options, ask, into_x)
+    args = (g, *inputs, *saved, *ctx.options, ask, into_x)
+    with forcing.force(ctx.forced):  # autograd may run in a thread of its own
+        if unobserved(g, *inputs):
+            found = implementation.backward(backends.select(g.device), *args)
+        else:
+            found = torch.ops.se_fused.squeeze_excite_backward.default(*args)
     grads: list[Tensor | None] = [grad if wanted else None for grad, wanted in zip(found, ask, strict=True)]
     if needs[5] and g_is_dresidual:
         grads[5] = g
@@ -155,53 +166,15 @@ class _Train(torch.autograd.Function):
     """squeeze_excite_train and its gradient without the dispatcher, which takes longer than a small map."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        y, *saved = launch.forward_train(*inputs)
-        _keep(ctx, inputs, tuple(saved))
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        *inputs, backend = args
+        y, *saved = implementation.forward_train(backend, *inputs)
+        _keep(ctx, tuple(inputs), tuple(saved))
         return y
 
-    backward = staticmethod(_differentiate)
-
-
-def _direct(
-    x: Tensor, w1: Tensor | None, b1: Tensor | None, w2: Tensor, b2: Tensor | None, residual: Tensor | None,
-    *options: Any, inplace: bool,
-) -> Tensor | None:  # fmt: skip
-    """y straight from the kernels: inference on dense CPU tensors, while nobody traces, transforms, watches or forces.
-
-    With nothing to compute a call takes a quarter of what checks and dispatcher take, longer than many a small map does
-    (benchmarks/results/call_overhead.csv, "bare" and "strided"). Returns None if the call must take the dispatcher,
-    which reports errors and converts inputs.
-    """
-    if type(x) is not Tensor or type(inplace) is not bool:
-        return None
-    try:
-        if needs_grad(x, w1, b1, w2, b2, residual):
-            return None
-    except AttributeError:
-        return None  # no tensor
-    if (
-        not (x.is_cpu and backends.kernels_serve_cpu())
-        or observed()
-        or profiler._is_profiler_enabled
-        or under_transform()
-    ):
-        return None
-    if inplace and x.is_inference() and writes_a_past_inference(x):
-        return None
-    y = backends.forward_direct(x, w1, b1, w2, b2, residual, inplace, *options)
-    if inplace and y is not None:
-        torch.autograd.graph.increment_version(x)
-    return y
-
-
-def _direct_under_a_mode(*args: Any, inplace: bool) -> Tensor | None:
-    """As `_direct`, where `torch.set_default_device` is all that watches PyTorch's functions: it concerns creation."""
-    if _C._len_torch_function_stack() > 1 or type(_C._get_function_stack_at(0)) is not DeviceContext:
-        return None
-    # Else it would be asked about each attribute of each tensor.
-    with _C.DisableTorchFunction():
-        return _direct(*args, inplace=inplace)
+    @staticmethod
+    def backward(ctx: Any, *g: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (*_differentiate(ctx, *g), None)
 
 
 def _check(*arguments: Any) -> None:
@@ -215,19 +188,6 @@ def _check(*arguments: Any) -> None:
         check(*arguments)
     finally:
         set_state(state)
-
-
-def _mixed(x: Any, w2: Any, residual: Any) -> bool:
-    """Whether autocast is on and dtypes meet that only it brings together."""
-    try:
-        if x.dtype is w2.dtype and (residual is None or residual.dtype is x.dtype):
-            return False
-    except AttributeError:
-        return False  # no tensor
-    if not isinstance(x, Tensor):
-        return False
-    device = x.device.type  # of which "meta" knows no autocast, and asking raises
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def squeeze_excite(
@@ -282,32 +242,35 @@ def call(
     codes: Codes, inplace: bool = False,
 ) -> Tensor:  # fmt: skip
     """`squeeze_excite` of `Options`, which a layer makes once, or of their plain tuple."""
-    direct = _direct if _C._len_torch_function_stack() == 0 else _direct_under_a_mode
-    done = direct(x, w1, b1, w2, b2, residual, *codes, inplace=inplace)
-    if done is not None:
-        return done
+    y: Tensor | None = backends.CPU.fast_path(x, w1, b1, w2, b2, residual, *codes, inplace=inplace)
+    if y is not None:
+        return y
     options = Options(*codes)
-    if _mixed(x, w2, residual):
+    if mixes(x, w2, residual):
         x, w1, b1, w2, b2, residual = autocast(x, w1, b1, w2, b2, residual)  # type: ignore[assignment]
     _check(x, w1, b1, w2, b2, residual, SQUEEZES[options.squeeze], inplace)
+    if decomposes(x.device, forcing.current().name != "auto"):
+        return reference.compute(x, w1, b1, w2, b2, residual, options, inplace)
+    backend = backends.select(x.device)
     # An empty map has nothing to compute fast, and the reference knows what its mean and maximum are.
-    if decomposes(x.device) or backends.select(x.device) == "reference" or under_transform() or x.numel() == 0:
+    if backend is backends.REFERENCE or under_transform() or x.numel() == 0:
         return reference.compute(x, w1, b1, w2, b2, residual, options, inplace)
     tensors = (x, w1, b1, w2, b2, residual)
-    ops, alone = torch.ops.se_fused, unobserved(*tensors)
-    y: Tensor
+    alone = unobserved(*tensors)
     if needs_grad(*tensors):
         if alone:
-            y = _Train.apply(*tensors, *options)  # type: ignore[no-untyped-call]
-        else:
-            y, *_ = ops.squeeze_excite_train.default(*tensors, *options)
-        return y
+            return _Train.apply(*tensors, *options, backend)  # type: ignore[no-any-return, no-untyped-call]
+        return torch.ops.se_fused.squeeze_excite_train.default(*tensors, *options)[0]  # type: ignore[no-any-return]
     # Who records calls is to see the operator.
     alone = alone and not (profiler._is_profiler_enabled or _C._len_torch_function_stack() > 0)
+    if not inplace and alone:
+        return implementation.forward(backend, *tensors, *options)
     if not inplace:
-        y = (launch.forward if alone else ops.squeeze_excite.default)(*tensors, *options)
-        return y
-    (launch.forward_inplace if alone else ops.squeeze_excite_.default)(*tensors, *options)
+        return torch.ops.se_fused.squeeze_excite.default(*tensors, *options)  # type: ignore[no-any-return]
+    if alone:
+        implementation.forward_inplace(backend, *tensors, *options)
+    else:
+        torch.ops.se_fused.squeeze_excite_.default(*tensors, *options)
     torch.autograd.graph.increment_version(x)
     return x
 
@@ -326,7 +289,8 @@ def explain(
     chosen = Options.of(**options)
     check(x, w1, b1, w2, b2, residual, SQUEEZES[chosen.squeeze], inplace)
 
-    def plan() -> str:
-        return launch.plan(x, 0 if w1 is None else w1.shape[0], chosen, residual is not None and residual is not x)
+    def plan(backend: backends.Backend) -> str | None:
+        r = 0 if w1 is None else w1.shape[0]
+        return backend.plan(x, r, chosen, residual is not None and residual is not x)
 
     return backends.explain(x.device, plan if x.numel() > 0 else None)

@@ -33,6 +33,15 @@ def _squeeze(u: Tensor, how: str) -> Tensor:
     return u.amax(spatial) if how == "max" else (u.mean(spatial) + u.amax(spatial)) / 2
 
 
+def before_gate(
+    u: Tensor, w1: Tensor | None, b1: Tensor | None, w2: Tensor, b2: Tensor | None, options: Options
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """z [N, C], W1 z + b1 [N, R] (None in the one-FC form) and W2 h + b2 [N, C]."""
+    z = _squeeze(u, SQUEEZES[options.squeeze])
+    p1 = None if w1 is None else _linear(z, w1, b1)
+    return z, p1, _linear(z if p1 is None else FUNCTIONS[options.act](p1), w2, b2)
+
+
 def _linear(v: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     return F.linear(v, w.flatten(1).to(v.dtype), None if b is None else b.to(v.dtype))
 
@@ -58,11 +67,8 @@ def compute(
     casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     with torch.autocast(device, enabled=False) if casts else nullcontext():
         u = FUNCTIONS[options.pre_act](x.to(torch.promote_types(x.dtype, torch.float32)))
-        h = _squeeze(u, SQUEEZES[options.squeeze])
-        if w1 is not None:
-            h = FUNCTIONS[options.act](_linear(h, w1, b1))
-        s = options.apply_gate(_linear(h, w2, b2))
-        v = u * s[(..., *(None,) * (x.dim() - 2))]
+        _, _, p2 = before_gate(u, w1, b1, w2, b2, options)
+        v = u * options.apply_gate(p2)[(..., *(None,) * (x.dim() - 2))]
         if residual is not None:
             v = v + residual
         y = FUNCTIONS[options.post_act](v).to(x.dtype)

@@ -29,7 +29,7 @@ torch.set_num_threads(2)
 def native():
     """The compiled CPU backend, or a failure that says why it is not there: no test of it may pass on the reference."""
     with se_fused.use_backend("cpu"):
-        assert backends.why_not("cpu", torch.device("cpu")) is None, backends.why_not("cpu", torch.device("cpu"))
+        assert (reason := backends.CPU.why_not(torch.device("cpu"))) is None, reason
         yield
 
 

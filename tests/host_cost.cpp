@@ -182,6 +182,7 @@ void check_cache() {
   require(plans.plan(call_of(2), 0)->call == call_of(2), "another call has another plan");
   plans.force("two_pass");
   require(plans.plan(call_of(1), 0)->algorithm == se::Algorithm::kTwoPass, "a forced plan holds at once");
+  std::thread([&] { require(plans.plan(call_of(1), 0) == first, "and for this thread only"); }).join();
   plans.force("");
   const auto kept = plans.plan(call_of(1), 0);
   for (int64_t n = 2; n <= static_cast<int64_t>(se::Plans::kMost); ++n) plans.plan(call_of(n), 0);
@@ -214,10 +215,10 @@ int main() {
                 other.c_str());
   }
   // Of a kernel that no call above has launched.
-  se_fused_force_plan("cluster");
   const StableIValue max = 1;
   emulator::runtime.set_attribute = 0;
   in_threads([&](int thread) {
+    se_fused_force_plan("cluster");
     for (int i = 0; i < 1000; ++i) Layer((thread + i) % kDevices, max).call();
   });
   std::printf(R"("set_attribute in threads": %d})", emulator::runtime.set_attribute.load());

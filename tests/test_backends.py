@@ -6,20 +6,23 @@ import sys
 
 import pytest
 import torch
+from cases import Case
 
 import se_fused
-from se_fused import backends
+from se_fused.backends import CPU, REFERENCE, Backend, Cuda, forcing
+from se_fused.backends.choice import Choice
+from se_fused.options import Options
 
 GPU = torch.device("cuda:0")
 LIMITS = [90, 132, 232448, 233472, 132, 66, 30, 15, 7, 4_250_000, 50 << 20]
 
 
 class Library:
-    """What backends.py calls of the CUDA library. reason: why it does not run on the device, or None; for_good: whether
-    that will stay so."""
+    """What backends/cuda.py calls of the compiled library. reason: why it does not run on the device, or None;
+    for_good: whether that will stay so."""
 
-    def __init__(self, reason, for_good):
-        self.reason, self.for_good, self.asked = reason, for_good, 0
+    def __init__(self, reason=None, for_good=True):
+        self.reason, self.for_good, self.asked, self.plans = reason, for_good, 0, []
 
     def se_fused_device_limits(self, index, limits):
         self.asked += 1
@@ -28,20 +31,23 @@ class Library:
         return self.reason
 
     def se_fused_force_plan(self, text):
-        pass
+        self.plans.append(text)
 
 
-@pytest.fixture
-def library(monkeypatch):
-    def load(reason=None, for_good=True):
-        found = Library(reason, for_good)
-        monkeypatch.setattr(backends, "_cuda", found)
-        monkeypatch.setattr(backends, "_gpus", {})
-        monkeypatch.setattr(backends, "_said", set())
-        monkeypatch.setitem(backends._unusable, "cuda", None)
-        return found
+class Triton(Backend):
+    """Triton on a GPU, where it is there."""
 
-    return load
+    name = "triton"
+
+    def __init__(self, reason="there is no triton"):
+        self.reason = reason
+
+    def why_not(self, device):
+        return self.reason
+
+
+def choice(library, triton="there is no triton"):
+    return Choice((Cuda(library), Triton(triton), CPU, REFERENCE))
 
 
 OLD_DRIVER = "CUDA driver version is insufficient for CUDA runtime version"
@@ -49,73 +55,113 @@ OLD_DRIVER = "CUDA driver version is insufficient for CUDA runtime version"
 
 @pytest.mark.parametrize("triton", [True, False])
 @pytest.mark.parametrize("reason", [OLD_DRIVER, "no kernel image is available for execution on the device"])
-def test_a_gpu_that_the_library_does_not_run_on_is_served_by_another(library, monkeypatch, caplog, triton, reason):
-    loaded = library(reason.encode())
-    monkeypatch.setattr(backends, "_why_not_triton", lambda device: None if triton else "there is no triton")
+def test_a_gpu_that_the_library_does_not_run_on_is_served_by_another(caplog, triton, reason):
+    library = Library(reason.encode())
+    among = choice(library, None if triton else "there is no triton")
     with se_fused.use_backend("auto"):
-        assert [backends.select(GPU) for _ in range(3)] == ["triton" if triton else "reference"] * 3
-        assert backends.takes_triton(GPU) is triton
-        assert backends.explain(GPU).why_not["cuda"] == f"it does not run on cuda:0: {reason}"
-    assert loaded.asked == 1, "a GPU is asked once"
+        assert [among.select(GPU).name for _ in range(3)] == ["triton" if triton else "reference"] * 3
+        assert among.explain(GPU).why_not["cuda"] == f"it does not run on cuda:0: {reason}"
+    assert library.asked == 1, "a GPU is asked once"
     assert len(caplog.messages) == 1
     assert reason in caplog.messages[0]
+    cuda = among.backends["cuda"]
     with pytest.raises(RuntimeError, match=reason):
-        backends.cuda_limits(0)
-    with pytest.raises(se_fused.BackendUnavailable, match=reason), se_fused.use_backend("cuda"):
-        backends.select(GPU)
+        cuda.limits(0)
+    with pytest.raises(se_fused.BackendUnavailable, match=reason), forcing.force(forcing.Forced("cuda", cuda)):
+        among.select(GPU)
 
 
-def test_a_gpu_that_failed_for_what_may_pass_is_asked_again(library, monkeypatch):
-    loaded = library(b"out of memory", for_good=False)
-    monkeypatch.setattr(backends, "_why_not_triton", lambda device: "there is no triton")
+def test_a_gpu_that_failed_for_what_may_pass_is_asked_again():
+    library = Library(b"out of memory", for_good=False)
+    among = choice(library)
     with se_fused.use_backend("auto"):
-        assert backends.select(GPU) == "reference"
-        loaded.reason = None
-        assert backends.select(GPU) == "cuda"
+        assert among.select(GPU).name == "reference"
+        library.reason = None
+        assert among.select(GPU).name == "cuda"
 
 
-def test_a_gpu_that_it_runs_on_is_asked_once(library):
-    loaded = library()
+def test_a_gpu_that_it_runs_on_is_asked_once():
+    library = Library()
+    among = choice(library)
     with se_fused.use_backend("auto"):
-        assert backends.select(GPU) == "cuda"
-    assert backends.cuda_limits(0) == LIMITS
-    assert backends.why_not("cuda", torch.device("cpu")) == "it serves CUDA tensors; x is on cpu"
-    assert loaded.asked == 1
+        assert among.select(GPU).name == "cuda"
+    cuda = among.backends["cuda"]
+    assert cuda.limits(0) == LIMITS
+    assert cuda.why_not(torch.device("cpu")) == "it serves CUDA tensors; x is on cpu"
+    assert library.asked == 1
 
 
-def test_a_compiler_meets_the_first_call_that_falls_back(library, monkeypatch):
-    library(OLD_DRIVER.encode())
-    monkeypatch.setattr(backends, "_why_not_triton", lambda device: "there is no triton")
+def test_a_compiler_meets_the_first_call_that_falls_back():
+    among = choice(Library(OLD_DRIVER.encode()))
 
     def which(x):
-        return x + 1 if backends.select(GPU) == "reference" else x
+        return x + 1 if among.select(GPU).name == "reference" else x
 
     torch._dynamo.reset()
     with se_fused.use_backend("auto"):
         assert float(torch.compile(which, fullgraph=True, backend="eager")(torch.zeros(()))) == 1
 
 
-def test_a_compiler_takes_the_answer_and_does_not_look_inside(library):
-    library()
+def test_a_compiler_takes_the_answer_and_does_not_look_inside():
+    among = choice(Library())
 
     def which(x):
-        return x + 1 if backends.select(GPU) == "cuda" else x
+        return x + 1 if among.select(GPU).name == "cuda" else x
 
     torch._dynamo.reset()
     compiled = torch.compile(which, fullgraph=True, backend="eager")
-    assert float(compiled(torch.zeros(()))) == 1
+    with se_fused.use_backend("auto"):
+        assert float(compiled(torch.zeros(()))) == 1
+
+
+def test_a_compiled_region_follows_the_backend_that_is_forced():
+    seen = []
+    compiled = torch.compile(
+        se_fused.SqueezeExcite(8), fullgraph=True, backend=lambda graph, _: seen.append(str(graph.graph)) or graph
+    )
+    x = torch.ones(1, 8, 3, 3)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        for name in ("auto", "cpu", "auto", "cpu"):
+            with se_fused.use_backend(name):
+                compiled(x)
+    assert ["se_fused.squeeze_excite" in graph for graph in seen] == [False, True]
+
+
+def test_the_forced_plan_reaches_the_library_once_for_each_change():
+    library = Library()
+    cuda = Cuda(library)
+    tensors = [torch.ones(1, 2, 3), None, None, torch.ones(2, 2), None, None]
+    y = torch.empty(1, 2, 3)
+
+    def run():
+        cuda.forward_out(*tensors, *Options.of(), False, y, None, None, None)  # the dispatcher takes the CPU's kernels
+
+    with se_fused.use_backend("cuda", "two_pass"):
+        run(), run()
+    run()
+    assert library.plans == [b"two_pass", b""]
+
+
+@pytest.mark.parametrize(
+    "more", [{"residual": "x"}, {"residual": "map", "options": {"squeeze": "mean_max"}}, {"r": None}]
+)
+def test_recorded_operators_run_on_the_reference(more):
+    """The operators of a program that was recorded elsewhere: outputs, what is saved for backward, gradients."""
+    case, results = Case(dtype=torch.float64, **more), {}
+    for name in ("reference", "cpu"):
+        tensors = {key: t if t is None else t.requires_grad_() for key, t in case.tensors().items()}
+        inputs = [tensors[key] for key in ("x", "w1", "b1", "w2", "b2", "residual")]
+        with se_fused.use_backend(name):
+            y, *saved = torch.ops.se_fused.squeeze_excite_train(*inputs, *Options.of(**case.options))
+            (y * torch.arange(y.numel()).view(y.shape)).sum().backward()
+        grads = [t.grad for t in inputs if t is not None]
+        results[name] = [y, *saved, *grads]
+    for ours, theirs in zip(*results.values(), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_importing_the_package_imports_no_compiler():
     code = "import sys, se_fused; print({'torch._dynamo', 'triton', 'rich', 'typer'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
-
-
-def test_a_compiler_takes_the_limits_of_a_gpu_as_a_constant():
-    def marked():
-        pass
-
-    torch.compiler.assume_constant_result(marked)
-    assert vars(marked)
-    assert vars(marked).items() <= vars(backends._ask_gpu).items()

@@ -11,7 +11,7 @@ import torch
 from se_fused import native
 from se_fused.native import BuildError, build, recipe
 
-FACTS = native.load_facts()
+FACTS = native.load_extension()
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

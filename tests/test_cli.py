@@ -130,7 +130,7 @@ def test_info(native, monkeypatch, tmp_path):
     assert "baseline" in build["instruction_sets"]
     assert facts["native"]["cache"] == str(tmp_path)
     assert "baseline" in facts["cpu_features"]
-    assert facts["backends"]["cpu"].keys() == set(se_fused.backends.BACKENDS)
+    assert facts["backends"]["cpu"].keys() == set(se_fused.backends.ALL)
     assert facts["backends"]["cpu"]["cpu"] is None
     assert facts["backends"]["cpu"]["cuda"]
     shown = run("info").stdout
@@ -139,7 +139,7 @@ def test_info(native, monkeypatch, tmp_path):
 
 
 def test_info_says_why_there_is_no_compiled_part(monkeypatch):
-    monkeypatch.setitem(se_fused.backends._unusable, "cpu", "no C++ compiler")
+    monkeypatch.setattr(se_fused.backends.CPU, "why_not", lambda device: "no C++ compiler")
     facts = json.loads(run("info", "--json").stdout)
     assert facts["backends"]["cpu"]["cpu"] == "no C++ compiler"
     assert facts["cpu_features"] is None

@@ -24,7 +24,7 @@ pytestmark = [
 def backend(request):
     """Every test by the plan that the planner chooses, and by the one that serves everything."""
     with se_fused.use_backend("cuda", request.param):
-        assert backends.why_not("cuda", CUDA) is None, backends.why_not("cuda", CUDA)
+        assert (reason := backends.CUDA.why_not(CUDA)) is None, reason
         yield request.param
 
 
@@ -139,7 +139,7 @@ def test_explain_prints_the_plan(backend):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_clusters_of_every_size(size, threads, layout, dtype):
-    if backends.cuda_limits(0)[4 + size.bit_length() - 1] == 0:
+    if backends.CUDA.limits(0)[4 + size.bit_length() - 1] == 0:
         pytest.skip(f"no clusters of {size} here")
     gpu = Case(n=5, c=256, r=12, spatial=(7, 7), dtype=dtype, layout=layout).tensors(CUDA)
     with se_fused.use_backend("cuda", f"cluster size={size} threads={threads}"), torch.no_grad():
@@ -191,7 +191,7 @@ m, x = se_fused.SqueezeExcite(64, 4).cuda().requires_grad_(False), torch.randn(3
 CHECK = """
 wanted = se_fused.reference.squeeze_excite(x.double(), *(w.double() for w in (m.w1, m.b1, m.w2, m.b2)))
 torch.testing.assert_close(y.double(), wanted, rtol=1e-5, atol=1e-5)
-assert backends.why_not("cuda", x.device) is None
+assert backends.CUDA.why_not(x.device) is None
 """
 
 

@@ -75,7 +75,7 @@ def test_every_name_exists(name):
 def test_the_glossary_names_every_launch_and_every_kernel():
     text = (ROOT / "docs/glossary.md").read_text().partition("| launch | kernel |")[2]
     known = dict(re.findall(r"^\| (\w+) \| (`\w+`.*) \|$", text, re.MULTILINE))
-    facts = native.load_facts()
+    facts = native.load_extension()
     launches = {
         name
         for backward, forced, c in itertools.product((False, True), ("two_pass", "cluster"), (64, 256))

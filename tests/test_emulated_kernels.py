@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from test_gradients import ORDER_KEEPING, compare
 
 import se_fused
-from se_fused import HardSigmoid, launch, native
+from se_fused import HardSigmoid, implementation, native
+from se_fused.memory import is_channels_last
 from se_fused.options import ACTIVATIONS, GATES, SQUEEZES
 
 
@@ -60,12 +61,12 @@ def plans(draw, case):
 
 def map_order(case):
     """Whether a call walks its maps in channels_last."""
-    return launch._is_channels_last(torch.empty_like(case.tensors()["x"]))
+    return is_channels_last(torch.empty_like(case.tensors()["x"]))
 
 
 def alignment(case):
     """Of the address of x, as the kernels see it."""
-    address = launch._dense(case.tensors()["x"], map_order(case)).data_ptr()
+    address = implementation.dense(case.tensors()["x"], map_order(case)).data_ptr()
     return min(16, address & -address)
 
 
@@ -76,8 +77,8 @@ def cluster_plans(case, backward):
 
     def serves(plan):
         try:
-            native.load_facts().plan(
-                native.load_facts().preset("H200"), n=case.n, c=case.c, r=case.r or 0, l=positions,
+            native.load_extension().plan(
+                native.load_extension().preset("H200"), n=case.n, c=case.c, r=case.r or 0, l=positions,
                 dtype=str(case.dtype).removeprefix("torch."), backward=backward, forced=plan,
                 channels_last=channels_last, alignment=alignment(case), residual=case.residual == "map",
                 squeeze=SQUEEZES.index(options.get("squeeze", "mean")), pre_act=options.get("pre_act") is not None,
@@ -291,7 +292,7 @@ def test_the_clusters_that_can_run_at_once_begin_one_after_the_other(cuda, backw
     cuda.setup("H200", forced)
     case = Case(n=n, c=128, r=2, spatial=(4, 8), dtype=torch.float32, layout="channels_last")
     (compare if backward else forward)(case)
-    facts = native.load_facts()
+    facts = native.load_extension()
     call = {"n": n, "c": 128, "r": 2, "l": 32, "dtype": "float32", "channels_last": True, "forced": forced}
     plan = facts.plan(facts.preset("H200"), backward=backward, **call)
     assert plan.first_wave == 7  # of 16 blocks, each with a multiprocessor of its own

@@ -101,7 +101,7 @@ def test_the_smoke_calls_have_every_plan_layout_and_precision() -> None:
 
 def test_every_plan_serves_most_of_its_smoke_calls() -> None:
     """By the planner itself, for an H200: a refusal is no comparison."""
-    facts = native.load_facts()
+    facts = native.load_extension()
     served: Counter[str] = Counter()
     refused: Counter[str] = Counter()
     for plan, case in smoke.cases(smoke.PLANS):
@@ -131,7 +131,7 @@ def test_the_smoke_plans_have_clusters_of_every_size_and_blocks_of_both_lengths(
 def test_the_sweep_tries_clusters_of_every_size_with_blocks_of_both_lengths() -> None:
     kinds = itertools.product((1, 2, 4, 8, 16), (256, 512))
     assert ["two_pass", *(f"cluster size={size} threads={threads}" for size, threads in kinds)] == plans.PLANS
-    facts = native.load_facts()
+    facts = native.load_extension()
     for plan, row in itertools.product(plans.PLANS, plans.rows()):
         shape, forward = row.shape, row.direction == "forward"
         call = {"n": shape.n, "c": shape.c, "r": shape.r, "l": shape.h * shape.w, "backward": not forward}

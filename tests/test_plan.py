@@ -15,10 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import se_fused
-from se_fused import backends, launch, native
+from se_fused import native
+from se_fused.backends import Cuda
 from se_fused.options import Options
 
-C = native.load_facts()
+C = native.load_extension()
 H200 = C.preset("H200")
 DEVICES = C.device_presets()
 
@@ -408,14 +409,16 @@ def test_the_presets_say_how_fast_and_large_their_memories_are():
 
 
 def test_explain_prints_the_plan_of_the_device_with_its_prediction(monkeypatch):
-    limits = [
-        H200.capability, H200.multiprocessors, H200.shared_per_block, H200.shared_per_multiprocessor, *H200.clusters,
-        int(H200.bytes_per_us), H200.l2_bytes,
-    ]  # fmt: skip
-    monkeypatch.setattr(backends, "cuda_limits", lambda index: limits)
+    class Library:
+        def se_fused_device_limits(self, index, limits):
+            limits[:] = [
+                H200.capability, H200.multiprocessors, H200.shared_per_block, H200.shared_per_multiprocessor,
+                *H200.clusters, int(H200.bytes_per_us), H200.l2_bytes,
+            ]  # fmt: skip
+
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H200")
     for x in (torch.empty(32, 256, 7, 7, dtype=torch.float16), torch.empty(1, 24, 300, 300)):
-        text = launch.plan(x, 16, Options.of(), own_residual=False)
+        text = Cuda(Library()).plan(x, 16, Options.of(), own_residual=False)
         n, c, *spatial = x.shape
         assert text == str(C.plan(H200, n=n, c=c, r=16, l=math.prod(spatial), dtype=str(x.dtype)[6:]))
         assert re.search(f"predicted: {PREDICTED}", text)

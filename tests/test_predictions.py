@@ -29,7 +29,7 @@ def test_the_constants_have_the_names_of_the_struct(model):
 def test_a_prediction_is_the_planner_s(model):
     row = next(row for row in refit.read("h200") if row.plan.startswith("cluster"))
     n, c, h, w = row.shape
-    facts = native.load_facts()
+    facts = native.load_extension()
     for backward in (False, True):
         (us,) = model.predict([model.plan(row, backward)], model.constants(backward))
         plan = facts.plan(
@@ -65,7 +65,7 @@ def test_a_fit_finds_what_the_times_were_made_from(model):
 
 
 def test_torch_compile_s_model_gives_its_recorded_times():
-    constants, gpu = predicted.compile_model(RECORD), native.load_facts().preset("H200")
+    constants, gpu = predicted.compile_model(RECORD), native.load_extension().preset("H200")
     off = []
     for case in gpu_report.best_measured(gpu_report.read(RECORD)):
         line = case.lines.get(("graph", "compile"))
@@ -88,7 +88,7 @@ def test_every_call_that_is_predicted_to_lose_has_its_reason():
             assert ("x is read twice" in each.why) == str(each.call.plan()).startswith("two_pass")
         printed = dict(re.findall(rf"^\| {gpu} \| (.*?) \| (\d+) of ", text, re.MULTILINE))
         assert printed == {why: str(count) for why, count in lost.items()}
-        clusters = any(native.load_facts().preset(gpu).clusters)
+        clusters = any(native.load_extension().preset(gpu).clusters)
         assert clusters == (set(lost) != {"the GPU has no clusters: x is read twice, by several launches"})
 
 

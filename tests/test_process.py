@@ -1,5 +1,6 @@
 """Threads, forks, the environment, the default device and other processes around the package."""
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from torch import nn
 
 import se_fused
 from se_fused import backends
+from se_fused.backends import forcing
 
 # A model to replace, for a process of its own.
 MODEL = """
@@ -60,35 +62,91 @@ sys.exit("the child hangs")
 def test_overlapping_blocks_of_use_backend_leave_nothing_behind(order):
     """Blocks that begin in one order and end in any: the latest that is open holds."""
     names = ("reference", "cpu", "auto")
-    before = backends._forced
+    before = forcing.current().name
     blocks = [se_fused.use_backend(name) for name in names]
     for block, name in zip(blocks, names, strict=True):
         block.__enter__()
-        assert backends._forced == name
+        assert forcing.current().name == name
     for k, i in enumerate(order):
         blocks[i].__exit__(None, None, None)
         still = [names[j] for j in range(3) if j not in order[: k + 1]]
-        assert backends._forced == (still[-1] if still else before)
+        assert forcing.current().name == (still[-1] if still else before)
 
 
-def test_threads_that_overlap_in_use_backend():
-    first_in, second_in = threading.Event(), threading.Event()
-    before = backends._forced
+def in_a_thread(function):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(function()))
+    thread.start(), thread.join()
+    return found[0]
 
-    def first():
-        with se_fused.use_backend("reference"):
-            first_in.set()
-            second_in.wait()
 
-    def second():
-        first_in.wait()
-        with se_fused.use_backend("cpu"):
-            second_in.set()
-            one.join()
+def test_a_block_is_for_its_own_thread():
+    here, there = Case().tensors(), forcing.current().name
+    with se_fused.use_backend("reference"):
+        assert se_fused.explain(**here).backend == "reference"
+        assert in_a_thread(lambda: forcing.current().name) == there
 
-    one, two = threading.Thread(target=first), threading.Thread(target=second)
-    one.start(), two.start(), two.join()
-    assert backends._forced == before
+        def overlapping():
+            with se_fused.use_backend("cpu"):
+                return se_fused.explain(**here).backend
+
+        assert in_a_thread(overlapping) == "cpu"
+        assert se_fused.explain(**here).backend == "reference"
+    assert forcing.current().name == there
+
+
+def test_a_block_is_for_its_own_task():
+    async def ask(name, mine, other):
+        with se_fused.use_backend(name):
+            mine.set()
+            await other.wait()
+            return se_fused.explain(**Case().tensors()).backend
+
+    async def both():
+        first, second = asyncio.Event(), asyncio.Event()
+        return await asyncio.gather(ask("reference", first, second), ask("cpu", second, first))
+
+    assert asyncio.run(both()) == ["reference", "cpu"]
+
+
+class Watching(backends.Backend):
+    """Computes as `backend` and lists what it was asked for."""
+
+    def __init__(self, backend):
+        self.name, self._backend, self.asked = "watching", backend, []
+
+    def why_not(self, device):
+        self.asked.append("why_not")
+        return self._backend.why_not(device)
+
+    def forward_out(self, *args):
+        self.asked.append("forward_out")
+        self._backend.forward_out(*args)
+
+    def backward_out(self, *args):
+        self.asked.append("backward_out")
+        self._backend.backward_out(*args)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_call_asks_once_which_backend_serves_it(inplace):
+    watching = Watching(backends.CPU)
+    with forcing.force(forcing.Forced("watching", watching)), torch.no_grad():
+        call(se_fused.squeeze_excite, Case().tensors(), {}, inplace=inplace)
+    assert watching.asked == ["why_not", "forward_out"]
+
+
+@pytest.mark.parametrize("thread", [False, True])
+def test_backward_runs_on_the_backend_of_its_forward(thread):
+    """Autograd runs the backward of CUDA tensors in threads of its own."""
+    watching, tensors = Watching(backends.CPU), Case().tensors()
+    tensors["x"].requires_grad_()
+    with forcing.force(forcing.Forced("watching", watching)):
+        y = call(se_fused.squeeze_excite, tensors, {})
+    assert watching.asked == ["why_not", "forward_out"]
+    in_a_thread(lambda: y.sum().backward()) if thread else y.sum().backward()
+    assert watching.asked[2:] == ["why_not", "backward_out"]
+    assert tensors["x"].grad.count_nonzero() > 0
 
 
 @pytest.mark.parametrize(
@@ -122,10 +180,12 @@ def test_an_unknown_backend_in_the_environment_is_named_and_no_call_is_served():
 def test_a_default_device_changes_neither_way_nor_result(device, native, monkeypatch):
     tensors, found = Case().tensors(), []
     expected = truth(tensors, {})
-    if backends.forward_direct is backends._refuse:
+    if not backends.CPU.has_fast_path():
         pytest.skip("this torch has no DLPack exchange")
-    direct = backends.forward_direct
-    monkeypatch.setattr(backends, "forward_direct", lambda *args: found.append(direct(*args)) or found[-1])
+    fast_path = backends.CPU.fast_path
+    monkeypatch.setattr(
+        backends.CPU, "fast_path", lambda *args, **more: found.append(fast_path(*args, **more)) or found[-1]
+    )
     with torch.device(device), torch.no_grad():
         y = call(se_fused.squeeze_excite, tensors, {})
     assert_close(y, expected, torch.float32)

@@ -14,6 +14,8 @@ from test_gradients import ORDER_KEEPING, gradients
 
 import se_fused
 from se_fused import backends, reference
+from se_fused.backends import Cuda, Triton, forcing
+from se_fused.backends.choice import Choice
 from se_fused.options import ACTIVATIONS, SQUEEZES, Options
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -27,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, wh
 @pytest.fixture(autouse=True)
 def forced():
     with se_fused.use_backend("triton"):
-        assert backends.why_not("triton", DEVICE) is None, backends.why_not("triton", DEVICE)
+        assert (reason := backends.ALL["triton"].why_not(DEVICE)) is None, reason
         yield
 
 
@@ -216,27 +218,31 @@ def test_auto_never_interprets_and_explain_says_why():
         assert se_fused.explain(*positional).backend == "triton"
         with se_fused.use_backend("auto"):
             assert "only where it is asked for" in se_fused.explain(*positional).why_not["triton"]
-    assert backends.why_not("triton", torch.device("meta")) == "it serves CUDA and ROCm tensors; x is on meta"
+    assert Triton().why_not(torch.device("meta")) == "it serves CUDA and ROCm tensors; x is on meta"
 
 
-def test_a_gpu_without_the_cuda_library_is_served_by_triton_and_told_once(monkeypatch, caplog):
-    cuda = torch.device("cuda")
-    monkeypatch.setattr(backends, "_said", set())
-    monkeypatch.setitem(backends._unusable, "cuda", "no nvcc was found")
-    monkeypatch.setattr(backends, "_why_not_triton", lambda device: None)
+class OnGpu(Triton):
+    def why_not(self, device):
+        return None
+
+
+def test_a_gpu_without_the_cuda_library_is_served_by_triton_and_told_once(caplog):
+    cuda = Cuda()
+    cuda.leave_out("no nvcc was found")
+    among, device = Choice((cuda, OnGpu(), backends.CPU)), torch.device("cuda")
     with se_fused.use_backend("auto"):
-        assert [backends.select(cuda), backends.select(cuda)] == ["triton", "triton"]
-        assert backends.takes_triton(cuda)
+        assert [among.select(device).name, among.select(device).name] == ["triton", "triton"]
     assert caplog.messages == ["se_fused: Triton serves cuda tensors: no nvcc was found (python -m se_fused info)"]
 
 
 def test_without_triton_the_reason_is_kept(monkeypatch):
-    monkeypatch.setitem(backends._unusable, "triton", None)
     for name in [name for name in sys.modules if name.startswith("se_fused.triton")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "triton", None)
-    with pytest.raises(se_fused.BackendUnavailable, match="triton cannot be imported"):
-        backends.select(DEVICE)
+    triton = Triton()
+    with forcing.force(forcing.Forced("triton", triton)):
+        for _ in range(2):
+            assert "triton cannot be imported" in triton.why_not(DEVICE)
 
 
 def test_compile_keeps_one_operator_that_triton_serves():

@@ -25,7 +25,7 @@ with se_fused.use_backend("cpu"):
 
 def main() -> None:
     worker = Worker(__doc__ or "")
-    names = native.load_facts().cpu_features()
+    names = native.load_extension().cpu_features()
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", CHECK], env={**os.environ, "SE_FUSED_CPU": name}, text=True,

@@ -62,12 +62,12 @@ def empty_calls(device: torch.device) -> Iterator[microbenchmarks.Row]:
 def exchanges_and_slabs(device: torch.device) -> Iterator[microbenchmarks.Row]:
     with tempfile.TemporaryDirectory() as folder:
         library = microbenchmarks.Microbenchmarks(microbenchmarks.compile_microbenchmarks(Path(folder)))
-    shared_bytes = backends.cuda_limits(torch.cuda.current_device())[2]
+    shared_bytes = backends.CUDA.limits(torch.cuda.current_device())[2]
     yield from microbenchmarks.measure(library, partial(us_of, device), _clusters(), shared_bytes)
 
 
 def _clusters() -> dict[int, int]:
-    return dict(zip(SIZES, backends.cuda_limits(torch.cuda.current_device())[4:9], strict=True))
+    return dict(zip(SIZES, backends.CUDA.limits(torch.cuda.current_device())[4:9], strict=True))
 
 
 def main() -> None:

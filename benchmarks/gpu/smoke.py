@@ -45,7 +45,7 @@ def cases(plans: tuple[str, ...]) -> Iterator[tuple[str, verify.Case]]:
 
 def main() -> None:
     worker = Worker("Every algorithm against float64.")
-    clusters = worker.backend == "cuda" and any(backends.cuda_limits(torch.cuda.current_device())[4:9])
+    clusters = worker.backend == "cuda" and any(backends.CUDA.limits(torch.cuda.current_device())[4:9])
     plans = PLANS if clusters else PLANS[:2]
     if worker.backend == "cpu":
         plans = ("",)  # the CPU has no plans

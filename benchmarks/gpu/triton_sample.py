@@ -33,7 +33,7 @@ def main() -> None:
             if not error <= verify.tolerance(case.precision):
                 worker.wrong(f"{case}: {worst} is off by {error:.1e}")
     worker.say(f"{len(begun)} cases by {processes} processes")
-    if (reason := backends.why_not("cuda", worker.device)) is None:
+    if (reason := backends.CUDA.why_not(worker.device)) is None:
         worker.backend = "cuda"
         layer.run(worker, list(layer.triton_rows()))
     else:

@@ -50,7 +50,7 @@ class Worker:
         self._wrong = 0
         self.backend = backend or ("cuda" if self.device.type == "cuda" else "cpu")
         self.facts(machine(self.device))
-        if (reason := backends.why_not(self.backend, self.device)) is not None:
+        if (reason := backends.ALL[self.backend].why_not(self.device)) is not None:
             text = f"the {self.backend} kernels cannot run here: {reason}"
             if self.backend == "triton":  # which need not be installed; that the other kernels run is what is asked
                 self.give_up(text)
@@ -132,8 +132,8 @@ def machine(device: torch.device) -> dict[str, Any]:
             "multiprocessors": properties.multi_processor_count, "l2_bytes": properties.L2_cache_size,
             "memory_bytes": properties.total_memory, "cuda": torch.version.cuda,
         }  # fmt: skip
-        if backends.why_not("cuda", device) is None:
-            found["limits"] = backends.cuda_limits(torch.cuda.current_device())
+        if backends.CUDA.why_not(device) is None:
+            found["limits"] = backends.CUDA.limits(torch.cuda.current_device())
     return found
 
 

@@ -8,7 +8,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "../stable.h"
+#include "../torch_binding.h"
 #include "features.h"
 #include "kernels.h"
 
@@ -106,5 +106,5 @@ const se::Registered<Cpu> registered("CPU");
 
 }  // namespace
 
-// For csrc/direct.cpp, which has it from se_fused/backends.py.
+// For csrc/fast_path.cpp, which gets its address from se_fused/backends/cpu.py.
 extern "C" __attribute__((visibility("default"))) void se_fused_cpu_forward(const se::Forward* f) { run_forward(*f); }

@@ -4,7 +4,7 @@
 #include <string>
 
 #include "../plan/cache.h"
-#include "../stable.h"
+#include "../torch_binding.h"
 #include "kernels.h"
 
 namespace {
@@ -61,8 +61,8 @@ const se::Registered<Cuda> registered("CUDA");
 }  // namespace
 
 // For ctypes: the numbers of csrc/plan.h's Device, in its order, and null, or why the kernels do not run on it: a text
-// that lives until this thread asks again, and in out[0] whether that will stay so. Then the forced plan of the calls
-// that follow, or "".
+// that lives until this thread asks again, and in out[0] whether that will stay so. Then the forced plan of this
+// thread's calls that follow, or "".
 extern "C" __attribute__((visibility("default"))) const char* se_fused_device_limits(int index, int64_t* out) try {
   const DeviceGuard guard(index);
   const se::Device& device = plans.device(index);
@@ -80,4 +80,4 @@ extern "C" __attribute__((visibility("default"))) const char* se_fused_device_li
   *out = dynamic_cast<const se::cuda::NeverRuns*>(&error) != nullptr;
   return reason.c_str();
 }
-extern "C" __attribute__((visibility("default"))) void se_fused_force_plan(const char* text) { plans.force(text); }
+extern "C" __attribute__((visibility("default"))) void se_fused_force_plan(const char* text) { se::Plans::force(text); }

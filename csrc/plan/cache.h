@@ -2,6 +2,7 @@
 #pragma once
 
 #include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -31,20 +32,17 @@ class Plans {
   // As make_plan; shared, because another thread may empty the cache meanwhile.
   std::shared_ptr<const Plan> plan(const Call& call, int index) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    auto& [device, plans] = known(index);
+    auto& [device, by_forced] = known(index);
+    auto& plans = by_forced[forced()];
     const auto found = plans.find(call);
     if (found != plans.end()) return found->second;
-    auto made = std::make_shared<const Plan>(make_plan(call, device, forced_));
+    auto made = std::make_shared<const Plan>(make_plan(call, device, forced()));
     if (plans.size() == kMost) plans.clear();
     return plans.emplace(call, std::move(made)).first->second;
   }
 
-  // The plan of the calls that follow; "": none.
-  void force(const std::string& text) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    forced_ = text;
-    for (auto& [index, device] : known_) device.plans.clear();
-  }
+  // What the plans of this thread's calls that follow must have; "": nothing.
+  static void force(std::string text) { forced() = std::move(text); }
 
  private:
   struct Hash {
@@ -60,8 +58,13 @@ class Plans {
   };
   struct Known {
     Device device;
-    std::unordered_map<Call, std::shared_ptr<const Plan>, Hash> plans;
+    std::map<std::string, std::unordered_map<Call, std::shared_ptr<const Plan>, Hash>> plans;  // by what was forced
   };
+
+  static std::string& forced() {
+    thread_local std::string text;
+    return text;
+  }
 
   Known& known(int index) {
     const auto found = known_.find(index);
@@ -70,7 +73,6 @@ class Plans {
 
   std::function<Device(int index)> limits_;
   std::mutex mutex_;  // of what follows
-  std::string forced_;
   std::unordered_map<int, Known> known_;
 };
 

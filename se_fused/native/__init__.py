@@ -19,7 +19,7 @@ from . import build, cache, gpus, manifest, recipe, toolchain
 from .progress import Progress
 from .toolchain import BuildError
 
-__all__ = ["BuildError", "library", "load", "load_facts", "status"]
+__all__ = ["BuildError", "library", "load", "load_extension", "status"]
 _GIVEN_UP = "does_not_load"  # a file in a build that was made here and cannot be loaded
 _log = logging.getLogger("se_fused")
 T = TypeVar("T")
@@ -128,8 +128,8 @@ def _given_up(folder: Path) -> str | None:
         return str(error)
 
 
-def load_facts() -> ModuleType:
-    """The module `se_fused._C`.
+def load_extension() -> ModuleType:
+    """The extension module `se_fused._C`.
 
     Raises:
         BuildError: if it has to be built and cannot be.

@@ -85,7 +85,7 @@ def _cpu() -> Recipe:
         march = [f"-march={name}"] if name in _X86.values() else []
         for kernel in ("forward", "backward"):
             kernels[f"{kernel}_{isa}"] = (f"cpu/{kernel}.cpp", [*_KERNEL_FLAGS, f"-DSE_CPU_ISA={isa}", *march])
-    module = {"python": ("python.cpp", python), "direct": ("direct.cpp", python)} | _planner()
+    module = {"python": ("python.cpp", python), "fast_path": ("fast_path.cpp", python)} | _planner()
     return kernels | module, {"cpu": (list(kernels), _TORCH), "_C": (list(module), ())}
 
 

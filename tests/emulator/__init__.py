@@ -17,16 +17,17 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 import torch
 from filelock import FileLock
 from ninja import BIN_DIR, ninja_syntax
 
-from se_fused import launch, ops
+from se_fused.backends import Backend, forcing
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -75,8 +76,10 @@ def compile_library(
     return output / "libemulator.so"
 
 
-class Library:
-    """The loaded library. There can be only one in a process: it defines operators."""
+class Library(Backend):
+    """The loaded library, as a backend for CPU tensors. There can be only one in a process: it defines operators."""
+
+    name = "emulator"
 
     def __init__(self, path: Path) -> None:
         torch.ops.load_library(path)
@@ -132,15 +135,18 @@ class Library:
         for name, buffer in buffers.items():
             self._native.emulator_watch(name.encode(), buffer.data_ptr(), buffer.nbytes)
 
-    @contextmanager
-    def serves(self) -> Iterator[None]:
+    def why_not(self, device: torch.device) -> str | None:
+        return None if device.type == "cpu" else f"x is on {device}"
+
+    def forward_out(self, *args: Any) -> None:
+        torch.ops.emulator.forward_out.default(*args)
+
+    def backward_out(self, *args: Any) -> None:
+        torch.ops.emulator.backward_out.default(*args)
+
+    def serves(self) -> AbstractContextManager[None]:
         """Within: every call on CPU tensors goes to the CUDA kernels."""
-        before = launch._OPS, ops._direct
-        launch._OPS, ops._direct = torch.ops.emulator, lambda *_, **__: None
-        try:
-            yield
-        finally:
-            launch._OPS, ops._direct = before
+        return forcing.force(forcing.Forced(self.name, self))
 
 
 def library() -> Path:

@@ -9,7 +9,7 @@
 
 #include "../../csrc/cuda/kernels.h"
 #include "../../csrc/plan/cache.h"
-#include "../../csrc/stable.h"
+#include "../../csrc/torch_binding.h"
 #include "machine.h"
 
 namespace {

@@ -1,4 +1,4 @@
-#include "direct.h"
+#include "fast_path.h"
 
 #include <stdexcept>
 #include <vector>
@@ -7,7 +7,7 @@
 
 namespace py = pybind11;
 
-namespace se::direct {
+namespace se::fast_path {
 namespace {
 
 // DLPack's C exchange (dlpack.h, 1.3), as far as it is used here. Every torch from 2.10 to 2.14 has it; what is asked
@@ -137,4 +137,4 @@ py::object forward(py::handle x, py::handle w1, py::handle b1, py::handle w2, py
   return y;
 }
 
-}  // namespace se::direct
+}  // namespace se::fast_path

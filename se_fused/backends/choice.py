@@ -1,0 +1,81 @@
+"""Which backend runs a call, and why each other one does not."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from . import forcing
+from .backend import Backend
+
+_log = logging.getLogger("se_fused")
+
+
+class BackendUnavailable(RuntimeError):
+    """The backend that was asked for cannot serve the call; the message says why."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Answer of `se_fused.explain`: `backend` serves the call; `why_not` has a reason for each other one.
+
+    plan: the kernels that a "cuda" backend launches for the forward pass; None elsewhere.
+    """
+
+    backend: str
+    why_not: dict[str, str]
+    plan: str | None = None
+
+    def __str__(self) -> str:
+        head = self.backend if self.plan is None else f"{self.backend}: {self.plan}"
+        return "\n".join([head, *(f"  not {name}: {reason}" for name, reason in self.why_not.items())])
+
+
+class Choice:
+    """Chooses among `backends`: the first that can run a call, or the one that is forced."""
+
+    def __init__(self, backends: Sequence[Backend]) -> None:
+        self.backends = {backend.name: backend for backend in backends}
+        self._said: set[str] = set()  # types of devices
+
+    def select(self, device: torch.device) -> Backend:
+        """The backend for a call on `device`. Raises BackendUnavailable if a forced one cannot serve it."""
+        forced = forcing.current()
+        if forced.name != "auto":
+            reason = self._why_not_forced(forced, device)
+            if reason is not None:
+                raise BackendUnavailable(f"backend {forced.name!r} was asked for and cannot serve this call: {reason}")
+            assert forced.backend is not None
+            return forced.backend
+        for backend in self.backends.values():
+            if backend.why_not(device) is None:
+                break
+        self.say_who_serves(device, backend.name)
+        return backend
+
+    def _why_not_forced(self, forced: forcing.Forced, device: torch.device) -> str | None:
+        if forced.backend is None:  # use_backend has checked its own
+            return f"SE_FUSED_BACKEND is {forced.name!r}; it must be one of auto, {', '.join(self.backends)}"
+        return forced.backend.why_not(device)
+
+    def say_who_serves(self, device: torch.device, name: str) -> None:
+        """In one line, once: that a device has not its best backend, and why."""
+        best = "cuda" if device.type == "cuda" else "cpu"
+        if name == best or device.type in self._said or torch.compiler.is_compiling():
+            return
+        self._said.add(device.type)
+        server = "reference PyTorch" if name == "reference" else "Triton"
+        reason = (self.backends[best].why_not(device) or "").partition("\n")[0]
+        _log.warning("se_fused: %s serves %s tensors: %s (python -m se_fused info)", server, device.type, reason)
+
+    def explain(self, device: torch.device, plan: Callable[[Backend], str | None] | None = None) -> Explanation:
+        """`Explanation` for a call on `device`. plan: of the chosen backend."""
+        chosen = self.select(device)
+        instead = f"{chosen.name} comes first" if forcing.current().name == "auto" else f"{chosen.name} was asked for"
+        reasons = {
+            name: backend.why_not(device) or instead for name, backend in self.backends.items() if backend is not chosen
+        }
+        return Explanation(chosen.name, reasons, None if plan is None else plan(chosen))

@@ -1,0 +1,97 @@
+"""The CPU kernels (csrc/cpu/), and the fast path to them, around PyTorch's dispatcher."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import _C, Tensor
+from torch.autograd import profiler
+from torch.utils._device import DeviceContext
+
+from .. import native
+from ..arguments import needs_grad, writes_a_past_inference
+from ..memory import PLAIN
+from ..observers import observed, under_transform
+from . import forcing
+from .backend import Compiled
+
+_log = logging.getLogger("se_fused")
+
+
+class Cpu(Compiled):
+    name = "cpu"
+
+    def __init__(self) -> None:
+        # The function `forward` of csrc/fast_path.cpp, once it is connected to the kernels.
+        self._forward: Callable[..., Tensor | None] | None = None
+
+    def load(self) -> None:
+        try:
+            path = native.load("cpu", _load_operators)
+        except Exception as error:  # an installation may break in any way: the import goes on, and `info` explains
+            self._unusable = str(error) or type(error).__name__
+            return
+        self._unusable = None
+        try:
+            self._connect(path)
+        except Exception as error:  # as above
+            _log.warning("se_fused: each call on the CPU takes some microseconds more: %s", error)
+
+    def _connect(self, path: Path) -> None:
+        """Open the fast path to the kernels in `path`."""
+        address = ctypes.cast(ctypes.CDLL(str(path)).se_fused_cpu_forward, ctypes.c_void_p).value
+        extension = native.load_extension()
+        if extension.connect(address, PLAIN, torch.empty_like):
+            self._forward = extension.forward
+
+    def has_fast_path(self) -> bool:
+        return self._forward is not None
+
+    def fast_path(self, *args: Any, inplace: bool) -> Tensor | None:
+        """y straight from the kernels: inference on dense CPU tensors, while nobody traces, transforms, watches or
+        forces another backend.
+
+        args: x, w1, b1, w2, b2, residual, then the options as numbers. With nothing to compute a call takes a quarter
+        of what checks and dispatcher take, longer than many a small map does (benchmarks/results/call_overhead.csv,
+        "bare" and "strided"). Returns None if the call must take the dispatcher, which reports errors and converts
+        inputs.
+        """
+        if _C._len_torch_function_stack() == 0:
+            return self._fast_path(*args, inplace=inplace)
+        # `torch.set_default_device` is about creation alone, but would be called for each attribute of a tensor.
+        if _C._len_torch_function_stack() > 1 or type(_C._get_function_stack_at(0)) is not DeviceContext:
+            return None
+        with _C.DisableTorchFunction():
+            return self._fast_path(*args, inplace=inplace)
+
+    def _fast_path(
+        self, x: Tensor, w1: Tensor | None, b1: Tensor | None, w2: Tensor, b2: Tensor | None, residual: Tensor | None,
+        *options: Any, inplace: bool,
+    ) -> Tensor | None:  # fmt: skip
+        if self._forward is None or observed() or type(x) is not Tensor or type(inplace) is not bool:
+            return None
+        try:
+            if needs_grad(x, w1, b1, w2, b2, residual):
+                return None
+        except AttributeError:
+            return None  # no tensor
+        if not x.is_cpu or profiler._is_profiler_enabled or under_transform():
+            return None
+        if not forcing.current().allows(self):
+            return None
+        if inplace and x.is_inference() and writes_a_past_inference(x):
+            return None
+        y = self._forward(x, w1, b1, w2, b2, residual, inplace, *options)
+        if inplace and y is not None:
+            torch.autograd.graph.increment_version(x)
+        return y
+
+
+def _load_operators(path: Path) -> Path:
+    torch.ops.load_library(path)
+    return path

@@ -1,0 +1,52 @@
+"""The Triton kernels (se_fused/triton/), which are imported when a call first needs them."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import forcing
+from .backend import Backend
+
+
+class Triton(Backend):
+    name = "triton"
+
+    def __init__(self) -> None:
+        self._kernels: Any = None  # the module se_fused.triton
+        self._broken: str | None = None
+
+    def why_not(self, device: torch.device) -> str | None:
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        if device.type == "cpu":
+            if not interpreted:
+                return "it serves CUDA and ROCm tensors, and CPU tensors only under TRITON_INTERPRET=1"
+            if forcing.current().backend is not self:
+                return "it interprets its kernels, slowly, for CPU tensors only where it is asked for"
+        elif device.type != "cuda":
+            return f"it serves CUDA and ROCm tensors; x is on {device}"
+        elif interpreted:
+            return "TRITON_INTERPRET=1 is set, which is for CPU tensors"
+        elif torch.version.hip is None and torch.cuda.get_device_capability(device) < (7, 5):
+            return f"it needs compute capability 7.5; {device} has {torch.cuda.get_device_capability(device)}"
+        if self._kernels is None and self._broken is None:
+            try:
+                self._kernels = importlib.import_module("se_fused.triton")
+            except Exception as error:  # an installation may break in any way; the reference still serves the call
+                self._broken = f"triton cannot be imported: {error}"
+        return self._broken
+
+    def forward_out(self, *args: Any) -> None:
+        self._kernels.forward_out(*map(_resolved, args))
+
+    def backward_out(self, *args: Any) -> None:
+        self._kernels.backward_out(*map(_resolved, args))
+
+
+def _resolved(argument: Any) -> Any:
+    """A tensor whose memory holds its numbers: what the dispatcher does for the compiled backends."""
+    return argument.resolve_neg() if isinstance(argument, Tensor) else argument
