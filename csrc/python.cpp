@@ -1,4 +1,5 @@
-// se_fused._C: what this CPU runs, the plans of calls on a GPU, and the fast path to the CPU kernels. It links to no torch, so importing it needs none.
+// se_fused._C: what this CPU runs, the plans of calls on a GPU, and the fast path to the CPU kernels. It links to no
+// torch, so importing it needs none.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -1,0 +1,125 @@
+"""What a valid call is stands in se_fused/arguments.py and in csrc/arguments.h: both take the same calls.
+
+The first says it for the public call, of tensors of any strides. The second says it for dense tensors, behind the
+operators and on the fast path, where nothing else looks at a call.
+"""
+
+import pytest
+import torch
+from cases import Case
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from se_fused import arguments, native
+from se_fused.options import SQUEEZES, Options
+
+NAMES = ("x", "w1", "b1", "w2", "b2", "residual")
+
+
+def strided(t):
+    wide = t.new_zeros(*t.shape[:-1], 2 * t.shape[-1])
+    wide[..., ::2] = t
+    return wide[..., ::2]
+
+
+def turned(t):
+    return t.movedim(0, -1).contiguous().movedim(-1, 0)
+
+
+def channels_last(t):
+    return t.movedim(1, -1).contiguous().movedim(-1, 1) if t.dim() > 1 else t
+
+
+# What may be done to a tensor with at least one dimension.
+CHANGES = {
+    "one dimension more": lambda t: t.unsqueeze(-1),
+    "three dimensions more": lambda t: t[..., None, None, None],
+    "one dimension less": lambda t: t[..., 0],
+    "one more in the first dimension": lambda t: torch.cat([t, t[:1]]),
+    "one less in the first dimension": lambda t: t[1:],
+    "one less in the last dimension": lambda t: t[..., 1:].clone(),
+    "empty": lambda t: t[:0],
+    "no columns": lambda t: t[:, :0] if t.dim() > 1 else t[:0],
+    "every second": strided,
+    "turned": turned,
+    "channels_last": channels_last,
+    "expanded": lambda t: t[:1].expand(t.shape),
+    "offset": lambda t: torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape),
+    "float64": torch.Tensor.double,
+    "float32": torch.Tensor.float,
+    "float16": torch.Tensor.half,
+    "bfloat16": torch.Tensor.bfloat16,
+    "int64": torch.Tensor.long,
+    "none": lambda t: None,
+    "as the transposed": lambda t: t.transpose(0, 1) if t.dim() > 1 else t,
+}
+
+
+@st.composite
+def calls(draw):
+    """x, w1, b1, w2, b2, residual of a valid call, of which up to two are changed; whether it is in place."""
+    case = Case(
+        n=draw(st.integers(1, 2)), c=draw(st.integers(1, 4)), r=draw(st.sampled_from([None, 1, 3])),
+        spatial=draw(st.sampled_from([(1,), (3,), (2, 2), (1, 3), (2, 1, 2)])),
+        dtype=draw(st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16])),
+        bias=draw(st.booleans()), residual=draw(st.sampled_from(["none", "x", "map"])),
+    )  # fmt: skip
+    tensors = [case.tensors()[name] for name in NAMES]
+    for _ in range(draw(st.integers(0, 2))):
+        i, change = draw(st.integers(0, 5)), draw(st.sampled_from(sorted(CHANGES)))
+        if tensors[i] is not None and tensors[i].dim() > 0 and 0 not in tensors[i].shape:
+            tensors[i] = CHANGES[change](tensors[i])
+    if draw(st.integers(0, 9)) == 0 and tensors[0] is not None and tensors[3] is not None:
+        flat, like = tensors[0].flatten(), tensors[3]
+        if 0 < like.numel() <= flat.numel():  # the weight lies in x
+            tensors[3] = flat[: like.numel()].view(like.shape)
+    options = Options.of(squeeze=draw(st.sampled_from(SQUEEZES)))
+    return tensors, options, draw(st.booleans())
+
+
+def is_checked(tensors, options, inplace):
+    """Whether se_fused/arguments.py takes the call."""
+    try:
+        arguments.check(*tensors, SQUEEZES[options.squeeze], inplace)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def is_dense(tensors):
+    """Whether the tensors of a valid call are as backends read them."""
+    x, *weights, residual = tensors
+    maps, last = [t for t in (x, residual) if t is not None], not x.is_contiguous()
+    if last:
+        maps = [t.movedim(1, -1) for t in maps]
+    return x.numel() > 0 and all(t.is_contiguous() for t in (*maps, *weights) if t is not None)
+
+
+def operator_takes(tensors, options):
+    x = tensors[0]
+    y = torch.empty_like(x)
+    last = x.dim() > 1 and not x.is_contiguous()
+    try:
+        torch.ops.se_fused.forward_out(*tensors, *options, last, y, None, None, None)
+    except RuntimeError:
+        return False
+    return True
+
+
+@pytest.mark.usefixtures("native")
+@given(calls())
+@settings(max_examples=1000)
+def test_both_languages_take_the_same_calls(call):
+    tensors, options, inplace = call
+    takes = is_checked(*call) and is_dense(tensors)
+    assert (native.load_extension().forward(*tensors, inplace, *options) is not None) == takes
+    if tensors[0] is not None and tensors[3] is not None and not inplace:
+        assert operator_takes(tensors, options) == takes
+
+
+@pytest.mark.parametrize("change", ["none", "every second", "turned", "float64", "one less in the first dimension"])
+def test_the_changes_make_a_call_invalid_or_not_dense(change):
+    tensors = [Case().tensors()[name] for name in NAMES]
+    assert is_checked(tensors, Options.of(), False)
+    tensors[3] = CHANGES[change](tensors[3])
+    assert not (is_checked(tensors, Options.of(), False) and is_dense(tensors))
