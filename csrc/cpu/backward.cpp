@@ -7,6 +7,7 @@
 // How:    a group of samples at a time: reduce to ds, back through the excitation, then dx; at last dw1, db1, dw2, db2.
 // Bytes:  g and x from memory once if a group fits the cache, twice if not; dx once.
 #include "backward_maps.h"
+#include "dispatch.h"
 #include "excite.h"
 
 namespace se::cpu {

@@ -1,7 +1,9 @@
 // The two walks of backward over the maps: the sums that the gates' gradient needs, and the gradient of x from it.
 #pragma once
 
-#include "walk.h"
+#include "operands.h"
+#include "schedule.h"
+#include "scratch.h"
 
 namespace se::cpu {
 namespace {

@@ -3,7 +3,7 @@
 // nothing but its own length: not on the tile, the batch or the threads.
 #pragma once
 
-#include "walk.h"
+#include "simd.h"
 
 namespace se::cpu {
 namespace {

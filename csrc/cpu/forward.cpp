@@ -6,7 +6,11 @@
 // Tried:  in place at 16x96x112x112 and 16x256x56x56, where a bare multiplication takes 0.70 to 0.82 of the time: to
 //         share each sample among the threads (1.05 and 1.16), to prefetch the next one while one is scaled (1.03 to
 //         1.07).
+#include "dispatch.h"
 #include "excite.h"
+#include "operands.h"
+#include "schedule.h"
+#include "scratch.h"
 
 namespace se::cpu {
 namespace SE_CPU_ISA {

@@ -14,7 +14,6 @@ namespace se::cpu {
 namespace {
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t at_least_one(int64_t v) { return v < 1 ? 1 : v; }
 
 // Each on a cache line of its own, because several threads write them.
 struct alignas(64) Counter {
@@ -84,6 +83,30 @@ class Worker {
   int workers_ = 1, index_ = 0;
   uint64_t phase_ = 0, target_ = 0;
 };
+
+// Work that is worth one more thread, in elements: 56448, of 1x72x28x28, take 7.4 us by two threads and 8.0 by one.
+constexpr int64_t kGrain = 24576;
+
+// body(worker), run by as many workers as the work, in elements, is worth.
+constexpr int kMaxWorkers = 64;
+template <class Body>
+void with_team(const Pool& pool, int64_t work, Body&& body) {
+  int64_t workers = pool.threads < kMaxWorkers ? pool.threads : kMaxWorkers;
+  if (work / kGrain < workers) workers = work / kGrain;
+  if (workers <= 1) {
+    Worker alone;
+    return body(alone);
+  }
+  alignas(64) unsigned char memory[(kMaxWorkers + 1) * sizeof(Counter)];
+  auto* counters = reinterpret_cast<Counter*>(memory);
+  for (int64_t i = 0; i <= workers; ++i) new (counters + i) Counter;
+  auto run = [&](int64_t index) {
+    Worker worker(counters, static_cast<int>(workers), static_cast<int>(index));
+    body(worker);
+  };
+  using Run = decltype(run);
+  pool.run(workers, 1, [](void* context, int64_t begin, int64_t) { (*static_cast<Run*>(context))(begin); }, &run);
+}
 
 }  // namespace
 }  // namespace se::cpu
