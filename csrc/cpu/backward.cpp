@@ -1,11 +1,12 @@
 // What:   the gradients of forward.cpp, from g, x, the weights and what forward saved (z, p1, p2).
-//           dv = g post_act'(v)             v = u s + residual, computed again from x; dresidual = dv
+//           dv = g post_act'(v)             v = u s + residual, recomputed from x; dresidual = dv
 //           ds = sum_l dv u                 dp2 = ds gate'(p2)            dw2 = dp2^T h   db2 = sum_n dp2
 //           dh = dp2 W2                     dp1 = dh act'(p1)             dw1 = dp1^T z   db1 = sum_n dp1
 //           dz = dp1 W1                     du = dv s + dz / L (mean), or dz / ties where u is the maximum
 //           dx = du pre_act'(x)
-// How:    a group of samples at a time: reduce to ds, back through the excitation, then dx; at last dw1, db1, dw2, db2.
-// Bytes:  g and x from memory once if a group fits the cache, twice if not; dx once.
+// How:    for one group of samples at a time: reduce to ds, go back through the excitation, compute dx. The weight
+//         gradients dw1, db1, dw2, db2 come last.
+// Bytes:  reads g and x from memory once if a group fits the cache, twice if not; writes dx once.
 #include "backward_maps.h"
 #include "dispatch.h"
 #include "excite.h"
@@ -17,7 +18,7 @@ namespace {
 template <class A>
 using Buffers = BackwardBuffers<A>;
 
-// h and s from what forward saved.
+// h and s from p1 and p2, which forward saved.
 template <class A>
 void restore_gates(const Backward& f, const Buffers<A>& b, Worker& worker) {
   auto restore = [&](Activation activation, const void* p, A* v, int64_t count) {
@@ -30,29 +31,29 @@ void restore_gates(const Backward& f, const Buffers<A>& b, Worker& worker) {
   restore(f.options.gate, f.p2, b.s, f.n * f.c);
 }
 
-// dp2, and for the maximum its value and ties, for samples [n0, n1).
+// dp2 and, if the squeeze has a maximum, its value and ties, for samples [n0, n1).
 template <class T, class A = Accumulator<T>>
 void reduce(const Backward& f, const Buffers<A>& b, Worker& worker, int64_t n0, int64_t n1) {
-  auto through_gate = [&](int64_t n, int64_t c0, int64_t c1) {
+  auto gate_backward = [&](int64_t n, int64_t c0, int64_t c1) {
     chain(f.options.gate, f.options, static_cast<const A*>(f.p2) + n * f.c + c0, b.dp2 + n * f.c + c0, c1 - c0);
   };
   if (!f.channels_last) {
-    // By channels, as below, so that a worker distributes over the rows that it has reduced.
+    // Divided by channels, as in backward_group, so that a thread computes dx of the rows that it has reduced.
     worker.share(f.c, kWidth<A>, [&](int64_t c0, int64_t c1) {
       for (int64_t n = n0; n < n1; ++n) {
         for (int64_t row = n * f.c + c0; row < n * f.c + c1; ++row) reduce_row<T>(f, b, row);
-        through_gate(n, c0, c1);
+        gate_backward(n, c0, c1);
       }
     });
     return;
   }
   const bool with_max = f.options.squeeze != Squeeze::kMean;
-  const int64_t groups = position_groups(f), plane = f.n * groups * f.c;
-  worker.share((n1 - n0) * groups, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = n0 * groups + begin; i < n0 * groups + end; ++i) {
-      const int64_t group = i % groups;
+  const int64_t splits = position_groups(f), plane = f.n * splits * f.c;
+  worker.share((n1 - n0) * splits, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = n0 * splits + begin; i < n0 * splits + end; ++i) {
+      const int64_t split = i % splits;
       A* ds = b.partial + i * f.c;
-      reduce_positions<T>(f, b, i / groups, f.l * group / groups, f.l * (group + 1) / groups, ds,
+      reduce_positions<T>(f, b, i / splits, f.l * split / splits, f.l * (split + 1) / splits, ds,
                           with_max ? ds + plane : nullptr, with_max ? ds + 2 * plane : nullptr);
     }
   });
@@ -62,7 +63,7 @@ void reduce(const Backward& f, const Buffers<A>& b, Worker& worker, int64_t n0, 
         using V = decltype(type);
         const int64_t c = c0 + j;
         V sum{}, max = splat<V>(-__builtin_huge_val()), ties{};
-        for (int64_t i = n * groups; i < (n + 1) * groups; ++i) {
+        for (int64_t i = n * splits; i < (n + 1) * splits; ++i) {
           const A* ds = b.partial + i * f.c + c;
           sum += load<V>(ds);
           if (with_max) merge_ties(load<V>(ds + plane), load<V>(ds + 2 * plane), max, ties);
@@ -72,12 +73,12 @@ void reduce(const Backward& f, const Buffers<A>& b, Worker& worker, int64_t n0, 
         store(b.max + n * f.c + c, max);
         store(b.max_share + n * f.c + c, ties);
       });
-      through_gate(n, c0, c1);
+      gate_backward(n, c0, c1);
     }
   });
 }
 
-// dp1 for rows [r0, r1) of the first layer.
+// dp1 for the rows [r0, r1) of the first layer.
 template <class A>
 void excite_hidden(const Backward& f, const Buffers<A>& b, int64_t n0, int64_t n1, int64_t r0, int64_t r1) {
   with_weight_type<A>(f.weight_dtype, [&](auto type) {
@@ -90,7 +91,7 @@ void excite_hidden(const Backward& f, const Buffers<A>& b, int64_t n0, int64_t n
   }
 }
 
-// The shares of dz that each position gets, for channels [c0, c1).
+// dz, divided by the number of positions that it is added to, for channels [c0, c1).
 template <class A>
 void excite_shares(const Backward& f, const Buffers<A>& b, int64_t n0, int64_t n1, int64_t c0, int64_t c1) {
   with_weight_type<A>(f.weight_dtype, [&](auto type) {
@@ -102,7 +103,7 @@ void excite_shares(const Backward& f, const Buffers<A>& b, int64_t n0, int64_t n
   for (int64_t n = n0; n < n1; ++n) {
     for (int64_t i = n * f.c + c0; i < n * f.c + c1; ++i) {
       const A dz = half * b.mean_share[i];
-      // A NaN maximum has no ties in PyTorch, so that its mask * dz / ties is NaN along the whole row.
+      // A NaN maximum equals no position, so PyTorch divides by 0 ties: mask * dz / ties is NaN along the whole row.
       if (f.options.squeeze != Squeeze::kMean) b.max_share[i] = b.max[i] == b.max[i] ? dz / b.max_share[i] : b.max[i];
       b.mean_share[i] = f.options.squeeze == Squeeze::kMax ? A(0) : dz / static_cast<A>(f.l);
     }
@@ -133,7 +134,7 @@ void backward_group(const Backward& f, const Buffers<A>& b, Worker& worker, int6
   });
 }
 
-// dw1, db1, dw2, db2: sums over the samples in their order.
+// dw1, db1, dw2 and db2. They are sums over the samples, in ascending order.
 template <class A>
 void weight_gradients(const Backward& f, const Buffers<A>& b, Worker& worker) {
   with_weight_type<A>(f.weight_dtype, [&](auto type) {
@@ -162,11 +163,11 @@ void backward(const Backward& f, const Pool& pool, void* scratch) {
     using T = decltype(type);
     Arena arena(scratch);
     const Buffers<Accumulator<T>> buffers(f, arena);
-    with_team(pool, f.n * f.c * (f.l + 2 * f.r), [&](Worker& team) {
-      restore_gates(f, buffers, team);
-      for_each_group(f, team, 2 * sizeof(T),
+    with_team(pool, f.n * f.c * (f.l + 2 * f.r), [&](Worker& all) {
+      restore_gates(f, buffers, all);
+      for_each_group(f, all, 2 * sizeof(T),
                      [&](Worker& worker, int64_t n0, int64_t n1) { backward_group<T>(f, buffers, worker, n0, n1); });
-      weight_gradients(f, buffers, team);
+      weight_gradients(f, buffers, all);
     });
   });
 }

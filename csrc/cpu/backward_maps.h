@@ -1,4 +1,4 @@
-// The two walks of backward over the maps: the sums that the gates' gradient needs, and the gradient of x from it.
+// The two passes of backward over the maps: the reduction to ds, the gradient of the gates, and the computation of dx.
 #pragma once
 
 #include "operands.h"
@@ -8,13 +8,14 @@
 namespace se::cpu {
 namespace {
 
-// For the maximum: its value in u, and how many positions share it.
+// Updates the maximum and its ties, the number of positions where u is the maximum, with one more position.
 template <class V>
 SE_INLINE void count_ties(V u, V& max, V& ties) {
   const V one = splat<V>(1);
   ties = select<V>((u > max) | (u != u), one, select<V>(u == max, ties + one, ties));
   max = max_keep_nan(max, u);
 }
+// Updates them with the maximum and the ties of other positions.
 template <class V>
 SE_INLINE void merge_ties(V other_max, V other_ties, V& max, V& ties) {
   const V sum = ties + other_ties;
@@ -24,11 +25,12 @@ SE_INLINE void merge_ties(V other_max, V other_ties, V& max, V& ties) {
 
 template <class A>
 struct BackwardBuffers {
-  A *h, *s;            // [N, R], [N, C]
-  A *dp2, *dp1;        // [N, C], [N, R]
-  A* mean_share;       // [N, C]: dz / L, to be added at every position
-  A *max, *max_share;  // [N, C]: the maximum of u and dz / ties (first: ties)
-  A* partial;          // channels_last: [N, groups, C] of ds, then of the maxima, then of ties
+  A *h, *s;       // [N, R], [N, C]
+  A *dp2, *dp1;   // [N, C], [N, R]
+  A* mean_share;  // [N, C]: dz / L, which is added at every position
+  A* max;         // [N, C]: the maximum of u
+  A* max_share;   // [N, C]: dz / ties, which is added where u is the maximum; until dz is known, ties
+  A* partial;     // channels_last: [N, splits, C] of ds, then of the maxima, then of ties
   BackwardBuffers(const Backward& f, Arena& arena) {
     h = arena.take<A>(f.n * f.r);
     s = arena.take<A>(f.n * f.c);
@@ -42,16 +44,16 @@ struct BackwardBuffers {
   }
 };
 
-// What is known along a span of at most kBlock elements of the maps.
+// A block of n <= kBlock elements of the maps: u and dv in the accumulation type.
 template <class T, class A, class PerChannel>
-struct Span {
+struct Block {
   const Backward& f;
   int64_t offset, n;
   PerChannel s;
   alignas(64) A u_buffer[kBlock], dv_buffer[kBlock], v_buffer[kBlock];
 
-  // A constructor, because aggregate initialisation would clear the buffers.
-  Span(const Backward& f, int64_t offset, int64_t n, PerChannel s) : f(f), offset(offset), n(n), s(s) {}
+  // There is a constructor because aggregate initialization would clear the buffers.
+  Block(const Backward& f, int64_t offset, int64_t n, PerChannel s) : f(f), offset(offset), n(n), s(s) {}
 
   const A* u() { return stage(static_cast<const T*>(f.x) + offset, n, f.options.pre_act, f.options, u_buffer); }
   const A* dv(const A* u) {
@@ -71,7 +73,7 @@ struct Span {
   }
 };
 
-// ds of one row, and for the maximum its value and ties.
+// ds of one row and, if the squeeze has a maximum, its value and ties.
 template <class T, class A = Accumulator<T>>
 void reduce_row(const Backward& f, const BackwardBuffers<A>& b, int64_t row) {
   const bool with_max = f.options.squeeze != Squeeze::kMean;
@@ -79,9 +81,9 @@ void reduce_row(const Backward& f, const BackwardBuffers<A>& b, int64_t row) {
   A max = -__builtin_huge_val(), ties = 0;
   for (int64_t l = 0; l < f.l; l += kBlock) {
     const int64_t n = f.l - l < kBlock ? f.l - l : kBlock;
-    Span<T, A, AlongRow<A>> span(f, row * f.l + l, n, {b.s[row]});
-    const A* u = span.u();
-    const A* dv = span.dv(u);
+    Block<T, A, AlongRow<A>> block(f, row * f.l + l, n, {b.s[row]});
+    const A* u = block.u();
+    const A* dv = block.dv(u);
     ds.add(n, [&](int64_t i, auto type) {
       using V = decltype(type);
       return load<V>(dv + i) * load<V>(u + i);
@@ -105,7 +107,7 @@ void reduce_row(const Backward& f, const BackwardBuffers<A>& b, int64_t row) {
   }
 }
 
-// The same over positions [l0, l1) of sample n, for every channel.
+// As reduce_row, but over the positions [l0, l1) of sample n, for every channel.
 template <class T, class A = Accumulator<T>>
 void reduce_positions(const Backward& f, const BackwardBuffers<A>& b, int64_t n, int64_t l0, int64_t l1, A* ds, A* max,
                       A* ties) {
@@ -116,9 +118,9 @@ void reduce_positions(const Backward& f, const BackwardBuffers<A>& b, int64_t n,
   for (int64_t l = l0; l < l1; ++l) {
     for (int64_t c = 0; c < f.c; c += kBlock) {
       const int64_t count = f.c - c < kBlock ? f.c - c : kBlock;
-      Span<T, A, AlongPosition<A>> span(f, (n * f.l + l) * f.c + c, count, {b.s + n * f.c + c});
-      const A* u = span.u();
-      const A* dv = span.dv(u);
+      Block<T, A, AlongPosition<A>> block(f, (n * f.l + l) * f.c + c, count, {b.s + n * f.c + c});
+      const A* u = block.u();
+      const A* dv = block.dv(u);
       lanes<A>(count, [&](int64_t i, auto type) {
         using V = decltype(type);
         const V v = load<V>(u + i);
@@ -133,7 +135,8 @@ void reduce_positions(const Backward& f, const BackwardBuffers<A>& b, int64_t n,
   }
 }
 
-// dx and dresidual along `count` elements from `offset`; per_channel(values, i): the values of the channels from i on.
+// dx and dresidual for the span of `count` elements at `offset`; per_channel(values, i) makes an operand of one value
+// per channel, from element i of the span on.
 template <class T, class PerChannel, class A = Accumulator<T>>
 void distribute(const Backward& f, const BackwardBuffers<A>& b, int64_t offset, int64_t count,
                 PerChannel&& per_channel) {
@@ -144,9 +147,9 @@ void distribute(const Backward& f, const BackwardBuffers<A>& b, int64_t offset, 
     const auto s = per_channel(b.s, done), mean_share = per_channel(b.mean_share, done);
     const auto max = per_channel(with_max ? b.max : b.s, done),
                max_share = per_channel(with_max ? b.max_share : b.s, done);
-    Span<T, A, std::remove_const_t<decltype(s)>> span(f, offset + done, n, s);
-    const A* u = with_max || f.options.post_act != Activation::kIdentity ? span.u() : nullptr;
-    const A* dv = span.dv(u);
+    Block<T, A, std::remove_const_t<decltype(s)>> block(f, offset + done, n, s);
+    const A* u = with_max || f.options.post_act != Activation::kIdentity ? block.u() : nullptr;
+    const A* dv = block.dv(u);
     if (f.dresidual) {
       T* out = static_cast<T*>(f.dresidual) + offset + done;
       lanes<A>(n, [&](int64_t i, auto type) { store(out + i, load<decltype(type)>(dv + i)); });
@@ -158,7 +161,7 @@ void distribute(const Backward& f, const BackwardBuffers<A>& b, int64_t offset, 
         using V = decltype(type);
         V d = load<V>(dv + i) * s.template at<V>(i) + mean_share.template at<V>(i);
         if (with_max) {
-          // A product, as PyTorch's: an infinite or NaN dz makes the other positions NaN.
+          // A product, as in PyTorch: an infinite or NaN dz makes the other positions NaN.
           const V ties = select<V>(load<V>(u + i) == max.template at<V>(i), splat<V>(1), V{});
           d += ties * max_share.template at<V>(i);
         }

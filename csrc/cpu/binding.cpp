@@ -1,4 +1,4 @@
-// Registers the CPU kernels as se_fused::forward_out and se_fused::backward_out, by the LibTorch stable ABI.
+// Registers the CPU kernels as se_fused::forward_out and se_fused::backward_out, using the LibTorch stable ABI.
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -56,7 +56,7 @@ int threads() {
   return static_cast<int>(count);
 }
 
-// torch's own threads, so that torch.set_num_threads holds here too.
+// torch's thread pool, so that torch.set_num_threads applies here too.
 se::cpu::Pool pool() {
   return {[](int64_t count, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
             Loop loop{body, context};
@@ -65,8 +65,8 @@ se::cpu::Pool pool() {
           threads()};
 }
 
-// Asks for huge pages where a new map is about to be written: the faults of a 77 MB output in 4 KB pages take longer
-// than the whole operation. Below kHugeMap the allocator hands out pages that were in use before.
+// Asks for huge pages for a new map, before it is written: the page faults of a 77 MB output in 4 KB pages take longer
+// than the whole operation. Maps smaller than kHugeMap usually get memory that the allocator has used before.
 constexpr size_t kHugeMap = 4 << 20, kHugePage = 2 << 20;
 void expect_new_pages([[maybe_unused]] const void* map, [[maybe_unused]] size_t bytes) {
 #if defined(__linux__)

@@ -7,7 +7,7 @@
 namespace se::cpu {
 namespace {
 
-// body(T{}) with the element type of `dtype`; body(float{}) etc. for the maps, with A fixed for the weights.
+// body(T{}) with the element type T of a map.
 template <class Body>
 void with_map_type(DType dtype, Body&& body) {
   switch (dtype) {
@@ -17,6 +17,8 @@ void with_map_type(DType dtype, Body&& body) {
     case DType::kBFloat16: return body(BFloat16{});
   }
 }
+
+// body(W{}) with the element type W of the weights; A is the accumulation type of the maps.
 template <class A, class Body>
 void with_weight_type(DType dtype, Body&& body) {
   if constexpr (std::is_same_v<A, double>) {

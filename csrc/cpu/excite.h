@@ -1,6 +1,6 @@
-// The two fully connected layers and their gradients: three small matrix products, tiled in registers so that a matrix
-// is read once for several samples and a sample once for several rows. Every sum is taken in an order that depends on
-// nothing but its own length: not on the tile, the batch or the threads.
+// The two fully connected layers and their gradients: matrix-vector products for a few samples at once. Tiles of
+// accumulators in registers let a matrix be read once for several samples, and a sample once for several rows. The
+// order of each sum depends only on its length, not on the tile, the number of samples or the threads.
 #pragma once
 
 #include "simd.h"
@@ -8,16 +8,16 @@
 namespace se::cpu {
 namespace {
 
-// A tile of 4 x 2 vectors of sums: eight are enough to hide the latency of a multiply-add and leave registers for
-// operands.
+// A tile has 4 x 2 accumulators, each a vector: eight are enough to hide the latency of a multiply-add, and they leave
+// registers for operands.
 constexpr int kRows = 4, kColumns = 2;
-// Where a matrix is cut among workers.
+// Rows of a tile for a single sample, and the unit in which rows are divided among threads.
 template <class A>
 constexpr int kTileRows = kWidth<A> > kRows* kColumns ? kWidth<A> : kRows * kColumns;
 
 using One = std::integral_constant<int, 1>;
 
-// body(i, size) over [begin, end) in tiles of kTile, then of one; the size is a constant.
+// body(i, size) for tiles of [begin, end), first of size kTile, then of size 1. The size is a compile-time constant.
 template <int kTile, class Body>
 SE_INLINE void tiles(int64_t begin, int64_t end, Body&& body) {
   int64_t i = begin;
@@ -25,8 +25,8 @@ SE_INLINE void tiles(int64_t begin, int64_t end, Body&& body) {
   for (; i < end; ++i) body(i, One{});
 }
 
-// The same for `count` elements of A along a row: tiles of kTile vectors, then one vector, then one element; V is
-// V(type).
+// body(i, size, V{}) for tiles of elements [begin, end) of a row: first of kTile vectors, then of one vector, then of
+// one element.
 template <int kTile, class A, class Body>
 SE_INLINE void vector_tiles(int64_t begin, int64_t end, Body&& body) {
   int64_t i = begin;
@@ -34,7 +34,7 @@ SE_INLINE void vector_tiles(int64_t begin, int64_t end, Body&& body) {
   lanes<A>(end - i, [&](int64_t j, auto type) { body(i + j, One{}, type); });
 }
 
-// One by one, because GCC clears a whole array by a string instruction that costs more than the tile.
+// Clears the sums one by one: GCC would clear a whole array by a string instruction that takes longer than the tile.
 template <class V, int kI, int kJ>
 SE_INLINE void clear(V (&sums)[kI][kJ]) {
   for (auto& row : sums) {
@@ -42,8 +42,8 @@ SE_INLINE void clear(V (&sums)[kI][kJ]) {
   }
 }
 
-// out[n, i] = bias[i] + sum_k m[i, k] v[n, k] for rows i in [i0, i1), samples n in [n0, n1); m [I, K], v [N, K], out
-// [N, I].
+// out[n, i] = bias[i] + sum_k m[i, k] v[n, k] for rows i in [i0, i1) and samples n in [n0, n1). m is [I, K], v [N, K],
+// out [N, I]; bias may be null.
 template <class A, class W>
 void product(const W* m, const W* bias, const A* v, A* out, int64_t rows, int64_t depth, int64_t n0, int64_t n1,
              int64_t i0, int64_t i1) {
@@ -91,7 +91,8 @@ void product(const W* m, const W* bias, const A* v, A* out, int64_t rows, int64_
   });
 }
 
-// out[n, j] = sum_k a[n, k] m[k, j] for columns j in [j0, j1), samples n in [n0, n1); m [K, J], a [N, K], out [N, J].
+// The transposed product: out[n, j] = sum_k m[k, j] a[n, k] for columns j in [j0, j1) and samples n in [n0, n1). m is
+// [K, J], a [N, K], out [N, J].
 template <class A, class W>
 void transposed_product(const W* m, const A* a, A* out, int64_t depth, int64_t columns, int64_t n0, int64_t n1,
                         int64_t j0, int64_t j1) {
@@ -115,7 +116,7 @@ void transposed_product(const W* m, const A* a, A* out, int64_t depth, int64_t c
   });
 }
 
-// out[i, j] = sum_n a[n, i] b[n, j] for rows i in [i0, i1); bias[i] = sum_n a[n, i]; either may be null.
+// out[i, j] = sum_n a[n, i] b[n, j] and bias[i] = sum_n a[n, i] for rows i in [i0, i1). out and bias may be null.
 template <class A, class W>
 void outer_product(const A* a, const A* b, W* out, W* bias, int64_t samples, int64_t rows, int64_t columns, int64_t i0,
                    int64_t i1) {

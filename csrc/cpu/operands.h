@@ -1,4 +1,5 @@
-// The operands of the loops over maps: spans of one row (contiguous) or one position (channels_last).
+// The operands of the loops over maps. A loop runs along a span: one row of a contiguous map, or one position of a
+// channels_last map, in blocks that stay in the first-level cache.
 #pragma once
 
 #include "activations.h"
@@ -6,22 +7,22 @@
 namespace se::cpu {
 namespace {
 
-// Elements of a span that are staged at once; three float buffers of it are 6 KB of the 32 KB first-level cache.
+// Elements of a block. Three float buffers of this size take 6 KB of a 32 KB first-level cache.
 constexpr int64_t kBlock = 512;
 
-// The span as accumulation type after `activation`: the map's own memory where nothing has to be done, else `buffer`.
+// A block as accumulation type after `activation`: the map's own memory if nothing has to be computed, else `buffer`.
 template <class T, class A>
-SE_INLINE const A* stage(const T* span, int64_t n, Activation activation, const Options& o, A* buffer) {
+SE_INLINE const A* stage(const T* block, int64_t n, Activation activation, const Options& o, A* buffer) {
   if constexpr (std::is_same_v<T, A>) {
-    if (activation == Activation::kIdentity) return span;
+    if (activation == Activation::kIdentity) return block;
   }
-  lanes<A>(n, [&](int64_t i, auto type) { store(buffer + i, load<decltype(type)>(span + i)); });
+  lanes<A>(n, [&](int64_t i, auto type) { store(buffer + i, load<decltype(type)>(block + i)); });
   activate(activation, o, buffer, n);
   return buffer;
 }
 
-// A value for each channel, read along a span: the same value all along a row (contiguous), another one for each
-// element of a position (channels_last).
+// A per-channel operand along a span: along a row (contiguous) every element has the same channel, so its value is
+// broadcast; along a position (channels_last) the elements are the channels, so their values are loaded.
 template <class A>
 struct AlongRow {
   A value;

@@ -1,4 +1,4 @@
-// How a call is divided: its samples into groups, and the positions of a channels_last map into groups.
+// How a call is divided: its samples into groups, and the positions of a channels_last map into splits.
 #pragma once
 
 #include "team.h"
@@ -6,19 +6,19 @@
 namespace se::cpu {
 namespace {
 
-// The sums of a channels_last map are taken over at most this many groups of positions, then over the groups. The
-// grouping follows from the shape alone, so that the number of threads changes no bit.
+// A sum over the positions of a channels_last map is first taken over each of at most kMaxGroups ranges of positions,
+// then over the ranges. Their number depends on the shape alone, so the number of threads does not change the result.
 constexpr int64_t kMaxGroups = 16;
 constexpr int64_t kGroupElements = 32768;
 inline int64_t position_groups(const Problem& p) {
-  const int64_t groups = p.c * p.l / kGroupElements;
-  return groups < 1 ? 1 : groups > kMaxGroups ? kMaxGroups : groups;
+  const int64_t splits = p.c * p.l / kGroupElements;
+  return splits < 1 ? 1 : splits > kMaxGroups ? kMaxGroups : splits;
 }
 
 inline int64_t at_least_one(int64_t v) { return v < 1 ? 1 : v; }
 
-// How many samples share one pass over the weights: as many as it takes for the maps to outweigh them, at most
-// kGroupBytes of maps (a thread's part of a shared cache), at least one.
+// The weights are read once for each group of samples. A group has as many samples as it takes for their maps to be
+// larger than the weights, but at most kGroupBytes of maps (one thread's part of a shared cache), and at least one.
 constexpr int64_t kGroupBytes = 4 << 20;
 inline int64_t samples_at_once(const Problem& p, int64_t element_bytes) {
   const int64_t map_bytes = at_least_one(p.c * p.l * element_bytes);
@@ -27,20 +27,21 @@ inline int64_t samples_at_once(const Problem& p, int64_t element_bytes) {
   return wanted < fit ? at_least_one(wanted) : fit;
 }
 
-// body(worker, n0, n1) for groups of samples: each worker has its own groups where the samples divide well among them,
-// else all workers share every group. The same body in both cases gives the same bits.
+// body(threads, n0, n1) for each group of samples [n0, n1). If the samples divide well among the threads, each thread
+// computes its own sample groups alone; otherwise all threads work on every sample group. Both give the same bits,
+// because the body is the same.
 template <class Body>
 void for_each_group(const Problem& p, Worker& worker, int64_t element_bytes, Body&& body) {
-  const int64_t workers = worker.count();
-  auto groups = [&](Worker& inner, int64_t begin, int64_t end, int64_t at_once) {
-    for (int64_t n0 = begin; n0 < end; n0 += at_once) body(inner, n0, n0 + at_once < end ? n0 + at_once : end);
+  const int64_t count = worker.count();
+  auto groups = [&](Worker& inner, int64_t begin, int64_t end, int64_t samples) {
+    for (int64_t n0 = begin; n0 < end; n0 += samples) body(inner, n0, n0 + samples < end ? n0 + samples : end);
   };
-  const int64_t at_once = samples_at_once(p, element_bytes);
-  if (p.n % workers != 0 && p.n < 4 * workers) return groups(worker, 0, p.n, at_once);
-  const int64_t own = divide_up(p.n, workers), even = divide_up(own, divide_up(own, at_once));
+  const int64_t samples = samples_at_once(p, element_bytes);
+  if (p.n % count != 0 && p.n < 4 * count) return groups(worker, 0, p.n, samples);
+  const int64_t own = divide_up(p.n, count), even = divide_up(own, divide_up(own, samples));
   worker.share(p.n, even, [&](int64_t begin, int64_t end) {
-    Worker alone;
-    groups(alone, begin, end, even);
+    Worker single;
+    groups(single, begin, end, even);
   });
 }
 

@@ -9,7 +9,7 @@
 namespace se::cpu {
 namespace {
 
-// Consecutive arrays in one piece of memory; with null memory it only counts.
+// Takes arrays from `memory` one after the other. Null memory is allowed: the arena then only counts bytes.
 class Arena {
  public:
   explicit Arena(void* memory) : memory_(static_cast<char*>(memory)) {}
@@ -19,7 +19,7 @@ class Arena {
     bytes_ += (static_cast<size_t>(count) * sizeof(A) + 63) / 64 * 64;
     return out;
   }
-  // `given` where there is one, else a new array.
+  // `given` if it is not null, else a new array.
   template <class A>
   A* take_unless(void* given, int64_t count) {
     return given ? static_cast<A*>(given) : take<A>(count);
@@ -31,7 +31,7 @@ class Arena {
   size_t bytes_ = 0;
 };
 
-// What Buffers<A>(p, arena) take.
+// The bytes that Buffers<A>(p, arena) takes.
 template <template <class> class Buffers, class P>
 size_t scratch_bytes(const P& p) {
   Arena arena(nullptr);
