@@ -9,7 +9,7 @@
 // Bytes:  reads g and x from memory once if a group fits the cache, twice if not; writes dx once.
 #include "backward_maps.h"
 #include "dispatch.h"
-#include "excite.h"
+#include "gemv.h"
 
 namespace se::cpu {
 namespace SE_CPU_ISA {
@@ -83,7 +83,7 @@ template <class A>
 void excite_hidden(const Backward& f, const Buffers<A>& b, int64_t n0, int64_t n1, int64_t r0, int64_t r1) {
   with_weight_type<A>(f.weight_dtype, [&](auto type) {
     using W = decltype(type);
-    transposed_product(static_cast<const W*>(f.w2), b.dp2, b.dp1, f.c, f.r, n0, n1, r0, r1);
+    gemv_t(static_cast<const W*>(f.w2), b.dp2, b.dp1, f.c, f.r, n0, n1, r0, r1);
   });
   for (int64_t n = n0; n < n1; ++n) {
     const int64_t i = n * f.r + r0;
@@ -96,8 +96,8 @@ template <class A>
 void excite_shares(const Backward& f, const Buffers<A>& b, int64_t n0, int64_t n1, int64_t c0, int64_t c1) {
   with_weight_type<A>(f.weight_dtype, [&](auto type) {
     using W = decltype(type);
-    transposed_product(static_cast<const W*>(f.r ? f.w1 : f.w2), f.r ? b.dp1 : b.dp2, b.mean_share, f.r ? f.r : f.c,
-                       f.c, n0, n1, c0, c1);
+    gemv_t(static_cast<const W*>(f.r ? f.w1 : f.w2), f.r ? b.dp1 : b.dp2, b.mean_share, f.r ? f.r : f.c, f.c, n0, n1,
+           c0, c1);
   });
   const auto half = f.options.squeeze == Squeeze::kMeanMax ? A(0.5) : A(1);
   for (int64_t n = n0; n < n1; ++n) {
@@ -141,14 +141,14 @@ void weight_gradients(const Backward& f, const Buffers<A>& b, Worker& worker) {
     using W = decltype(type);
     const A* z = static_cast<const A*>(f.z);
     if (f.dw2 || f.db2) {
-      worker.share(f.c, kRows, [&](int64_t c0, int64_t c1) {
-        outer_product(b.dp2, f.r ? b.h : z, static_cast<W*>(f.dw2), static_cast<W*>(f.db2), f.n, f.c, f.r ? f.r : f.c,
-                      c0, c1);
+      worker.share(f.c, kTileLong, [&](int64_t c0, int64_t c1) {
+        sum_outer_products(b.dp2, f.r ? b.h : z, static_cast<W*>(f.dw2), static_cast<W*>(f.db2), f.n, f.c,
+                           f.r ? f.r : f.c, c0, c1);
       });
     }
     if (f.dw1 || f.db1) {
-      worker.share(f.r, kRows, [&](int64_t r0, int64_t r1) {
-        outer_product(b.dp1, z, static_cast<W*>(f.dw1), static_cast<W*>(f.db1), f.n, f.r, f.c, r0, r1);
+      worker.share(f.r, kTileLong, [&](int64_t r0, int64_t r1) {
+        sum_outer_products(b.dp1, z, static_cast<W*>(f.dw1), static_cast<W*>(f.db1), f.n, f.r, f.c, r0, r1);
       });
     }
   });

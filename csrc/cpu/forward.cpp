@@ -8,7 +8,7 @@
 //         time: dividing each sample among the threads (1.05 and 1.16 times the time), and prefetching the next sample
 //         while one is scaled (1.03 to 1.07).
 #include "dispatch.h"
-#include "excite.h"
+#include "gemv.h"
 #include "operands.h"
 #include "schedule.h"
 #include "scratch.h"
@@ -144,7 +144,7 @@ void squeeze(const Forward& f, const Buffers<A>& b, Worker& worker, int64_t n0, 
   const T* x = static_cast<const T*>(f.x);
   if (!f.channels_last) {
     // Divided by channels, as in forward_group, so that a thread scales the rows that it has squeezed.
-    worker.share(f.c, kTileRows<A>, [&](int64_t c0, int64_t c1) {
+    worker.share(f.c, kRowBlock<A>, [&](int64_t c0, int64_t c1) {
       for (int64_t n = n0; n < n1; ++n) squeeze_rows(f, x, b.z, n * f.c + c0, n * f.c + c1);
     });
     return;
@@ -180,7 +180,7 @@ template <class A>
 void excite_hidden(const Forward& f, const Buffers<A>& b, int64_t n0, int64_t n1, int64_t r0, int64_t r1) {
   with_weight_type<A>(f.weight_dtype, [&](auto type) {
     using W = decltype(type);
-    product(static_cast<const W*>(f.w1), static_cast<const W*>(f.b1), b.z, b.p1, f.r, f.c, n0, n1, r0, r1);
+    gemv(static_cast<const W*>(f.w1), static_cast<const W*>(f.b1), b.z, b.p1, f.r, f.c, n0, n1, r0, r1);
   });
   for (int64_t n = n0; n < n1; ++n) {
     std::memcpy(b.h + n * f.r + r0, b.p1 + n * f.r + r0, (r1 - r0) * sizeof(A));
@@ -193,8 +193,8 @@ template <class A>
 void excite_gate(const Forward& f, const Buffers<A>& b, int64_t n0, int64_t n1, int64_t c0, int64_t c1) {
   with_weight_type<A>(f.weight_dtype, [&](auto type) {
     using W = decltype(type);
-    product(static_cast<const W*>(f.w2), static_cast<const W*>(f.b2), f.r ? b.h : b.z, b.p2, f.c, f.r ? f.r : f.c, n0,
-            n1, c0, c1);
+    gemv(static_cast<const W*>(f.w2), static_cast<const W*>(f.b2), f.r ? b.h : b.z, b.p2, f.c, f.r ? f.r : f.c, n0, n1,
+         c0, c1);
   });
   for (int64_t n = n0; n < n1; ++n) {
     std::memcpy(b.s + n * f.c + c0, b.p2 + n * f.c + c0, (c1 - c0) * sizeof(A));
@@ -207,9 +207,9 @@ void forward_group(const Forward& f, const Buffers<A>& b, Worker& worker, int64_
   const bool plain =
       f.options.pre_act == Activation::kIdentity && f.options.post_act == Activation::kIdentity && !f.residual;
   squeeze<T>(f, b, worker, n0, n1);
-  worker.share(f.r, kTileRows<A>, [&](int64_t r0, int64_t r1) { excite_hidden(f, b, n0, n1, r0, r1); });
+  worker.share(f.r, kRowBlock<A>, [&](int64_t r0, int64_t r1) { excite_hidden(f, b, n0, n1, r0, r1); });
   if (!f.channels_last) {
-    worker.share(f.c, kTileRows<A>, [&](int64_t c0, int64_t c1) {
+    worker.share(f.c, kRowBlock<A>, [&](int64_t c0, int64_t c1) {
       excite_gate(f, b, n0, n1, c0, c1);
       for (int64_t n = n1 - 1; n >= n0; --n) {
         for (int64_t row = n * f.c + c0; row < n * f.c + c1; ++row) {
@@ -219,7 +219,7 @@ void forward_group(const Forward& f, const Buffers<A>& b, Worker& worker, int64_
     });
     return;
   }
-  worker.share(f.c, kTileRows<A>, [&](int64_t c0, int64_t c1) { excite_gate(f, b, n0, n1, c0, c1); });
+  worker.share(f.c, kRowBlock<A>, [&](int64_t c0, int64_t c1) { excite_gate(f, b, n0, n1, c0, c1); });
   worker.share((n1 - n0) * f.l, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = n0 * f.l + begin; i < n0 * f.l + end; ++i) {
       const A* s = b.s + i / f.l * f.c;
