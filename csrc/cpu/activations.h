@@ -91,7 +91,7 @@ constexpr double kSqrtHalf = 0.70710678118654752440, kSqrtTwoOverPi = 0.79788456
 constexpr double kGeluCubic = 0.044715, kLeakySlope = 0.01;
 
 template <Activation kActivation, class V>
-SE_INLINE V value(V v, [[maybe_unused]] const Options& o) {
+SE_INLINE V activation_forward(V v, [[maybe_unused]] const Options& o) {
   using A = typename Traits<V>::Element;
   if constexpr (kActivation == Activation::kRelu) return select<V>(v < 0, V{}, v);
   if constexpr (kActivation == Activation::kRelu6) return clamp(v, 0, 6);
@@ -115,7 +115,7 @@ SE_INLINE V value(V v, [[maybe_unused]] const Options& o) {
 // g activation'(v). As in PyTorch, piecewise activations select, so that an infinite g gives 0 where the derivative is
 // 0. The others multiply, which gives NaN there.
 template <Activation kActivation, class V>
-SE_INLINE V gradient(V v, V g, [[maybe_unused]] const Options& o) {
+SE_INLINE V activation_backward(V v, V g, [[maybe_unused]] const Options& o) {
   using A = typename Traits<V>::Element;
   if constexpr (kActivation == Activation::kRelu) return select<V>(v <= 0, V{}, g);
   if constexpr (kActivation == Activation::kRelu6) return select<V>((v <= 0) | (v >= 6), V{}, g);
@@ -168,24 +168,24 @@ void with_activation(Activation activation, Body&& body) {
 
 // v = activation(v), in place.
 template <class A>
-void activate(Activation activation, const Options& o, A* v, int64_t n) {
+void apply_activation(Activation activation, const Options& o, A* v, int64_t n) {
   if (activation == Activation::kIdentity) return;
   with_activation(activation, [&](auto tag) {
     lanes<A>(n, [&](int64_t i, auto type) {
       using V = decltype(type);
-      store(v + i, value<decltype(tag)::kValue>(load<V>(v + i), o));
+      store(v + i, activation_forward<decltype(tag)::kValue>(load<V>(v + i), o));
     });
   });
 }
 
 // g = g activation'(v), in place.
 template <class A>
-void chain(Activation activation, const Options& o, const A* v, A* g, int64_t n) {
+void apply_activation_backward(Activation activation, const Options& o, const A* v, A* g, int64_t n) {
   if (activation == Activation::kIdentity) return;
   with_activation(activation, [&](auto tag) {
     lanes<A>(n, [&](int64_t i, auto type) {
       using V = decltype(type);
-      store(g + i, gradient<decltype(tag)::kValue>(load<V>(v + i), load<V>(g + i), o));
+      store(g + i, activation_backward<decltype(tag)::kValue>(load<V>(v + i), load<V>(g + i), o));
     });
   });
 }

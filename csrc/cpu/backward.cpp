@@ -24,7 +24,7 @@ void restore_gates(const Backward& f, const Buffers<A>& b, Worker& worker) {
   auto restore = [&](Activation activation, const void* p, A* v, int64_t count) {
     worker.share(count, kBlock, [&](int64_t begin, int64_t end) {
       std::memcpy(v + begin, static_cast<const A*>(p) + begin, (end - begin) * sizeof(A));
-      activate(activation, f.options, v + begin, end - begin);
+      apply_activation(activation, f.options, v + begin, end - begin);
     });
   };
   restore(f.options.act, f.p1, b.h, f.n * f.r);
@@ -35,7 +35,8 @@ void restore_gates(const Backward& f, const Buffers<A>& b, Worker& worker) {
 template <class T, class A = Accumulator<T>>
 void reduce(const Backward& f, const Buffers<A>& b, Worker& worker, int64_t n0, int64_t n1) {
   auto gate_backward = [&](int64_t n, int64_t c0, int64_t c1) {
-    chain(f.options.gate, f.options, static_cast<const A*>(f.p2) + n * f.c + c0, b.dp2 + n * f.c + c0, c1 - c0);
+    apply_activation_backward(f.options.gate, f.options, static_cast<const A*>(f.p2) + n * f.c + c0,
+                              b.dp2 + n * f.c + c0, c1 - c0);
   };
   if (!f.channels_last) {
     // Divided by channels, as in backward_group, so that a thread computes dx of the rows that it has reduced.
@@ -87,7 +88,7 @@ void excite_hidden(const Backward& f, const Buffers<A>& b, int64_t n0, int64_t n
   });
   for (int64_t n = n0; n < n1; ++n) {
     const int64_t i = n * f.r + r0;
-    chain(f.options.act, f.options, static_cast<const A*>(f.p1) + i, b.dp1 + i, r1 - r0);
+    apply_activation_backward(f.options.act, f.options, static_cast<const A*>(f.p1) + i, b.dp1 + i, r1 - r0);
   }
 }
 

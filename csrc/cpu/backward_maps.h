@@ -68,7 +68,7 @@ struct Block {
       store(v_buffer + i, v);
       store(dv_buffer + i, load<V>(out + i));
     });
-    chain(f.options.post_act, f.options, v_buffer, dv_buffer, n);
+    apply_activation_backward(f.options.post_act, f.options, v_buffer, dv_buffer, n);
     return dv_buffer;
   }
 };
@@ -174,7 +174,7 @@ void distribute(const Backward& f, const BackwardBuffers<A>& b, int64_t offset, 
     }
     write(du);
     const T* x = static_cast<const T*>(f.x) + offset + done;
-    chain(f.options.pre_act, f.options, stage(x, n, Activation::kIdentity, f.options, raw), du, n);
+    apply_activation_backward(f.options.pre_act, f.options, stage(x, n, Activation::kIdentity, f.options, raw), du, n);
     lanes<A>(n, [&](int64_t i, auto type) {
       using V = decltype(type);
       V d = load<V>(du + i);

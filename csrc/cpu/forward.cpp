@@ -113,7 +113,7 @@ void scale_span(const Options& o, const T* x, const T* residual, Gate s, int64_t
     if (residual) sum += load<V>(residual + i);
     store(v + i, sum);
   });
-  activate(o.post_act, o, v, n);
+  apply_activation(o.post_act, o, v, n);
   lanes<A>(n, [&](int64_t i, auto type) { store(y + i, load<decltype(type)>(v + i)); });
 }
 
@@ -184,7 +184,7 @@ void excite_hidden(const Forward& f, const Buffers<A>& b, int64_t n0, int64_t n1
   });
   for (int64_t n = n0; n < n1; ++n) {
     std::memcpy(b.h + n * f.r + r0, b.p1 + n * f.r + r0, (r1 - r0) * sizeof(A));
-    activate(f.options.act, f.options, b.h + n * f.r + r0, r1 - r0);
+    apply_activation(f.options.act, f.options, b.h + n * f.r + r0, r1 - r0);
   }
 }
 
@@ -198,7 +198,7 @@ void excite_gate(const Forward& f, const Buffers<A>& b, int64_t n0, int64_t n1, 
   });
   for (int64_t n = n0; n < n1; ++n) {
     std::memcpy(b.s + n * f.c + c0, b.p2 + n * f.c + c0, (c1 - c0) * sizeof(A));
-    activate(f.options.gate, f.options, b.s + n * f.c + c0, c1 - c0);
+    apply_activation(f.options.gate, f.options, b.s + n * f.c + c0, c1 - c0);
   }
 }
 

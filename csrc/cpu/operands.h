@@ -17,7 +17,7 @@ SE_INLINE const A* stage(const T* block, int64_t n, Activation activation, const
     if (activation == Activation::kIdentity) return block;
   }
   lanes<A>(n, [&](int64_t i, auto type) { store(buffer + i, load<decltype(type)>(block + i)); });
-  activate(activation, o, buffer, n);
+  apply_activation(activation, o, buffer, n);
   return buffer;
 }
 
