@@ -20,9 +20,9 @@ using Buffers = BackwardBuffers<A>;
 
 // h and s from p1 and p2, which forward saved.
 template <class A>
-void restore_gates(const Backward& f, const Buffers<A>& b, Worker& worker) {
+void restore_gates(const Backward& f, const Buffers<A>& b, ThreadGroup& threads) {
   auto restore = [&](Activation activation, const void* p, A* v, int64_t count) {
-    worker.share(count, kBlock, [&](int64_t begin, int64_t end) {
+    threads.parallel_for(count, kBlock, [&](int64_t begin, int64_t end) {
       std::memcpy(v + begin, static_cast<const A*>(p) + begin, (end - begin) * sizeof(A));
       apply_activation(activation, f.options, v + begin, end - begin);
     });
@@ -33,14 +33,14 @@ void restore_gates(const Backward& f, const Buffers<A>& b, Worker& worker) {
 
 // dp2 and, if the squeeze has a maximum, its value and ties, for samples [n0, n1).
 template <class T, class A = Accumulator<T>>
-void reduce(const Backward& f, const Buffers<A>& b, Worker& worker, int64_t n0, int64_t n1) {
+void reduce(const Backward& f, const Buffers<A>& b, ThreadGroup& threads, int64_t n0, int64_t n1) {
   auto gate_backward = [&](int64_t n, int64_t c0, int64_t c1) {
     apply_activation_backward(f.options.gate, f.options, static_cast<const A*>(f.p2) + n * f.c + c0,
                               b.dp2 + n * f.c + c0, c1 - c0);
   };
   if (!f.channels_last) {
     // Divided by channels, as in backward_group, so that a thread computes dx of the rows that it has reduced.
-    worker.share(f.c, kWidth<A>, [&](int64_t c0, int64_t c1) {
+    threads.parallel_for(f.c, kWidth<A>, [&](int64_t c0, int64_t c1) {
       for (int64_t n = n0; n < n1; ++n) {
         for (int64_t row = n * f.c + c0; row < n * f.c + c1; ++row) reduce_row<T>(f, b, row);
         gate_backward(n, c0, c1);
@@ -50,7 +50,7 @@ void reduce(const Backward& f, const Buffers<A>& b, Worker& worker, int64_t n0, 
   }
   const bool with_max = f.options.squeeze != Squeeze::kMean;
   const int64_t splits = position_groups(f), plane = f.n * splits * f.c;
-  worker.share((n1 - n0) * splits, 1, [&](int64_t begin, int64_t end) {
+  threads.parallel_for((n1 - n0) * splits, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = n0 * splits + begin; i < n0 * splits + end; ++i) {
       const int64_t split = i % splits;
       A* ds = b.partial + i * f.c;
@@ -58,7 +58,7 @@ void reduce(const Backward& f, const Buffers<A>& b, Worker& worker, int64_t n0, 
                           with_max ? ds + plane : nullptr, with_max ? ds + 2 * plane : nullptr);
     }
   });
-  worker.share(f.c, kBlock, [&](int64_t c0, int64_t c1) {
+  threads.parallel_for(f.c, kBlock, [&](int64_t c0, int64_t c1) {
     for (int64_t n = n0; n < n1; ++n) {
       lanes<A>(c1 - c0, [&](int64_t j, auto type) {
         using V = decltype(type);
@@ -112,11 +112,11 @@ void excite_shares(const Backward& f, const Buffers<A>& b, int64_t n0, int64_t n
 }
 
 template <class T, class A = Accumulator<T>>
-void backward_group(const Backward& f, const Buffers<A>& b, Worker& worker, int64_t n0, int64_t n1) {
+void backward_group(const Backward& f, const Buffers<A>& b, ThreadGroup& threads, int64_t n0, int64_t n1) {
   const bool maps = f.dx || f.dresidual;
-  reduce<T>(f, b, worker, n0, n1);
-  worker.share(f.r, kWidth<A>, [&](int64_t r0, int64_t r1) { excite_hidden(f, b, n0, n1, r0, r1); });
-  worker.share(f.c, kWidth<A>, [&](int64_t c0, int64_t c1) {
+  reduce<T>(f, b, threads, n0, n1);
+  threads.parallel_for(f.r, kWidth<A>, [&](int64_t r0, int64_t r1) { excite_hidden(f, b, n0, n1, r0, r1); });
+  threads.parallel_for(f.c, kWidth<A>, [&](int64_t c0, int64_t c1) {
     excite_shares(f, b, n0, n1, c0, c1);
     if (f.channels_last || !maps) return;
     for (int64_t n = n0; n < n1; ++n) {
@@ -126,7 +126,7 @@ void backward_group(const Backward& f, const Buffers<A>& b, Worker& worker, int6
     }
   });
   if (!f.channels_last || !maps) return;
-  worker.share((n1 - n0) * f.l, 1, [&](int64_t begin, int64_t end) {
+  threads.parallel_for((n1 - n0) * f.l, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = n0 * f.l + begin; i < n0 * f.l + end; ++i) {
       const int64_t channel = i / f.l * f.c;
       distribute<T>(f, b, i * f.c, f.c,
@@ -137,18 +137,18 @@ void backward_group(const Backward& f, const Buffers<A>& b, Worker& worker, int6
 
 // dw1, db1, dw2 and db2. They are sums over the samples, in ascending order.
 template <class A>
-void weight_gradients(const Backward& f, const Buffers<A>& b, Worker& worker) {
+void weight_gradients(const Backward& f, const Buffers<A>& b, ThreadGroup& threads) {
   with_weight_type<A>(f.weight_dtype, [&](auto type) {
     using W = decltype(type);
     const A* z = static_cast<const A*>(f.z);
     if (f.dw2 || f.db2) {
-      worker.share(f.c, kTileLong, [&](int64_t c0, int64_t c1) {
+      threads.parallel_for(f.c, kTileLong, [&](int64_t c0, int64_t c1) {
         sum_outer_products(b.dp2, f.r ? b.h : z, static_cast<W*>(f.dw2), static_cast<W*>(f.db2), f.n, f.c,
                            f.r ? f.r : f.c, c0, c1);
       });
     }
     if (f.dw1 || f.db1) {
-      worker.share(f.r, kTileLong, [&](int64_t r0, int64_t r1) {
+      threads.parallel_for(f.r, kTileLong, [&](int64_t r0, int64_t r1) {
         sum_outer_products(b.dp1, z, static_cast<W*>(f.dw1), static_cast<W*>(f.db1), f.n, f.r, f.c, r0, r1);
       });
     }
@@ -164,10 +164,11 @@ void backward(const Backward& f, const Pool& pool, void* scratch) {
     using T = decltype(type);
     Arena arena(scratch);
     const Buffers<Accumulator<T>> buffers(f, arena);
-    with_team(pool, f.n * f.c * (f.l + 2 * f.r), [&](Worker& all) {
+    parallel_region(pool, f.n * f.c * (f.l + 2 * f.r), [&](ThreadGroup& all) {
       restore_gates(f, buffers, all);
-      for_each_group(f, all, 2 * sizeof(T),
-                     [&](Worker& worker, int64_t n0, int64_t n1) { backward_group<T>(f, buffers, worker, n0, n1); });
+      for_each_sample_group(f, all, 2 * sizeof(T), [&](ThreadGroup& threads, int64_t n0, int64_t n1) {
+        backward_group<T>(f, buffers, threads, n0, n1);
+      });
       weight_gradients(f, buffers, all);
     });
   });

@@ -21,20 +21,20 @@ struct alignas(64) Counter {
 };
 
 // One thread's handle of the group. All threads of a group call parallel_for with the same arguments in the same order.
-// A thread first takes the chunks of its own range and then those that other threads have not started. Nothing waits for
-// a thread that has not started yet, so the work completes whether the pool runs the threads at once, one after the
+// A thread first takes the chunks of its own range and then those that other threads have not started. Nothing waits
+// for a thread that has not started yet, so the work completes whether the pool runs the threads at once, one after the
 // other, or only some of them.
-class Worker {
+class ThreadGroup {
  public:
-  Worker() = default;  // a group of one
-  Worker(Counter* counters, int threads, int index)
+  ThreadGroup() = default;  // a group of one
+  ThreadGroup(Counter* counters, int threads, int index)
       : done_(&counters[0].value), claimed_(counters + 1), threads_(threads), index_(index) {}
 
-  int count() const { return threads_; }
+  int size() const { return threads_; }
 
   // body(begin, end) for chunks of [0, count), which begin at multiples of `unit`. Returns when all chunks are done.
   template <class Body>
-  void share(int64_t count, int64_t unit, Body&& body) {
+  void parallel_for(int64_t count, int64_t unit, Body&& body) {
     if (threads_ == 1) {
       if (count > 0) body(int64_t{0}, count);
       return;
@@ -88,22 +88,22 @@ class Worker {
 
 // Elements of work that pay for one more thread: 1x72x28x28 (56448 elements) takes 7.4 us on two threads, 8.0 on one.
 constexpr int64_t kGrain = 24576;
-constexpr int kMaxWorkers = 64;
+constexpr int kMaxThreads = 64;
 
 // body(threads) on each thread of a group. The size of the group depends on `work`, in elements.
 template <class Body>
-void with_team(const Pool& pool, int64_t work, Body&& body) {
-  int64_t count = pool.threads < kMaxWorkers ? pool.threads : kMaxWorkers;
+void parallel_region(const Pool& pool, int64_t work, Body&& body) {
+  int64_t count = pool.threads < kMaxThreads ? pool.threads : kMaxThreads;
   if (work / kGrain < count) count = work / kGrain;
   if (count <= 1) {
-    Worker single;
+    ThreadGroup single;
     return body(single);
   }
-  alignas(64) unsigned char memory[(kMaxWorkers + 1) * sizeof(Counter)];
+  alignas(64) unsigned char memory[(kMaxThreads + 1) * sizeof(Counter)];
   auto* counters = reinterpret_cast<Counter*>(memory);
   for (int64_t i = 0; i <= count; ++i) new (counters + i) Counter;
   auto run = [&](int64_t index) {
-    Worker threads(counters, static_cast<int>(count), static_cast<int>(index));
+    ThreadGroup threads(counters, static_cast<int>(count), static_cast<int>(index));
     body(threads);
   };
   using Run = decltype(run);
