@@ -171,7 +171,7 @@ template <class A>
 void apply_activation(Activation activation, const Options& o, A* v, int64_t n) {
   if (activation == Activation::kIdentity) return;
   with_activation(activation, [&](auto tag) {
-    lanes<A>(n, [&](int64_t i, auto type) {
+    for_each_vector<A>(n, [&](int64_t i, auto type) {
       using V = decltype(type);
       store(v + i, activation_forward<decltype(tag)::kValue>(load<V>(v + i), o));
     });
@@ -183,7 +183,7 @@ template <class A>
 void apply_activation_backward(Activation activation, const Options& o, const A* v, A* g, int64_t n) {
   if (activation == Activation::kIdentity) return;
   with_activation(activation, [&](auto tag) {
-    lanes<A>(n, [&](int64_t i, auto type) {
+    for_each_vector<A>(n, [&](int64_t i, auto type) {
       using V = decltype(type);
       store(g + i, activation_backward<decltype(tag)::kValue>(load<V>(v + i), load<V>(g + i), o));
     });

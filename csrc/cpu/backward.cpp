@@ -60,7 +60,7 @@ void reduce(const Backward& f, const Buffers<A>& b, ThreadGroup& threads, int64_
   });
   threads.parallel_for(f.c, kBlock, [&](int64_t c0, int64_t c1) {
     for (int64_t n = n0; n < n1; ++n) {
-      lanes<A>(c1 - c0, [&](int64_t j, auto type) {
+      for_each_vector<A>(c1 - c0, [&](int64_t j, auto type) {
         using V = decltype(type);
         const int64_t c = c0 + j;
         V sum{}, max = splat<V>(-__builtin_huge_val()), ties{};
@@ -121,7 +121,8 @@ void backward_group(const Backward& f, const Buffers<A>& b, ThreadGroup& threads
     if (f.channels_last || !maps) return;
     for (int64_t n = n0; n < n1; ++n) {
       for (int64_t row = n * f.c + c0; row < n * f.c + c1; ++row) {
-        distribute<T>(f, b, row * f.l, f.l, [row](const A* values, int64_t) { return AlongRow<A>{values[row]}; });
+        distribute<T>(f, b, row * f.l, f.l,
+                      [row](const A* values, int64_t) { return ChannelBroadcast<A>{values[row]}; });
       }
     }
   });
@@ -130,7 +131,7 @@ void backward_group(const Backward& f, const Buffers<A>& b, ThreadGroup& threads
     for (int64_t i = n0 * f.l + begin; i < n0 * f.l + end; ++i) {
       const int64_t channel = i / f.l * f.c;
       distribute<T>(f, b, i * f.c, f.c,
-                    [channel](const A* values, int64_t c) { return AlongPosition<A>{values + channel + c}; });
+                    [channel](const A* values, int64_t c) { return ChannelVector<A>{values + channel + c}; });
     }
   });
 }

@@ -61,7 +61,7 @@ struct Block {
     const A* out = stage(g, n, Activation::kIdentity, f.options, dv_buffer);
     if (f.options.post_act == Activation::kIdentity) return out;
     const T* residual = f.residual ? static_cast<const T*>(f.residual) + offset : nullptr;
-    lanes<A>(n, [&](int64_t i, auto type) {
+    for_each_vector<A>(n, [&](int64_t i, auto type) {
       using V = decltype(type);
       V v = load<V>(u + i) * s.template at<V>(i);
       if (residual) v += load<V>(residual + i);
@@ -81,7 +81,7 @@ void reduce_row(const Backward& f, const BackwardBuffers<A>& b, int64_t row) {
   A max = -__builtin_huge_val(), ties = 0;
   for (int64_t l = 0; l < f.l; l += kBlock) {
     const int64_t n = f.l - l < kBlock ? f.l - l : kBlock;
-    Block<T, A, AlongRow<A>> block(f, row * f.l + l, n, {b.s[row]});
+    Block<T, A, ChannelBroadcast<A>> block(f, row * f.l + l, n, {b.s[row]});
     const A* u = block.u();
     const A* dv = block.dv(u);
     ds.add(n, [&](int64_t i, auto type) {
@@ -90,7 +90,7 @@ void reduce_row(const Backward& f, const BackwardBuffers<A>& b, int64_t row) {
     });
     if (!with_max) continue;
     Vec<A> maxima = splat<Vec<A>>(-__builtin_huge_val()), counts{};
-    lanes<A>(n, [&](int64_t i, auto type) {
+    for_each_vector<A>(n, [&](int64_t i, auto type) {
       using V = decltype(type);
       if constexpr (std::is_same_v<V, A>) {
         count_ties(u[i], max, ties);
@@ -118,10 +118,10 @@ void reduce_positions(const Backward& f, const BackwardBuffers<A>& b, int64_t n,
   for (int64_t l = l0; l < l1; ++l) {
     for (int64_t c = 0; c < f.c; c += kBlock) {
       const int64_t count = f.c - c < kBlock ? f.c - c : kBlock;
-      Block<T, A, AlongPosition<A>> block(f, (n * f.l + l) * f.c + c, count, {b.s + n * f.c + c});
+      Block<T, A, ChannelVector<A>> block(f, (n * f.l + l) * f.c + c, count, {b.s + n * f.c + c});
       const A* u = block.u();
       const A* dv = block.dv(u);
-      lanes<A>(count, [&](int64_t i, auto type) {
+      for_each_vector<A>(count, [&](int64_t i, auto type) {
         using V = decltype(type);
         const V v = load<V>(u + i);
         store(ds + c + i, load<V>(ds + c + i) + load<V>(dv + i) * v);
@@ -152,12 +152,12 @@ void distribute(const Backward& f, const BackwardBuffers<A>& b, int64_t offset, 
     const A* dv = block.dv(u);
     if (f.dresidual) {
       T* out = static_cast<T*>(f.dresidual) + offset + done;
-      lanes<A>(n, [&](int64_t i, auto type) { store(out + i, load<decltype(type)>(dv + i)); });
+      for_each_vector<A>(n, [&](int64_t i, auto type) { store(out + i, load<decltype(type)>(dv + i)); });
     }
     if (!f.dx) continue;
     T* dx = static_cast<T*>(f.dx) + offset + done;
     auto write = [&](auto* out) {
-      lanes<A>(n, [&](int64_t i, auto type) {
+      for_each_vector<A>(n, [&](int64_t i, auto type) {
         using V = decltype(type);
         V d = load<V>(dv + i) * s.template at<V>(i) + mean_share.template at<V>(i);
         if (with_max) {
@@ -175,7 +175,7 @@ void distribute(const Backward& f, const BackwardBuffers<A>& b, int64_t offset, 
     write(du);
     const T* x = static_cast<const T*>(f.x) + offset + done;
     apply_activation_backward(f.options.pre_act, f.options, stage(x, n, Activation::kIdentity, f.options, raw), du, n);
-    lanes<A>(n, [&](int64_t i, auto type) {
+    for_each_vector<A>(n, [&](int64_t i, auto type) {
       using V = decltype(type);
       V d = load<V>(du + i);
       if (f.residual_is_x) d += load<V>(dv + i);

@@ -86,14 +86,14 @@ void squeeze_positions(const Forward& f, const T* sample, int64_t l0, int64_t l1
       const int64_t n = c1 - c < kBlock ? c1 - c : kBlock;
       const T* span = sample + l * f.c + c;
       if (f.options.pre_act == Activation::kIdentity && !max) {
-        lanes<A>(n, [&](int64_t i, auto type) {
+        for_each_vector<A>(n, [&](int64_t i, auto type) {
           using V = decltype(type);
           store(sums + c + i, load<V>(sums + c + i) + load<V>(span + i));
         });
         continue;
       }
       const A* u = stage(span, n, f.options.pre_act, f.options, buffer);
-      lanes<A>(n, [&](int64_t i, auto type) {
+      for_each_vector<A>(n, [&](int64_t i, auto type) {
         using V = decltype(type);
         if (sum) store(sums + c + i, load<V>(sums + c + i) + load<V>(u + i));
         if (max) store(maxima + c + i, max_keep_nan(load<V>(maxima + c + i), load<V>(u + i)));
@@ -104,17 +104,17 @@ void squeeze_positions(const Forward& f, const T* sample, int64_t l0, int64_t l1
 
 // y for one block of n <= kBlock elements; `residual` may be null.
 template <class T, class Gate, class A = Accumulator<T>>
-void scale_span(const Options& o, const T* x, const T* residual, Gate s, int64_t n, T* y) {
+void scale_block(const Options& o, const T* x, const T* residual, Gate s, int64_t n, T* y) {
   alignas(64) A buffer[kBlock], v[kBlock];
   const A* u = stage(x, n, o.pre_act, o, buffer);
-  lanes<A>(n, [&](int64_t i, auto type) {
+  for_each_vector<A>(n, [&](int64_t i, auto type) {
     using V = decltype(type);
     V sum = load<V>(u + i) * s.template at<V>(i);
     if (residual) sum += load<V>(residual + i);
     store(v + i, sum);
   });
   apply_activation(o.post_act, o, v, n);
-  lanes<A>(n, [&](int64_t i, auto type) { store(y + i, load<decltype(type)>(v + i)); });
+  for_each_vector<A>(n, [&](int64_t i, auto type) { store(y + i, load<decltype(type)>(v + i)); });
 }
 
 // y for the span of `count` elements at `offset`; gate(i) is the gate's operand from element i of the span on. The most
@@ -126,7 +126,7 @@ SE_INLINE void scale(const Forward& f, bool plain, int64_t offset, int64_t count
   T* y = static_cast<T*>(f.y) + offset;
   if (plain) {
     const auto s = gate(0);
-    return lanes<A>(count, [&](int64_t i, auto type) {
+    return for_each_vector<A>(count, [&](int64_t i, auto type) {
       using V = decltype(type);
       store(y + i, load<V>(x + i) * s.template at<V>(i));
     });
@@ -134,7 +134,7 @@ SE_INLINE void scale(const Forward& f, bool plain, int64_t offset, int64_t count
   const T* residual = f.residual ? static_cast<const T*>(f.residual) + offset : nullptr;
   for (int64_t i = 0; i < count; i += kBlock) {
     const int64_t n = count - i < kBlock ? count - i : kBlock;
-    scale_span(f.options, x + i, residual ? residual + i : nullptr, gate(i), n, y + i);
+    scale_block(f.options, x + i, residual ? residual + i : nullptr, gate(i), n, y + i);
   }
 }
 
@@ -162,7 +162,7 @@ void squeeze(const Forward& f, const Buffers<A>& b, ThreadGroup& threads, int64_
   });
   threads.parallel_for(f.c, kBlock, [&](int64_t c0, int64_t c1) {
     for (int64_t n = n0; n < n1; ++n) {
-      lanes<A>(c1 - c0, [&](int64_t j, auto type) {
+      for_each_vector<A>(c1 - c0, [&](int64_t j, auto type) {
         using V = decltype(type);
         V sum{}, max = splat<V>(-__builtin_huge_val());
         for (int64_t i = n * splits; i < (n + 1) * splits; ++i) {
@@ -213,7 +213,7 @@ void forward_group(const Forward& f, const Buffers<A>& b, ThreadGroup& threads, 
       excite_gate(f, b, n0, n1, c0, c1);
       for (int64_t n = n1 - 1; n >= n0; --n) {
         for (int64_t row = n * f.c + c0; row < n * f.c + c1; ++row) {
-          scale<T>(f, plain, row * f.l, f.l, [&](int64_t) { return AlongRow<A>{b.s[row]}; });
+          scale<T>(f, plain, row * f.l, f.l, [&](int64_t) { return ChannelBroadcast<A>{b.s[row]}; });
         }
       }
     });
@@ -223,7 +223,7 @@ void forward_group(const Forward& f, const Buffers<A>& b, ThreadGroup& threads, 
   threads.parallel_for((n1 - n0) * f.l, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = n0 * f.l + begin; i < n0 * f.l + end; ++i) {
       const A* s = b.s + i / f.l * f.c;
-      scale<T>(f, plain, i * f.c, f.c, [&](int64_t c) { return AlongPosition<A>{s + c}; });
+      scale<T>(f, plain, i * f.c, f.c, [&](int64_t c) { return ChannelVector<A>{s + c}; });
     }
   });
 }

@@ -31,7 +31,7 @@ template <int kTile, class A, class Body>
 SE_INLINE void for_each_vector_tile(int64_t begin, int64_t end, Body&& body) {
   int64_t i = begin;
   for (; i + kTile * kWidth<A> <= end; i += kTile * kWidth<A>) body(i, std::integral_constant<int, kTile>{}, Vec<A>{});
-  lanes<A>(end - i, [&](int64_t j, auto type) { body(i + j, One{}, type); });
+  for_each_vector<A>(end - i, [&](int64_t j, auto type) { body(i + j, One{}, type); });
 }
 
 // Clears the sums one by one: GCC would clear a whole array by a string instruction that takes longer than the tile.

@@ -16,7 +16,7 @@ SE_INLINE const A* stage(const T* block, int64_t n, Activation activation, const
   if constexpr (std::is_same_v<T, A>) {
     if (activation == Activation::kIdentity) return block;
   }
-  lanes<A>(n, [&](int64_t i, auto type) { store(buffer + i, load<decltype(type)>(block + i)); });
+  for_each_vector<A>(n, [&](int64_t i, auto type) { store(buffer + i, load<decltype(type)>(block + i)); });
   apply_activation(activation, o, buffer, n);
   return buffer;
 }
@@ -24,7 +24,7 @@ SE_INLINE const A* stage(const T* block, int64_t n, Activation activation, const
 // A per-channel operand along a span: along a row (contiguous) every element has the same channel, so its value is
 // broadcast; along a position (channels_last) the elements are the channels, so their values are loaded.
 template <class A>
-struct AlongRow {
+struct ChannelBroadcast {
   A value;
   template <class V>
   SE_INLINE V at(int64_t) const {
@@ -32,7 +32,7 @@ struct AlongRow {
   }
 };
 template <class A>
-struct AlongPosition {
+struct ChannelVector {
   const A* values;
   template <class V>
   SE_INLINE V at(int64_t i) const {

@@ -1,6 +1,6 @@
 // SIMD vectors of the instruction set that this file is compiled for, by the vector extensions of GCC and Clang.
 //
-// A loop body is written once, for a type V that is either a vector Vec<A> or a single A. lanes runs it on
+// A loop body is written once, for a type V that is either a vector Vec<A> or a single A. for_each_vector runs it on
 // vectors and then on the elements that are left.
 #pragma once
 
@@ -195,7 +195,7 @@ SE_INLINE void store(T* p, V v) {
 
 // body(i, V{}) for i over [0, n): first with V = Vec<A>, then with V = A for the elements that are left.
 template <class A, class Body>
-SE_INLINE void lanes(int64_t n, Body&& body) {
+SE_INLINE void for_each_vector(int64_t n, Body&& body) {
   int64_t i = 0;
   for (; i + kWidth<A> <= n; i += kWidth<A>) body(i, Vec<A>{});
   for (; i < n; ++i) body(i, A{});
