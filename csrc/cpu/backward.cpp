@@ -49,7 +49,7 @@ void reduce(const Backward& f, const Buffers<A>& b, ThreadGroup& threads, int64_
     return;
   }
   const bool with_max = f.options.squeeze != Squeeze::kMean;
-  const int64_t splits = position_groups(f), plane = f.n * splits * f.c;
+  const int64_t splits = position_splits(f), plane = f.n * splits * f.c;
   threads.parallel_for((n1 - n0) * splits, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = n0 * splits + begin; i < n0 * splits + end; ++i) {
       const int64_t split = i % splits;

@@ -40,7 +40,7 @@ struct BackwardBuffers {
     const int64_t maxima = f.options.squeeze == Squeeze::kMean ? 0 : f.n * f.c;
     max = arena.take<A>(maxima);
     max_share = arena.take<A>(maxima);
-    partial = arena.take<A>(f.channels_last ? (maxima ? 3 : 1) * f.n * position_groups(f) * f.c : 0);
+    partial = arena.take<A>(f.channels_last ? (maxima ? 3 : 1) * f.n * position_splits(f) * f.c : 0);
   }
 };
 

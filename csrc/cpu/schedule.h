@@ -6,13 +6,13 @@
 namespace se::cpu {
 namespace {
 
-// A sum over the positions of a channels_last map is first taken over each of at most kMaxGroups ranges of positions,
+// A sum over the positions of a channels_last map is first taken over each of at most kMaxSplits ranges of positions,
 // then over the ranges. Their number depends on the shape alone, so the number of threads does not change the result.
-constexpr int64_t kMaxGroups = 16;
-constexpr int64_t kGroupElements = 32768;
-inline int64_t position_groups(const Problem& p) {
-  const int64_t splits = p.c * p.l / kGroupElements;
-  return splits < 1 ? 1 : splits > kMaxGroups ? kMaxGroups : splits;
+constexpr int64_t kMaxSplits = 16;
+constexpr int64_t kSplitElements = 32768;
+inline int64_t position_splits(const Problem& p) {
+  const int64_t splits = p.c * p.l / kSplitElements;
+  return splits < 1 ? 1 : splits > kMaxSplits ? kMaxSplits : splits;
 }
 
 inline int64_t at_least_one(int64_t v) { return v < 1 ? 1 : v; }
