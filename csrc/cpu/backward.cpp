@@ -33,13 +33,13 @@ void restore_gates(const Backward& f, const Buffers<A>& b, ThreadGroup& threads)
 
 // dp2 and, if the squeeze has a maximum, its value and ties, for samples [n0, n1).
 template <class T, class A = Accumulator<T>>
-void reduce(const Backward& f, const Buffers<A>& b, ThreadGroup& threads, int64_t n0, int64_t n1) {
+void backward_reduce(const Backward& f, const Buffers<A>& b, ThreadGroup& threads, int64_t n0, int64_t n1) {
   auto gate_backward = [&](int64_t n, int64_t c0, int64_t c1) {
     apply_activation_backward(f.options.gate, f.options, static_cast<const A*>(f.p2) + n * f.c + c0,
                               b.dp2 + n * f.c + c0, c1 - c0);
   };
   if (!f.channels_last) {
-    // Divided by channels, as in backward_group, so that a thread computes dx of the rows that it has reduced.
+    // Divided by channels, as in backward_samples, so that a thread computes dx of the rows that it has reduced.
     threads.parallel_for(f.c, kWidth<A>, [&](int64_t c0, int64_t c1) {
       for (int64_t n = n0; n < n1; ++n) {
         for (int64_t row = n * f.c + c0; row < n * f.c + c1; ++row) reduce_row<T>(f, b, row);
@@ -72,7 +72,7 @@ void reduce(const Backward& f, const Buffers<A>& b, ThreadGroup& threads, int64_
         store(b.dp2 + n * f.c + c, sum);
         if (!with_max) return;
         store(b.max + n * f.c + c, max);
-        store(b.max_share + n * f.c + c, ties);
+        store(b.dz_per_maximum + n * f.c + c, ties);
       });
       gate_backward(n, c0, c1);
     }
@@ -81,7 +81,7 @@ void reduce(const Backward& f, const Buffers<A>& b, ThreadGroup& threads, int64_
 
 // dp1 for the rows [r0, r1) of the first layer.
 template <class A>
-void excite_hidden(const Backward& f, const Buffers<A>& b, int64_t n0, int64_t n1, int64_t r0, int64_t r1) {
+void backward_hidden(const Backward& f, const Buffers<A>& b, int64_t n0, int64_t n1, int64_t r0, int64_t r1) {
   with_weight_type<A>(f.weight_dtype, [&](auto type) {
     using W = decltype(type);
     gemv_t(static_cast<const W*>(f.w2), b.dp2, b.dp1, f.c, f.r, n0, n1, r0, r1);
@@ -94,35 +94,36 @@ void excite_hidden(const Backward& f, const Buffers<A>& b, int64_t n0, int64_t n
 
 // dz, divided by the number of positions that it is added to, for channels [c0, c1).
 template <class A>
-void excite_shares(const Backward& f, const Buffers<A>& b, int64_t n0, int64_t n1, int64_t c0, int64_t c1) {
+void backward_squeeze(const Backward& f, const Buffers<A>& b, int64_t n0, int64_t n1, int64_t c0, int64_t c1) {
   with_weight_type<A>(f.weight_dtype, [&](auto type) {
     using W = decltype(type);
-    gemv_t(static_cast<const W*>(f.r ? f.w1 : f.w2), f.r ? b.dp1 : b.dp2, b.mean_share, f.r ? f.r : f.c, f.c, n0, n1,
-           c0, c1);
+    gemv_t(static_cast<const W*>(f.r ? f.w1 : f.w2), f.r ? b.dp1 : b.dp2, b.dz_per_position, f.r ? f.r : f.c, f.c, n0,
+           n1, c0, c1);
   });
   const auto half = f.options.squeeze == Squeeze::kMeanMax ? A(0.5) : A(1);
   for (int64_t n = n0; n < n1; ++n) {
     for (int64_t i = n * f.c + c0; i < n * f.c + c1; ++i) {
-      const A dz = half * b.mean_share[i];
+      const A dz = half * b.dz_per_position[i];
       // A NaN maximum equals no position, so PyTorch divides by 0 ties: mask * dz / ties is NaN along the whole row.
-      if (f.options.squeeze != Squeeze::kMean) b.max_share[i] = b.max[i] == b.max[i] ? dz / b.max_share[i] : b.max[i];
-      b.mean_share[i] = f.options.squeeze == Squeeze::kMax ? A(0) : dz / static_cast<A>(f.l);
+      if (f.options.squeeze != Squeeze::kMean)
+        b.dz_per_maximum[i] = b.max[i] == b.max[i] ? dz / b.dz_per_maximum[i] : b.max[i];
+      b.dz_per_position[i] = f.options.squeeze == Squeeze::kMax ? A(0) : dz / static_cast<A>(f.l);
     }
   }
 }
 
 template <class T, class A = Accumulator<T>>
-void backward_group(const Backward& f, const Buffers<A>& b, ThreadGroup& threads, int64_t n0, int64_t n1) {
+void backward_samples(const Backward& f, const Buffers<A>& b, ThreadGroup& threads, int64_t n0, int64_t n1) {
   const bool maps = f.dx || f.dresidual;
-  reduce<T>(f, b, threads, n0, n1);
-  threads.parallel_for(f.r, kWidth<A>, [&](int64_t r0, int64_t r1) { excite_hidden(f, b, n0, n1, r0, r1); });
+  backward_reduce<T>(f, b, threads, n0, n1);
+  threads.parallel_for(f.r, kWidth<A>, [&](int64_t r0, int64_t r1) { backward_hidden(f, b, n0, n1, r0, r1); });
   threads.parallel_for(f.c, kWidth<A>, [&](int64_t c0, int64_t c1) {
-    excite_shares(f, b, n0, n1, c0, c1);
+    backward_squeeze(f, b, n0, n1, c0, c1);
     if (f.channels_last || !maps) return;
     for (int64_t n = n0; n < n1; ++n) {
       for (int64_t row = n * f.c + c0; row < n * f.c + c1; ++row) {
-        distribute<T>(f, b, row * f.l, f.l,
-                      [row](const A* values, int64_t) { return ChannelBroadcast<A>{values[row]}; });
+        backward_apply<T>(f, b, row * f.l, f.l,
+                          [row](const A* values, int64_t) { return ChannelBroadcast<A>{values[row]}; });
       }
     }
   });
@@ -130,8 +131,8 @@ void backward_group(const Backward& f, const Buffers<A>& b, ThreadGroup& threads
   threads.parallel_for((n1 - n0) * f.l, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = n0 * f.l + begin; i < n0 * f.l + end; ++i) {
       const int64_t channel = i / f.l * f.c;
-      distribute<T>(f, b, i * f.c, f.c,
-                    [channel](const A* values, int64_t c) { return ChannelVector<A>{values + channel + c}; });
+      backward_apply<T>(f, b, i * f.c, f.c,
+                        [channel](const A* values, int64_t c) { return ChannelVector<A>{values + channel + c}; });
     }
   });
 }
@@ -168,7 +169,7 @@ void backward(const Backward& f, const Pool& pool, void* scratch) {
     parallel_region(pool, f.n * f.c * (f.l + 2 * f.r), [&](ThreadGroup& all) {
       restore_gates(f, buffers, all);
       for_each_sample_group(f, all, 2 * sizeof(T), [&](ThreadGroup& threads, int64_t n0, int64_t n1) {
-        backward_group<T>(f, buffers, threads, n0, n1);
+        backward_samples<T>(f, buffers, threads, n0, n1);
       });
       weight_gradients(f, buffers, all);
     });

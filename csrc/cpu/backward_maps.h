@@ -25,21 +25,21 @@ SE_INLINE void merge_ties(V other_max, V other_ties, V& max, V& ties) {
 
 template <class A>
 struct BackwardBuffers {
-  A *h, *s;       // [N, R], [N, C]
-  A *dp2, *dp1;   // [N, C], [N, R]
-  A* mean_share;  // [N, C]: dz / L, which is added at every position
-  A* max;         // [N, C]: the maximum of u
-  A* max_share;   // [N, C]: dz / ties, which is added where u is the maximum; until dz is known, ties
-  A* partial;     // channels_last: [N, splits, C] of ds, then of the maxima, then of ties
+  A *h, *s;            // [N, R], [N, C]
+  A *dp2, *dp1;        // [N, C], [N, R]
+  A* dz_per_position;  // [N, C]: dz / L, which is added at every position
+  A* max;              // [N, C]: the maximum of u
+  A* dz_per_maximum;   // [N, C]: dz / ties, which is added where u is the maximum; until dz is known, ties
+  A* partial;          // channels_last: [N, splits, C] of ds, then of the maxima, then of ties
   BackwardBuffers(const Backward& f, Arena& arena) {
     h = arena.take<A>(f.n * f.r);
     s = arena.take<A>(f.n * f.c);
     dp2 = arena.take<A>(f.n * f.c);
     dp1 = arena.take<A>(f.n * f.r);
-    mean_share = arena.take<A>(f.n * f.c);
+    dz_per_position = arena.take<A>(f.n * f.c);
     const int64_t maxima = f.options.squeeze == Squeeze::kMean ? 0 : f.n * f.c;
     max = arena.take<A>(maxima);
-    max_share = arena.take<A>(maxima);
+    dz_per_maximum = arena.take<A>(maxima);
     partial = arena.take<A>(f.channels_last ? (maxima ? 3 : 1) * f.n * position_splits(f) * f.c : 0);
   }
 };
@@ -103,7 +103,7 @@ void reduce_row(const Backward& f, const BackwardBuffers<A>& b, int64_t row) {
   b.dp2[row] = ds.result();
   if (with_max) {
     b.max[row] = max;
-    b.max_share[row] = ties;
+    b.dz_per_maximum[row] = ties;
   }
 }
 
@@ -138,15 +138,15 @@ void reduce_positions(const Backward& f, const BackwardBuffers<A>& b, int64_t n,
 // dx and dresidual for the span of `count` elements at `offset`; per_channel(values, i) makes an operand of one value
 // per channel, from element i of the span on.
 template <class T, class PerChannel, class A = Accumulator<T>>
-void distribute(const Backward& f, const BackwardBuffers<A>& b, int64_t offset, int64_t count,
-                PerChannel&& per_channel) {
+void backward_apply(const Backward& f, const BackwardBuffers<A>& b, int64_t offset, int64_t count,
+                    PerChannel&& per_channel) {
   const bool with_max = f.options.squeeze != Squeeze::kMean;
   alignas(64) A du[kBlock], raw[kBlock];
   for (int64_t done = 0; done < count; done += kBlock) {
     const int64_t n = count - done < kBlock ? count - done : kBlock;
-    const auto s = per_channel(b.s, done), mean_share = per_channel(b.mean_share, done);
+    const auto s = per_channel(b.s, done), dz_per_position = per_channel(b.dz_per_position, done);
     const auto max = per_channel(with_max ? b.max : b.s, done),
-               max_share = per_channel(with_max ? b.max_share : b.s, done);
+               dz_per_maximum = per_channel(with_max ? b.dz_per_maximum : b.s, done);
     Block<T, A, std::remove_const_t<decltype(s)>> block(f, offset + done, n, s);
     const A* u = with_max || f.options.post_act != Activation::kIdentity ? block.u() : nullptr;
     const A* dv = block.dv(u);
@@ -159,11 +159,11 @@ void distribute(const Backward& f, const BackwardBuffers<A>& b, int64_t offset, 
     auto write = [&](auto* out) {
       for_each_vector<A>(n, [&](int64_t i, auto type) {
         using V = decltype(type);
-        V d = load<V>(dv + i) * s.template at<V>(i) + mean_share.template at<V>(i);
+        V d = load<V>(dv + i) * s.template at<V>(i) + dz_per_position.template at<V>(i);
         if (with_max) {
           // A product, as in PyTorch: an infinite or NaN dz makes the other positions NaN.
           const V ties = select<V>(load<V>(u + i) == max.template at<V>(i), splat<V>(1), V{});
-          d += ties * max_share.template at<V>(i);
+          d += ties * dz_per_maximum.template at<V>(i);
         }
         store(out + i, d);
       });

@@ -68,7 +68,7 @@ se::cpu::Pool pool() {
 // Asks for huge pages for a new map, before it is written: the page faults of a 77 MB output in 4 KB pages take longer
 // than the whole operation. Maps smaller than kHugeMap usually get memory that the allocator has used before.
 constexpr size_t kHugeMap = 4 << 20, kHugePage = 2 << 20;
-void expect_new_pages([[maybe_unused]] const void* map, [[maybe_unused]] size_t bytes) {
+void request_huge_pages([[maybe_unused]] const void* map, [[maybe_unused]] size_t bytes) {
 #if defined(__linux__)
   if (!map || bytes < kHugeMap) return;
   const auto begin = (reinterpret_cast<uintptr_t>(map) + kHugePage - 1) / kHugePage * kHugePage;
@@ -87,7 +87,7 @@ Scratch allocate(size_t bytes) {
 }
 
 void run_forward(const se::Forward& f) {
-  if (f.y != f.x) expect_new_pages(f.y, map_bytes(f));
+  if (f.y != f.x) request_huge_pages(f.y, map_bytes(f));
   const Scratch scratch = allocate(kernels().forward_scratch(f));
   kernels().forward(f, pool(), scratch.get());
 }
@@ -95,8 +95,8 @@ void run_forward(const se::Forward& f) {
 struct Cpu {
   static void run(const se::Forward& f, const se::Tensor&) { run_forward(f); }
   static void run(const se::Backward& f, const se::Tensor&) {
-    expect_new_pages(f.dx, map_bytes(f));
-    expect_new_pages(f.dresidual, map_bytes(f));
+    request_huge_pages(f.dx, map_bytes(f));
+    request_huge_pages(f.dresidual, map_bytes(f));
     const Scratch scratch = allocate(kernels().backward_scratch(f));
     kernels().backward(f, pool(), scratch.get());
   }

@@ -143,7 +143,7 @@ template <class T, class A = Accumulator<T>>
 void squeeze(const Forward& f, const Buffers<A>& b, ThreadGroup& threads, int64_t n0, int64_t n1) {
   const T* x = static_cast<const T*>(f.x);
   if (!f.channels_last) {
-    // Divided by channels, as in forward_group, so that a thread scales the rows that it has squeezed.
+    // Divided by channels, as in forward_samples, so that a thread scales the rows that it has squeezed.
     threads.parallel_for(f.c, kRowBlock<A>, [&](int64_t c0, int64_t c1) {
       for (int64_t n = n0; n < n1; ++n) squeeze_rows(f, x, b.z, n * f.c + c0, n * f.c + c1);
     });
@@ -203,7 +203,7 @@ void excite_gate(const Forward& f, const Buffers<A>& b, int64_t n0, int64_t n1, 
 }
 
 template <class T, class A = Accumulator<T>>
-void forward_group(const Forward& f, const Buffers<A>& b, ThreadGroup& threads, int64_t n0, int64_t n1) {
+void forward_samples(const Forward& f, const Buffers<A>& b, ThreadGroup& threads, int64_t n0, int64_t n1) {
   const bool plain =
       f.options.pre_act == Activation::kIdentity && f.options.post_act == Activation::kIdentity && !f.residual;
   squeeze<T>(f, b, threads, n0, n1);
@@ -239,7 +239,7 @@ void forward(const Forward& f, const Pool& pool, void* scratch) {
     const Buffers<Accumulator<T>> buffers(f, arena);
     parallel_region(pool, f.n * f.c * (f.l + 2 * f.r), [&](ThreadGroup& all) {
       for_each_sample_group(f, all, sizeof(T), [&](ThreadGroup& threads, int64_t n0, int64_t n1) {
-        forward_group<T>(f, buffers, threads, n0, n1);
+        forward_samples<T>(f, buffers, threads, n0, n1);
       });
     });
   });
