@@ -10,9 +10,9 @@ import pytest
 
 pytest.importorskip("triton")
 
-MAPS = {"forward.squeeze_kernel": "loads", "backward.reduce_kernel": "loads", "forward.scale_kernel": "stores",
-        "backward.distribute_kernel": "stores", "forward.sample_kernel": "stores",
-        "backward.sample_kernel": "stores"}  # fmt: skip
+MAPS = {"squeeze_kernel": "loads", "backward_reduce_kernel": "loads", "scale_kernel": "stores",
+        "backward_apply_kernel": "stores", "forward_sample_kernel": "stores",
+        "backward_sample_kernel": "stores"}  # fmt: skip
 
 
 @pytest.mark.parametrize("target", ["sm_75", "sm_80", "sm_90", "sm_100", "gfx90a", "gfx942"])

@@ -146,8 +146,8 @@ def main(name: str) -> None:
             assert set(bind(*args, **kwargs)[2]) == set(options)
             compiled = triton.compile(what, target=target, options=options)
             found = amd(compiled) if on_amd else nvidia(compiled)
-            step = f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__}"
-            line = {"kernel": step, "call": str(call[:6]), "extent": call[1] if call[5] else call[3][0] * call[3][1]}
+            line = {"kernel": kernel.__name__, "call": str(call[:6])}
+            line["extent"] = call[1] if call[5] else call[3][0] * call[3][1]
             print(json.dumps({**line, **found}), flush=True)
 
 

@@ -2,7 +2,7 @@
 
     plan.py         how a call is cut into programs
     forward.py      squeeze, hidden, scale; or all three in one launch
-    backward.py     reduce, hidden, distribute; or all three in one launch
+    backward.py     reduce, hidden, apply; or all three in one launch
     weights.py      the gradients of the weights
     launch.py       forward_out and backward_out, with the arguments of the operators in se_fused/ops.py
 

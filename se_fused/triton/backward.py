@@ -10,7 +10,7 @@ The steps mirror forward's, in one launch or three, and one more launch for all 
 
     reduce       ds, and for the maximum its value and ties   [splits, N, C]   reads g, x
     hidden       dp2, dp1                                     [N, C], [N, R]   reads w2
-    distribute   dz; dx, dresidual                                             reads w1, and g and x again
+    apply        dz; dx, dresidual                                             reads w1, and g and x again
     weights      dw1, db1, dw2, db2                                            samples in their order
 """
 
@@ -105,7 +105,7 @@ def _hidden(
 
 
 @triton.jit
-def _distribute(
+def _apply(
     g, x, residual, p2, dp1, dp2, w1, w2, maxima, ties, dx, dresidual,
     n0, c0, begin, end, splits, n, c, r, l, codes: tl.constexpr,
     RESIDUAL: tl.constexpr, TO_X: tl.constexpr, LAST: tl.constexpr, ALIGN: tl.constexpr,
@@ -150,7 +150,7 @@ def _distribute(
 
 
 @triton.jit
-def reduce_kernel(
+def backward_reduce_kernel(
     g, x, residual, p2, ds, maxima, ties, n, c, l, steps, codes: tl.constexpr,
     RESIDUAL: tl.constexpr, LAST: tl.constexpr, ALIGN: tl.constexpr,
     BN: tl.constexpr, BC: tl.constexpr, BL: tl.constexpr,
@@ -168,7 +168,7 @@ def reduce_kernel(
 
 
 @triton.jit
-def hidden_kernel(
+def backward_hidden_kernel(
     ds, p1, p2, w2, dp1, dp2, splits, n, c, r, codes: tl.constexpr,
     BN: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -178,7 +178,7 @@ def hidden_kernel(
 
 
 @triton.jit
-def distribute_kernel(
+def backward_apply_kernel(
     g, x, residual, p2, dp1, dp2, w1, w2, maxima, ties, dx, dresidual,
     splits, n, c, r, l, steps, codes: tl.constexpr,
     RESIDUAL: tl.constexpr, TO_X: tl.constexpr, LAST: tl.constexpr, ALIGN: tl.constexpr,
@@ -189,14 +189,14 @@ def distribute_kernel(
     c0 = block(tl.program_id(0) % blocks, BC)
     begin = block(tl.program_id(1), BL) * steps
     end = tl.minimum(begin + steps * BL, l)
-    _distribute(
+    _apply(
         g, x, residual, p2, dp1, dp2, w1, w2, maxima, ties, dx, dresidual,
         n0, c0, begin, end, splits, n, c, r, l, codes, RESIDUAL, TO_X, LAST, ALIGN, BN, BC, BL, BK,
     )  # fmt: skip
 
 
 @triton.jit
-def sample_kernel(
+def backward_sample_kernel(
     g, x, residual, p1, p2, w1, w2, ds, maxima, ties, dp1, dp2, dx, dresidual, n, c, r, l, codes: tl.constexpr,
     RESIDUAL: tl.constexpr, TO_X: tl.constexpr, LAST: tl.constexpr, ALIGN: tl.constexpr,
     BC: tl.constexpr, BL: tl.constexpr, BR: tl.constexpr, BKC: tl.constexpr, BKR: tl.constexpr,
@@ -213,7 +213,7 @@ def sample_kernel(
     if (dx is not None) or (dresidual is not None):
         tl.debug_barrier()
         for c0 in range(0, c, BC):
-            _distribute(
+            _apply(
                 g, x, residual, p2, dp1, dp2, w1, w2, maxima, ties, dx, dresidual,
                 n0, c0, 0, l, 1, n, c, r, l, codes, RESIDUAL, TO_X, LAST, ALIGN, 1, BC, BL, BKR,
             )  # fmt: skip

@@ -4,8 +4,8 @@
     hidden    z from them, p1 = W1 z + b1                     [N, C], [N, R]   reads w1
     scale     p2 = W2 act(p1) + b2, s = gate(p2), y                            reads w2, x again; writes y
 
-Where a sample is small, one program does the three in turn (`sample_kernel`): what it wrote in one step, its other
-threads read in the next, behind a barrier. The one-FC form has no p1, and W2 z in place of W2 act(p1).
+Where a sample is small, one program does the three in turn (`forward_sample_kernel`): what it wrote in one step, its
+other threads read in the next, behind a barrier. The one-FC form has no p1, and W2 z in place of W2 act(p1).
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def scale_kernel(
 
 
 @triton.jit
-def sample_kernel(
+def forward_sample_kernel(
     x, residual, w1, b1, w2, b2, sums, maxima, z, p1, p2, y, n, c, r, l, codes: tl.constexpr,
     RESIDUAL: tl.constexpr, LAST: tl.constexpr, ALIGN: tl.constexpr,
     BC: tl.constexpr, BL: tl.constexpr, BR: tl.constexpr, BKC: tl.constexpr, BKR: tl.constexpr,

@@ -88,7 +88,7 @@ def forward_out(
     p1 = None if w1 is None else p.scratch(n, r) if p1 is None else p1
     with _on_device(x):
         if at.one_launch:
-            forward.sample_kernel[(n,)](
+            forward.forward_sample_kernel[(n,)](
                 x, p.residual, w1, b1, w2, b2, sums, maxima, z, p1, p2, y, n, c, r, l,
                 BR=at.block_r, BKC=at.block_k, BKR=at.block_h, **p.blend, **p.launch,
             )  # fmt: skip
@@ -123,20 +123,20 @@ def backward_out(
     kept = {**p.blend, "TO_X": residual_is_x}
     with _on_device(x):
         if at.one_launch:
-            backward.sample_kernel[(n,)](
+            backward.backward_sample_kernel[(n,)](
                 g, x, p.residual, p1, p2, w1, w2, ds, maxima, ties, dp1, dp2, dx, dresidual, n, c, r, l,
                 BR=at.block_r, BKC=at.block_k, BKR=at.block_h, **kept, **p.launch,
             )  # fmt: skip
         else:
-            backward.reduce_kernel[p.map_grid](
+            backward.backward_reduce_kernel[p.map_grid](
                 g, x, p.residual, p2, ds, maxima, ties, n, c, l, at.steps, BN=at.block_n, **p.blend, **p.launch
             )
-            backward.hidden_kernel[p.hidden_grid](
+            backward.backward_hidden_kernel[p.hidden_grid](
                 ds, p1, p2, w2, dp1, dp2, at.splits, n, c, r, options,
                 BN=at.block_n, BR=at.block_r, BK=at.block_k, **p.launch,
             )  # fmt: skip
             if dx is not None or dresidual is not None:
-                backward.distribute_kernel[p.map_grid](
+                backward.backward_apply_kernel[p.map_grid](
                     g, x, p.residual, p2, dp1, dp2, w1, w2, maxima, ties, dx, dresidual,
                     at.splits, n, c, r, l, at.steps, BN=at.block_n, BK=at.block_h, **kept, **p.launch,
                 )  # fmt: skip
@@ -144,6 +144,6 @@ def backward_out(
             bn, bi, bj = WEIGHT_TILE
             tiles2 = 0 if dw2 is None and db2 is None else _divide_up(c, bi) * _divide_up(p.r or c, bj)
             tiles1 = 0 if dw1 is None and db1 is None else _divide_up(r, bi) * _divide_up(c, bj)
-            weights.weights_kernel[(tiles2 + tiles1,)](
+            weights.weight_gradients_kernel[(tiles2 + tiles1,)](
                 dp1, dp2, z, p1, dw1, db1, dw2, db2, tiles2, n, c, r, options, BN=bn, BI=bi, BJ=bj, **_REGISTERS
             )

@@ -40,7 +40,7 @@ def _outer(
 
 
 @triton.jit
-def weights_kernel(
+def weight_gradients_kernel(
     dp1, dp2, z, p1, dw1, db1, dw2, db2, tiles2, n, c, r, codes: tl.constexpr,
     BN: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr,
 ):  # fmt: skip
