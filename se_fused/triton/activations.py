@@ -90,7 +90,7 @@ def activation(v, code: tl.constexpr, slope: tl.constexpr, offset: tl.constexpr)
 
 
 @triton.jit
-def chain(g, v, code: tl.constexpr, slope: tl.constexpr, offset: tl.constexpr):
+def activation_backward(g, v, code: tl.constexpr, slope: tl.constexpr, offset: tl.constexpr):
     """g activation'(v), elementwise.
 
     PyTorch's backward selects where an activation is made of straight pieces, so that 0 is left of an infinite g, and

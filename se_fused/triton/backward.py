@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .activations import IDENTITY, activation, chain
+from .activations import IDENTITY, activation, activation_backward
 from .tiles import (
     ACT,
     GATE,
@@ -63,7 +63,9 @@ def _reduce(
     for l0 in range(begin, end, BL):
         offset, inside = tile(n0, c0, l0, n, c, l, LAST, ALIGN, BN, BC, BL)
         _, u, v = blend(x, residual, s, offset, inside, codes, RESIDUAL)
-        dv = chain(tl.load(g + offset, inside, 0.0).to(A), v, codes[POST_ACT], codes[SLOPE], codes[OFFSET])
+        dv = activation_backward(
+            tl.load(g + offset, inside, 0.0).to(A), v, codes[POST_ACT], codes[SLOPE], codes[OFFSET]
+        )
         total += tl.where(inside, dv * u, 0.0)
         if codes[SQUEEZE] != MEAN:
             u = tl.where(inside, u, LOWEST)
@@ -92,7 +94,7 @@ def _hidden(
         for split in range(splits):
             total += tl.load(ds + split * n * c + at, valid, 0.0)
         t = tl.load(p2 + at, valid, 0.0)
-        d = chain(total, t, codes[GATE], codes[SLOPE], codes[OFFSET])
+        d = activation_backward(total, t, codes[GATE], codes[SLOPE], codes[OFFSET])
         if r0 == 0:
             tl.store(dp2 + at, d, valid)
         if p1 is not None:
@@ -100,7 +102,7 @@ def _hidden(
     if p1 is not None:
         at, valid = rows(n0, r0, n, r, BN, BR)
         t = tl.load(p1 + at, valid, 0.0)
-        d = chain(tl.sum(products, 2), t, codes[ACT], codes[SLOPE], codes[OFFSET])
+        d = activation_backward(tl.sum(products, 2), t, codes[ACT], codes[SLOPE], codes[OFFSET])
         tl.store(dp1 + at, d, valid)
 
 
@@ -133,7 +135,9 @@ def _apply(
     for l0 in range(begin, end, BL):
         offset, inside = tile(n0, c0, l0, n, c, l, LAST, ALIGN, BN, BC, BL)
         raw, u, v = blend(x, residual, s, offset, inside, codes, RESIDUAL)
-        dv = chain(tl.load(g + offset, inside, 0.0).to(A), v, codes[POST_ACT], codes[SLOPE], codes[OFFSET])
+        dv = activation_backward(
+            tl.load(g + offset, inside, 0.0).to(A), v, codes[POST_ACT], codes[SLOPE], codes[OFFSET]
+        )
         if dresidual is not None:
             tl.store(dresidual + offset, dv.to(dresidual.dtype.element_ty), inside)
         if dx is not None:
@@ -143,7 +147,7 @@ def _apply(
             if codes[SQUEEZE] != MEAN:
                 # A product, as PyTorch's: an infinite or NaN dz makes the other positions NaN.
                 du += (u == top[:, :, None]).to(A) * share[:, :, None]
-            d = chain(du, raw, codes[PRE_ACT], codes[SLOPE], codes[OFFSET])
+            d = activation_backward(du, raw, codes[PRE_ACT], codes[SLOPE], codes[OFFSET])
             if TO_X:
                 d += dv
             tl.store(dx + offset, d.to(dx.dtype.element_ty), inside)
