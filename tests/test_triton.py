@@ -35,8 +35,8 @@ def forced():
 def launches(how):
     """Plans as for larger maps, in tiles so small that small maps have several."""
     limits = {
-        "one program for a sample": {"_MOST_WARPS": 1},
-        "three launches": {"_ONE_PROGRAM_ELEMENTS": 0, "_FORWARD_BYTES": 16},
+        "one program for a sample": {"_MAX_WARPS": 1},
+        "three launches": {"_ONE_PROGRAM_ELEMENTS": 0, "_FORWARD_BYTES_PER_THREAD": 16},
         "groups of samples": {"_ONE_PROGRAM_ELEMENTS": 0, "_PROGRAMS": 1},
         "as planned": {},
     }

@@ -42,7 +42,7 @@ class _Problem:
         if residual is not None:
             how = X_ITSELF if residual.data_ptr() == x.data_ptr() else MAP
         self.residual = residual if how is MAP else None
-        self.map = {"codes": options, "LAST": last, "ALIGN": p.align, "BC": p.block_c, "BL": p.block_l}
+        self.map = {"codes": options, "LAST": last, "ALIGN": p.alignment, "BC": p.block_c, "BL": p.block_l}
         self.blend = {**self.map, "RESIDUAL": how.value}
         # Fused multiply-adds can round u differently in two kernels, and what was the maximum would not equal it.
         self.launch = {"num_warps": p.warps, "enable_fp_fusion": self.squeeze == MEAN.value, **_REGISTERS}
@@ -90,17 +90,17 @@ def forward_out(
         if at.one_launch:
             forward.forward_sample_kernel[(n,)](
                 x, p.residual, w1, b1, w2, b2, sums, maxima, z, p1, p2, y, n, c, r, l,
-                BR=at.block_r, BKC=at.block_k, BKR=at.block_h, **p.blend, **p.launch,
+                BR=at.block_r, BKC=at.block_k1, BKR=at.block_k2, **p.blend, **p.launch,
             )  # fmt: skip
             return
         forward.squeeze_kernel[p.map_grid](x, sums, maxima, n, c, l, at.steps, BN=at.block_n, **p.map, **p.launch)
         forward.hidden_kernel[p.hidden_grid](
             sums, maxima, z, w1, b1, p1, at.splits, n, c, r, l, options,
-            BN=at.block_n, BR=at.block_r, BK=at.block_k, **p.launch,
+            BN=at.block_n, BR=at.block_r, BK=at.block_k1, **p.launch,
         )  # fmt: skip
         forward.scale_kernel[p.map_grid](
             x, p.residual, z, p1, w2, b2, p2, y, n, c, r, l, at.steps,
-            BN=at.block_n, BK=at.block_h, **p.blend, **p.launch,
+            BN=at.block_n, BK=at.block_k2, **p.blend, **p.launch,
         )  # fmt: skip
 
 
@@ -125,7 +125,7 @@ def backward_out(
         if at.one_launch:
             backward.backward_sample_kernel[(n,)](
                 g, x, p.residual, p1, p2, w1, w2, ds, maxima, ties, dp1, dp2, dx, dresidual, n, c, r, l,
-                BR=at.block_r, BKC=at.block_k, BKR=at.block_h, **kept, **p.launch,
+                BR=at.block_r, BKC=at.block_k1, BKR=at.block_k2, **kept, **p.launch,
             )  # fmt: skip
         else:
             backward.backward_reduce_kernel[p.map_grid](
@@ -133,12 +133,12 @@ def backward_out(
             )
             backward.backward_hidden_kernel[p.hidden_grid](
                 ds, p1, p2, w2, dp1, dp2, at.splits, n, c, r, options,
-                BN=at.block_n, BR=at.block_r, BK=at.block_k, **p.launch,
+                BN=at.block_n, BR=at.block_r, BK=at.block_k1, **p.launch,
             )  # fmt: skip
             if dx is not None or dresidual is not None:
                 backward.backward_apply_kernel[p.map_grid](
                     g, x, p.residual, p2, dp1, dp2, w1, w2, maxima, ties, dx, dresidual,
-                    at.splits, n, c, r, l, at.steps, BN=at.block_n, BK=at.block_h, **kept, **p.launch,
+                    at.splits, n, c, r, l, at.steps, BN=at.block_n, BK=at.block_k2, **kept, **p.launch,
                 )  # fmt: skip
         if not all(grad is None for grad in (dw1, db1, dw2, db2)):
             bn, bi, bj = WEIGHT_TILE
