@@ -1,4 +1,4 @@
-"""The Triton kernels against the reference in float64: on a GPU where there is one, else in Triton's interpreter."""
+"""The Triton kernels against the reference in float64: on a GPU if there is one, else in Triton's interpreter."""
 
 import math
 import sys
@@ -23,7 +23,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 triton = pytest.importorskip("se_fused.triton")
 from se_fused.triton import launch, plan  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, where infinities and NaN are meant
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, about intended infinities and NaN
 
 
 @pytest.fixture(autouse=True)
@@ -35,10 +35,10 @@ def forced():
 
 @contextmanager
 def launches(how):
-    """Plans as for larger maps, in tiles so small that small maps have several."""
+    """Makes small maps plan as larger ones do, with tiles so small that there are several."""
     limits = {
-        "one program for a sample": {"_MOST_WARPS": 1},
-        "three launches": {"_ONE_PROGRAM_ELEMENTS": 0, "_FORWARD_BYTES": 16},
+        "one program per sample": {"_MAX_WARPS": 1},
+        "three launches": {"_ONE_PROGRAM_ELEMENTS": 0, "_FORWARD_BYTES_PER_THREAD": 16},
         "groups of samples": {"_ONE_PROGRAM_ELEMENTS": 0, "_PROGRAMS": 1},
         "as planned": {},
     }
@@ -50,12 +50,12 @@ def launches(how):
     plan.plan.cache_clear()
 
 
-NO_SHRINKING = (Phase.explicit, Phase.generate)  # which takes the interpreter minutes
-HOW = ["one program for a sample", "three launches", "groups of samples", "as planned"]
+NO_SHRINKING = (Phase.explicit, Phase.generate)  # shrinking takes minutes in the interpreter
+HOW = ["one program per sample", "three launches", "groups of samples", "as planned"]
 
 
 def small(case):
-    """At most 3 samples of some 1500 elements: the interpreter takes up to a millisecond for a line of a program."""
+    """Limits a case to 3 samples of about 1500 elements: the interpreter takes up to 1 ms per line of a program."""
     spatial = case.spatial
     while case.c * math.prod(spatial) > 1500 and max(spatial) > 1:
         spatial = tuple((size + 1) // 2 for size in spatial)
@@ -100,8 +100,8 @@ def test_every_gradient(case, how):
     ("n", "c", "r", "spatial"),
     [
         (2, 96, 24, (7, 7)),  # rows of 49
-        (3, 54, 8, (14, 14)),  # C no multiple of 4
-        (4, 308, 77, (1, 1)),  # L = 1, and weights that outweigh the maps
+        (3, 54, 8, (14, 14)),  # C is not a multiple of 4
+        (4, 308, 77, (1, 1)),  # L = 1; the weights are larger than the maps
         (1, 3, 1, (33, 31)),  # a row longer than a tile
         (2, 40, None, (5, 5)),  # the one-FC form
     ],
@@ -121,7 +121,7 @@ def test_special_values_stay_in_their_sample(place, name, squeeze):
     with torch.no_grad():
         y = call(se_fused.squeeze_excite, tensors, case.options)
         expected = in_pytorch(tensors, case.options)
-    for sample in range(case.n):  # each on its own, for the largest value sets the tolerance
+    for sample in range(case.n):  # one at a time, because the largest value sets the tolerance
         assert_close(y[sample], expected[sample].double(), torch.float32, f"sample {sample}")
 
 
@@ -145,7 +145,7 @@ def test_gradients_of_nan_and_of_equal_maxima(squeeze, how):
 @pytest.mark.parametrize("how", HOW[:2])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
 @pytest.mark.parametrize("residual", ["none", "x"])
-def test_in_place_writes_the_same_over_x(dtype, layout, residual, how):
+def test_in_place_writes_the_same_values_to_x(dtype, layout, residual, how):
     case = Case(n=2, c=9, r=3, dtype=dtype, layout=layout, residual=residual, options={"post_act": "relu"})
     tensors = case.tensors(DEVICE)
     with torch.no_grad(), launches(how):
@@ -157,7 +157,7 @@ def test_in_place_writes_the_same_over_x(dtype, layout, residual, how):
 
 
 class Guarded:
-    """Copies of tensors in the middle of poisoned memory; outputs start poisoned too."""
+    """Copies tensors into the middle of memory filled with NaN. Outputs start as NaN too."""
 
     MARGIN = 4096
 
@@ -192,7 +192,7 @@ def test_nothing_outside_the_tensors_is_read_or_written(n, c, r, l, channels_las
     case = Case(n=n, c=c, r=r, spatial=(l,), dtype=dtype, layout=layout, residual="map")
     guarded = Guarded()
     plain = case.tensors()
-    plain["residual"] = torch.empty_like(plain["x"]).copy_(plain["residual"])  # in the order of x
+    plain["residual"] = torch.empty_like(plain["x"]).copy_(plain["residual"])  # in the memory order of x
     tensors = {name: guarded(t) for name, t in plain.items()}
     inputs = [tensors[name] for name in ("x", "w1", "b1", "w2", "b2", "residual")]
     options = {"act": "silu", "gate": "sigmoid", "squeeze": squeeze, "pre_act": "relu", "post_act": "silu"}
@@ -226,7 +226,7 @@ class OnGpu(Triton):
         return None
 
 
-def test_a_gpu_without_the_cuda_library_is_served_by_triton_and_told_once(caplog):
+def test_a_gpu_without_the_cuda_library_runs_on_triton_and_logs_it_once(caplog):
     cuda = Cuda()
     cuda.leave_out("no nvcc was found")
     among, device = Choice((cuda, OnGpu(), backends.CPU)), torch.device("cuda")
@@ -245,7 +245,7 @@ def test_without_triton_the_reason_is_kept(monkeypatch):
             assert "triton cannot be imported" in triton.why_not(DEVICE)
 
 
-def test_compile_keeps_one_operator_that_triton_serves():
+def test_compile_keeps_one_operator_that_runs_on_triton():
     torch._dynamo.reset()
     case = Case(n=2, c=6, r=3, spatial=(3, 3), dtype=torch.float64)
     seen = []

@@ -1,4 +1,4 @@
-"""Every Triton kernel compiled ahead of time for each GPU: nothing spilled, and wide accesses where maps allow them."""
+"""Every Triton kernel, compiled ahead of time for each GPU: it spills nothing and has wide accesses if maps allow."""
 
 import json
 import os
@@ -10,15 +10,15 @@ import pytest
 
 pytest.importorskip("triton")
 
-MAPS = {"forward.squeeze_kernel": "loads", "backward.reduce_kernel": "loads", "forward.scale_kernel": "stores",
-        "backward.distribute_kernel": "stores", "forward.sample_kernel": "stores",
-        "backward.sample_kernel": "stores"}  # fmt: skip
+MAPS = {"squeeze_kernel": "loads", "scale_kernel": "stores", "forward_sample_kernel": "stores",
+        "backward_reduce_kernel": "loads", "backward_apply_kernel": "stores",
+        "backward_sample_kernel": "stores"}  # fmt: skip
 
 
 @pytest.mark.parametrize("target", ["sm_75", "sm_80", "sm_90", "sm_100", "gfx90a", "gfx942"])
 def test_no_spills_and_wide_accesses(target, tmp_path):
     here = Path(__file__).parent
-    # A process of its own, because the tests beside this one have the interpreter switched on.
+    # In another process, because the other tests have switched on the interpreter in this one.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": str(here.parent), "TRITON_CACHE_DIR": str(tmp_path), "SE_FUSED_BACKEND": "reference"}
     run = subprocess.run(

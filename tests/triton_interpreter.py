@@ -1,7 +1,7 @@
-"""Triton's interpreter, which runs kernels on CPU tensors, made to convert as a GPU does, and faster.
+"""Patches for Triton's interpreter, which runs kernels on CPU tensors: it converts as a GPU does, and is faster.
 
-It rounds float32 towards zero when converting to bfloat16; a GPU, like PyTorch, rounds to nearest. And it exchanges all
-of Triton's language for its own once more on every call of one function by another, which took two fifths of the time.
+Unpatched, it rounds toward zero when it converts float32 to bfloat16; a GPU, like PyTorch, rounds to nearest. And each
+time one function calls another, it replaces all of Triton's language by its own again, which took 2/5 of the time.
 """
 
 import os
@@ -11,13 +11,13 @@ import torch
 
 
 def enable() -> None:
-    """To be called before anything imports triton."""
+    """Must be called before anything imports triton."""
     os.environ["TRITON_INTERPRET"] = "1"
     from triton.runtime import interpreter
 
     _round_to_nearest(interpreter)
     _numbers_of_one_element(interpreter)
-    _patch_once_a_launch(interpreter)
+    _patch_once_per_launch(interpreter)
 
 
 def _round_to_nearest(interpreter) -> None:
@@ -35,7 +35,7 @@ def _round_to_nearest(interpreter) -> None:
 
 
 def _numbers_of_one_element(interpreter) -> None:
-    """As Triton has it from 3.7 on: 3.6 makes an int of an array of one element, which numpy does not from 2.5 on."""
+    """Does as Triton 3.7. Triton 3.6 converts an array of one element to int, which numpy refuses from 2.5 on."""
     patch = interpreter._patch_lang_tensor
 
     def patch_index(tensor, scope):
@@ -45,9 +45,9 @@ def _numbers_of_one_element(interpreter) -> None:
     interpreter._patch_lang_tensor = patch_index
 
 
-def _patch_once_a_launch(interpreter) -> None:
+def _patch_once_per_launch(interpreter) -> None:
     patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
-    patched = set()  # what the functions of the present launch see of the language, by their modules' globals
+    patched = set()  # ids of the module globals that are patched for the present launch
 
     def patch_once(function):
         if id(function.__globals__) in patched:

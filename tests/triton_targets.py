@@ -1,9 +1,9 @@
-"""Compiles every Triton kernel that a list of calls would launch, for one GPU, on a machine without it.
+"""Compiles every Triton kernel that a list of calls would launch, for one GPU, on a machine without that GPU.
 
     python tests/triton_targets.py sm_90
 
-prints a line of JSON for each: its name, the call, registers to memory (spills) and how many accesses of 16 bytes.
-The arguments of the launches are recorded, so that what is compiled is what would run.
+prints one line of JSON per kernel: its name, the call, registers, spills, and the number of 16-byte loads and stores.
+The arguments of each launch are recorded and compiled, so these are the kernels that would run.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from se_fused.triton import backward, forward, launch, weights
 TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float64: "*fp64"}
 PLAIN = {"act": "relu", "gate": "sigmoid", "squeeze": "mean", "pre_act": None, "post_act": None}
 RICH = {"act": "silu", "gate": "hard_sigmoid", "squeeze": "mean_max", "pre_act": "silu", "post_act": "gelu"}
-# n, c, r, spatial, dtype, channels_last, options, with a residual
+# n, c, r, spatial, dtype, channels_last, options, with_residual
 CALLS = [
     (32, 256, 16, (56, 56), torch.float16, False, PLAIN, True),
     (32, 256, 16, (56, 56), torch.bfloat16, True, RICH, True),
@@ -38,7 +38,8 @@ CALLS = [
     (2, 96, None, (28, 28), torch.float32, False, RICH, True),
     (4, 64, 16, (16, 16), torch.float64, False, RICH, True),
 ]
-# Each kernel for every GPU; all calls for one of each maker, half of them for the others: a call takes seconds.
+# All calls are compiled for one GPU of each maker, and half of them for the others, because a call takes seconds. Each
+# half has every kernel.
 HALVES = {"sm_75": CALLS[1::2], "sm_80": CALLS[::2], "sm_100": CALLS[1::2], "gfx90a": CALLS[::2]}
 
 
@@ -51,7 +52,7 @@ class Recorder:
 
 
 def record(n, c, r, spatial, dtype, channels_last, options, with_residual):
-    """The launches of one forward and one backward pass, with every gradient wanted."""
+    """Returns the launches of one forward and one backward pass that computes every gradient."""
     launches = []
     saved = {}
     for module in (forward, backward, weights):
@@ -80,7 +81,7 @@ def record(n, c, r, spatial, dtype, channels_last, options, with_residual):
 
 
 def source(kernel, args, kwargs):
-    """What Triton's launcher would make of these arguments: 1 is a constant, and a multiple of 16 is known as one."""
+    """Specializes a kernel as Triton's launcher would: for arguments that are 1, and for multiples of 16."""
     names = kernel.arg_names
     values = {**dict(zip(names, args, strict=False)), **{k: v for k, v in kwargs.items() if k in names}}
     constants = {p.name for p in kernel.params if p.is_constexpr}
@@ -108,7 +109,7 @@ def nvidia(compiled):
         usage = subprocess.run([tools / "cuobjdump", "--dump-resource-usage", file.name], **TEXT).stdout
     registers, stack, local = (int(re.search(rf"\b{what}:(\d+)", usage)[1]) for what in ("REG", "STACK", "LOCAL"))
 
-    def wide(what):  # in PTX: to disassemble a cubin takes as long as to compile it
+    def wide(what):  # counted in PTX, because disassembling a cubin takes as long as compiling it
         return len(re.findall(rf"\b{what}\.global\S*\.(?:v4\.b32|v2\.b64)\b", compiled.asm["ptx"]))
 
     return {"registers": registers, "spills": stack + local, "loads": wide("ld"), "stores": wide("st")}
@@ -122,7 +123,7 @@ def amd(compiled):
 
     return {
         "registers": count("vgpr_count"),
-        # Not sgpr_spill_count: those move to lanes of vector registers, or else show in the private segment.
+        # Without sgpr_spill_count: spilled SGPRs move to lanes of vector registers or show in the private segment.
         "spills": count("vgpr_spill_count") + count("private_segment_fixed_size"),
         "loads": len(re.findall(r"_load_dwordx4", text)),
         "stores": len(re.findall(r"_store_dwordx4", text)),
@@ -135,19 +136,22 @@ TEXT = {"capture_output": True, "text": True, "check": True}
 def main(name: str) -> None:
     on_amd = name.startswith("gfx")
     target = GPUTarget("hip", name, 64) if on_amd else GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
-    if on_amd:  # as launch.py finds it with PyTorch for ROCm
+    if on_amd:  # as launch.py sets them with PyTorch for ROCm
         launch._ORDERED, launch._REGISTERS = False, {}
     for call in HALVES.get(name, CALLS):
         for kernel, args, kwargs in record(*call):
             what, options = source(kernel, args, kwargs)
-            # The head of Triton's launcher, which only a GPU runs: a Python function with the kernel's parameters and
-            # some of its own, so that a parameter called `options` was a SyntaxError at every launch.
+            # The first step of Triton's launcher, which otherwise runs only with a GPU. It makes a Python function with
+            # the kernel's parameters and its own, so a kernel parameter called `options` was a SyntaxError.
             bind = create_function_from_signature(kernel.signature, kernel.params, make_backend(target))
             assert set(bind(*args, **kwargs)[2]) == set(options)
             compiled = triton.compile(what, target=target, options=options)
             found = amd(compiled) if on_amd else nvidia(compiled)
-            step = f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__}"
-            line = {"kernel": step, "call": str(call[:6]), "extent": call[1] if call[5] else call[3][0] * call[3][1]}
+            line = {
+                "kernel": kernel.__name__,
+                "call": str(call[:6]),
+                "extent": call[1] if call[5] else call[3][0] * call[3][1],
+            }
             print(json.dumps({**line, **found}), flush=True)
 
 

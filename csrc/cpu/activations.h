@@ -1,5 +1,5 @@
-// The activations and their derivatives, each written once for a vector or a single element (simd.h).
-// NaN and the infinities behave as in PyTorch: comparisons are arranged so that a NaN falls through.
+// The activations and their derivatives, each written once for vectors and single elements (simd.h). NaN and the
+// infinities behave as in PyTorch: each comparison with a NaN is false and leads to a branch that returns the NaN.
 #pragma once
 
 #include <cmath>
@@ -10,8 +10,8 @@
 namespace se::cpu {
 namespace {
 
-// exp(x) = scale * (1 + q): scale = 2^n with n the integer next to x / ln 2, q = expm1(x - n ln 2) by its Taylor
-// series, whose first omitted term is below half a unit in the last place for |x - n ln 2| <= ln(2) / 2.
+// exp(x) = scale * (1 + q), where scale = 2^n with n = round(x / ln 2), and q = expm1(x - n ln 2) is computed by its
+// Taylor series. The first omitted term is below half a unit in the last place for |x - n ln 2| <= ln(2) / 2.
 template <class V>
 SE_INLINE void exp_parts(V x, V& q, V& scale) {
   using A = typename Traits<V>::Element;
@@ -19,7 +19,7 @@ SE_INLINE void exp_parts(V x, V& q, V& scale) {
   constexpr bool kSingle = sizeof(A) == 4;
   constexpr int kTerms = kSingle ? 7 : 13;
   constexpr int kMantissa = kSingle ? 23 : 52, kBias = kSingle ? 127 : 1023;
-  constexpr A kRound = kSingle ? A(0x1.8p23) : A(0x1.8p52);  // adding it leaves the nearest integer in the low bits
+  constexpr A kRound = kSingle ? A(0x1.8p23) : A(0x1.8p52);  // v + kRound has round(v) in its low bits
   constexpr A kLn2High = kSingle ? A(0x1.62e4p-1) : A(0x1.62e42fefap-1);
   constexpr A kLn2Low = A(0.693147180559945309417232121458L - (long double)kLn2High);
   const V shifted = x * A(1.44269504088896340735992468100) + kRound;
@@ -28,7 +28,7 @@ SE_INLINE void exp_parts(V x, V& q, V& scale) {
   V sum = splat<V>(A(1) / kTerms);
   for (int k = kTerms - 1; k >= 1; --k) sum = (sum * r + A(1)) * (A(1) / k);
   q = sum * r;
-  // The integer is in shifted's low bits; what stands above them is shifted out with the exponent field's place.
+  // The low bits of `shifted` hold n. The shift moves n + kBias to the exponent field and drops the bits above it.
   scale = bit_cast<V>((bit_cast<Bits>(shifted) + kBias) << kMantissa);
 }
 
@@ -50,7 +50,7 @@ SE_INLINE V sigmoid(V v) {
   return 1 / (1 + exp_(-v));
 }
 
-// Through expm1, so that small arguments keep their relative accuracy.
+// Computed by expm1, which keeps the relative accuracy of small arguments.
 template <class V>
 SE_INLINE V tanh_(V v) {
   using A = typename Traits<V>::Element;
@@ -66,7 +66,7 @@ template <class V>
 SE_INLINE V erf_(V v) {
   using A = typename Traits<V>::Element;
   if constexpr (sizeof(A) == 4) {
-    // Abramowitz and Stegun 7.1.26, absolute error below 1.5e-7.
+    // Abramowitz and Stegun 7.1.26: the absolute error is below 1.5e-7.
     const V a = select<V>(v < 0, -v, v);
     const V t = 1 / (1 + A(0.3275911) * a);
     const V series =
@@ -91,7 +91,7 @@ constexpr double kSqrtHalf = 0.70710678118654752440, kSqrtTwoOverPi = 0.79788456
 constexpr double kGeluCubic = 0.044715, kLeakySlope = 0.01;
 
 template <Activation kActivation, class V>
-SE_INLINE V value(V v, [[maybe_unused]] const Options& o) {
+SE_INLINE V activation_forward(V v, [[maybe_unused]] const Options& o) {
   using A = typename Traits<V>::Element;
   if constexpr (kActivation == Activation::kRelu) return select<V>(v < 0, V{}, v);
   if constexpr (kActivation == Activation::kRelu6) return clamp(v, 0, 6);
@@ -102,7 +102,7 @@ SE_INLINE V value(V v, [[maybe_unused]] const Options& o) {
     return A(0.5) * v * (1 + tanh_(A(kSqrtTwoOverPi) * (v + A(kGeluCubic) * v * v * v)));
   if constexpr (kActivation == Activation::kLeakyRelu) return select<V>(v > 0, v, A(kLeakySlope) * v);
   if constexpr (kActivation == Activation::kMish) {
-    // tanh(log(1 + e^v)) = n / (n + 2) with n = e^v (e^v + 2); above 20 it is 1 in float, above 40 in double.
+    // tanh(log(1 + e^v)) = n / (n + 2) with n = e^v (e^v + 2). It rounds to 1 above 20 in float, above 40 in double.
     const V e = exp_(select<V>(v > 40, splat<V>(40), v)), n = e * (e + 2);
     return v * (n / (n + 2));
   }
@@ -112,10 +112,10 @@ SE_INLINE V value(V v, [[maybe_unused]] const Options& o) {
   if constexpr (kActivation == Activation::kIdentity) return v;
 }
 
-// g activation'(v). PyTorch's backward selects where an activation is made of straight pieces, so that 0 is left of an
-// infinite g, and multiplies elsewhere, so that NaN is.
+// g activation'(v). As in PyTorch, piecewise activations select, so that an infinite g gives 0 where the derivative is
+// 0. The others multiply, which gives NaN there.
 template <Activation kActivation, class V>
-SE_INLINE V gradient(V v, V g, [[maybe_unused]] const Options& o) {
+SE_INLINE V activation_backward(V v, V g, [[maybe_unused]] const Options& o) {
   using A = typename Traits<V>::Element;
   if constexpr (kActivation == Activation::kRelu) return select<V>(v <= 0, V{}, g);
   if constexpr (kActivation == Activation::kRelu6) return select<V>((v <= 0) | (v >= 6), V{}, g);
@@ -157,6 +157,7 @@ struct Tag {
   static constexpr Activation kValue = kActivation;
 };
 
+// body(Tag<k>{}) with `activation` as the compile-time constant k.
 template <int kCode = 0, class Body>
 void with_activation(Activation activation, Body&& body) {
   if constexpr (kCode < kActivations) {
@@ -167,24 +168,24 @@ void with_activation(Activation activation, Body&& body) {
 
 // v = activation(v), in place.
 template <class A>
-void activate(Activation activation, const Options& o, A* v, int64_t n) {
+void apply_activation(Activation activation, const Options& o, A* v, int64_t n) {
   if (activation == Activation::kIdentity) return;
   with_activation(activation, [&](auto tag) {
-    lanes<A>(n, [&](int64_t i, auto type) {
+    for_each_vector<A>(n, [&](int64_t i, auto type) {
       using V = decltype(type);
-      store(v + i, value<decltype(tag)::kValue>(load<V>(v + i), o));
+      store(v + i, activation_forward<decltype(tag)::kValue>(load<V>(v + i), o));
     });
   });
 }
 
 // g = g activation'(v), in place.
 template <class A>
-void chain(Activation activation, const Options& o, const A* v, A* g, int64_t n) {
+void apply_activation_backward(Activation activation, const Options& o, const A* v, A* g, int64_t n) {
   if (activation == Activation::kIdentity) return;
   with_activation(activation, [&](auto tag) {
-    lanes<A>(n, [&](int64_t i, auto type) {
+    for_each_vector<A>(n, [&](int64_t i, auto type) {
       using V = decltype(type);
-      store(g + i, gradient<decltype(tag)::kValue>(load<V>(v + i), load<V>(g + i), o));
+      store(g + i, activation_backward<decltype(tag)::kValue>(load<V>(v + i), load<V>(g + i), o));
     });
   });
 }

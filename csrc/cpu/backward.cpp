@@ -1,13 +1,15 @@
 // What:   the gradients of forward.cpp, from g, x, the weights and what forward saved (z, p1, p2).
-//           dv = g post_act'(v)             v = u s + residual, computed again from x; dresidual = dv
+//           dv = g post_act'(v)             v = u s + residual, recomputed from x; dresidual = dv
 //           ds = sum_l dv u                 dp2 = ds gate'(p2)            dw2 = dp2^T h   db2 = sum_n dp2
 //           dh = dp2 W2                     dp1 = dh act'(p1)             dw1 = dp1^T z   db1 = sum_n dp1
 //           dz = dp1 W1                     du = dv s + dz / L (mean), or dz / ties where u is the maximum
 //           dx = du pre_act'(x)
-// How:    a group of samples at a time: reduce to ds, back through the excitation, then dx; at last dw1, db1, dw2, db2.
-// Bytes:  g and x from memory once if a group fits the cache, twice if not; dx once.
+// How:    for one group of samples at a time: reduce to ds, go back through the excitation, compute dx. The weight
+//         gradients dw1, db1, dw2, db2 come last.
+// Bytes:  reads g and x from memory once if a group fits the cache, twice if not; writes dx once.
 #include "backward_maps.h"
-#include "excite.h"
+#include "dispatch.h"
+#include "gemv.h"
 
 namespace se::cpu {
 namespace SE_CPU_ISA {
@@ -16,52 +18,53 @@ namespace {
 template <class A>
 using Buffers = BackwardBuffers<A>;
 
-// h and s from what forward saved.
+// h and s from p1 and p2, which forward saved.
 template <class A>
-void restore_gates(const Backward& f, const Buffers<A>& b, Worker& worker) {
+void restore_gates(const Backward& f, const Buffers<A>& b, ThreadGroup& threads) {
   auto restore = [&](Activation activation, const void* p, A* v, int64_t count) {
-    worker.share(count, kBlock, [&](int64_t begin, int64_t end) {
+    threads.parallel_for(count, kBlock, [&](int64_t begin, int64_t end) {
       std::memcpy(v + begin, static_cast<const A*>(p) + begin, (end - begin) * sizeof(A));
-      activate(activation, f.options, v + begin, end - begin);
+      apply_activation(activation, f.options, v + begin, end - begin);
     });
   };
   restore(f.options.act, f.p1, b.h, f.n * f.r);
   restore(f.options.gate, f.p2, b.s, f.n * f.c);
 }
 
-// dp2, and for the maximum its value and ties, for samples [n0, n1).
+// dp2 and, if the squeeze has a maximum, its value and ties, for samples [n0, n1).
 template <class T, class A = Accumulator<T>>
-void reduce(const Backward& f, const Buffers<A>& b, Worker& worker, int64_t n0, int64_t n1) {
-  auto through_gate = [&](int64_t n, int64_t c0, int64_t c1) {
-    chain(f.options.gate, f.options, static_cast<const A*>(f.p2) + n * f.c + c0, b.dp2 + n * f.c + c0, c1 - c0);
+void backward_reduce(const Backward& f, const Buffers<A>& b, ThreadGroup& threads, int64_t n0, int64_t n1) {
+  auto gate_backward = [&](int64_t n, int64_t c0, int64_t c1) {
+    apply_activation_backward(f.options.gate, f.options, static_cast<const A*>(f.p2) + n * f.c + c0,
+                              b.dp2 + n * f.c + c0, c1 - c0);
   };
   if (!f.channels_last) {
-    // By channels, as below, so that a worker distributes over the rows that it has reduced.
-    worker.share(f.c, kWidth<A>, [&](int64_t c0, int64_t c1) {
+    // Divided by channels, as in backward_samples, so that a thread computes dx of the rows that it has reduced.
+    threads.parallel_for(f.c, kWidth<A>, [&](int64_t c0, int64_t c1) {
       for (int64_t n = n0; n < n1; ++n) {
         for (int64_t row = n * f.c + c0; row < n * f.c + c1; ++row) reduce_row<T>(f, b, row);
-        through_gate(n, c0, c1);
+        gate_backward(n, c0, c1);
       }
     });
     return;
   }
   const bool with_max = f.options.squeeze != Squeeze::kMean;
-  const int64_t groups = position_groups(f), plane = f.n * groups * f.c;
-  worker.share((n1 - n0) * groups, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = n0 * groups + begin; i < n0 * groups + end; ++i) {
-      const int64_t group = i % groups;
+  const int64_t splits = position_splits(f), plane = f.n * splits * f.c;
+  threads.parallel_for((n1 - n0) * splits, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = n0 * splits + begin; i < n0 * splits + end; ++i) {
+      const int64_t split = i % splits;
       A* ds = b.partial + i * f.c;
-      reduce_positions<T>(f, b, i / groups, f.l * group / groups, f.l * (group + 1) / groups, ds,
+      reduce_positions<T>(f, b, i / splits, f.l * split / splits, f.l * (split + 1) / splits, ds,
                           with_max ? ds + plane : nullptr, with_max ? ds + 2 * plane : nullptr);
     }
   });
-  worker.share(f.c, kBlock, [&](int64_t c0, int64_t c1) {
+  threads.parallel_for(f.c, kBlock, [&](int64_t c0, int64_t c1) {
     for (int64_t n = n0; n < n1; ++n) {
-      lanes<A>(c1 - c0, [&](int64_t j, auto type) {
+      for_each_vector<A>(c1 - c0, [&](int64_t j, auto type) {
         using V = decltype(type);
         const int64_t c = c0 + j;
         V sum{}, max = splat<V>(-__builtin_huge_val()), ties{};
-        for (int64_t i = n * groups; i < (n + 1) * groups; ++i) {
+        for (int64_t i = n * splits; i < (n + 1) * splits; ++i) {
           const A* ds = b.partial + i * f.c + c;
           sum += load<V>(ds);
           if (with_max) merge_ties(load<V>(ds + plane), load<V>(ds + 2 * plane), max, ties);
@@ -69,84 +72,86 @@ void reduce(const Backward& f, const Buffers<A>& b, Worker& worker, int64_t n0, 
         store(b.dp2 + n * f.c + c, sum);
         if (!with_max) return;
         store(b.max + n * f.c + c, max);
-        store(b.max_share + n * f.c + c, ties);
+        store(b.dz_per_maximum + n * f.c + c, ties);
       });
-      through_gate(n, c0, c1);
+      gate_backward(n, c0, c1);
     }
   });
 }
 
-// dp1 for rows [r0, r1) of the first layer.
+// dp1 for the rows [r0, r1) of the first layer.
 template <class A>
-void excite_hidden(const Backward& f, const Buffers<A>& b, int64_t n0, int64_t n1, int64_t r0, int64_t r1) {
+void backward_hidden(const Backward& f, const Buffers<A>& b, int64_t n0, int64_t n1, int64_t r0, int64_t r1) {
   with_weight_type<A>(f.weight_dtype, [&](auto type) {
     using W = decltype(type);
-    transposed_product(static_cast<const W*>(f.w2), b.dp2, b.dp1, f.c, f.r, n0, n1, r0, r1);
+    gemv_t(static_cast<const W*>(f.w2), b.dp2, b.dp1, f.c, f.r, n0, n1, r0, r1);
   });
   for (int64_t n = n0; n < n1; ++n) {
     const int64_t i = n * f.r + r0;
-    chain(f.options.act, f.options, static_cast<const A*>(f.p1) + i, b.dp1 + i, r1 - r0);
+    apply_activation_backward(f.options.act, f.options, static_cast<const A*>(f.p1) + i, b.dp1 + i, r1 - r0);
   }
 }
 
-// The shares of dz that each position gets, for channels [c0, c1).
+// dz, divided by the number of positions that it is added to, for channels [c0, c1).
 template <class A>
-void excite_shares(const Backward& f, const Buffers<A>& b, int64_t n0, int64_t n1, int64_t c0, int64_t c1) {
+void backward_squeeze(const Backward& f, const Buffers<A>& b, int64_t n0, int64_t n1, int64_t c0, int64_t c1) {
   with_weight_type<A>(f.weight_dtype, [&](auto type) {
     using W = decltype(type);
-    transposed_product(static_cast<const W*>(f.r ? f.w1 : f.w2), f.r ? b.dp1 : b.dp2, b.mean_share, f.r ? f.r : f.c,
-                       f.c, n0, n1, c0, c1);
+    gemv_t(static_cast<const W*>(f.r ? f.w1 : f.w2), f.r ? b.dp1 : b.dp2, b.dz_per_position, f.r ? f.r : f.c, f.c, n0,
+           n1, c0, c1);
   });
   const auto half = f.options.squeeze == Squeeze::kMeanMax ? A(0.5) : A(1);
   for (int64_t n = n0; n < n1; ++n) {
     for (int64_t i = n * f.c + c0; i < n * f.c + c1; ++i) {
-      const A dz = half * b.mean_share[i];
-      // A NaN maximum has no ties in PyTorch, so that its mask * dz / ties is NaN along the whole row.
-      if (f.options.squeeze != Squeeze::kMean) b.max_share[i] = b.max[i] == b.max[i] ? dz / b.max_share[i] : b.max[i];
-      b.mean_share[i] = f.options.squeeze == Squeeze::kMax ? A(0) : dz / static_cast<A>(f.l);
+      const A dz = half * b.dz_per_position[i];
+      // A NaN maximum equals no position, so PyTorch divides by 0 ties: mask * dz / ties is NaN along the whole row.
+      if (f.options.squeeze != Squeeze::kMean)
+        b.dz_per_maximum[i] = b.max[i] == b.max[i] ? dz / b.dz_per_maximum[i] : b.max[i];
+      b.dz_per_position[i] = f.options.squeeze == Squeeze::kMax ? A(0) : dz / static_cast<A>(f.l);
     }
   }
 }
 
 template <class T, class A = Accumulator<T>>
-void backward_group(const Backward& f, const Buffers<A>& b, Worker& worker, int64_t n0, int64_t n1) {
+void backward_samples(const Backward& f, const Buffers<A>& b, ThreadGroup& threads, int64_t n0, int64_t n1) {
   const bool maps = f.dx || f.dresidual;
-  reduce<T>(f, b, worker, n0, n1);
-  worker.share(f.r, kWidth<A>, [&](int64_t r0, int64_t r1) { excite_hidden(f, b, n0, n1, r0, r1); });
-  worker.share(f.c, kWidth<A>, [&](int64_t c0, int64_t c1) {
-    excite_shares(f, b, n0, n1, c0, c1);
+  backward_reduce<T>(f, b, threads, n0, n1);
+  threads.parallel_for(f.r, kWidth<A>, [&](int64_t r0, int64_t r1) { backward_hidden(f, b, n0, n1, r0, r1); });
+  threads.parallel_for(f.c, kWidth<A>, [&](int64_t c0, int64_t c1) {
+    backward_squeeze(f, b, n0, n1, c0, c1);
     if (f.channels_last || !maps) return;
     for (int64_t n = n0; n < n1; ++n) {
       for (int64_t row = n * f.c + c0; row < n * f.c + c1; ++row) {
-        distribute<T>(f, b, row * f.l, f.l, [row](const A* values, int64_t) { return AlongRow<A>{values[row]}; });
+        backward_apply<T>(f, b, row * f.l, f.l,
+                          [row](const A* values, int64_t) { return ChannelBroadcast<A>{values[row]}; });
       }
     }
   });
   if (!f.channels_last || !maps) return;
-  worker.share((n1 - n0) * f.l, 1, [&](int64_t begin, int64_t end) {
+  threads.parallel_for((n1 - n0) * f.l, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = n0 * f.l + begin; i < n0 * f.l + end; ++i) {
       const int64_t channel = i / f.l * f.c;
-      distribute<T>(f, b, i * f.c, f.c,
-                    [channel](const A* values, int64_t c) { return AlongPosition<A>{values + channel + c}; });
+      backward_apply<T>(f, b, i * f.c, f.c,
+                        [channel](const A* values, int64_t c) { return ChannelVector<A>{values + channel + c}; });
     }
   });
 }
 
-// dw1, db1, dw2, db2: sums over the samples in their order.
+// dw1, db1, dw2 and db2. They are sums over the samples, in ascending order.
 template <class A>
-void weight_gradients(const Backward& f, const Buffers<A>& b, Worker& worker) {
+void weight_gradients(const Backward& f, const Buffers<A>& b, ThreadGroup& threads) {
   with_weight_type<A>(f.weight_dtype, [&](auto type) {
     using W = decltype(type);
     const A* z = static_cast<const A*>(f.z);
     if (f.dw2 || f.db2) {
-      worker.share(f.c, kRows, [&](int64_t c0, int64_t c1) {
-        outer_product(b.dp2, f.r ? b.h : z, static_cast<W*>(f.dw2), static_cast<W*>(f.db2), f.n, f.c, f.r ? f.r : f.c,
-                      c0, c1);
+      threads.parallel_for(f.c, kTileLong, [&](int64_t c0, int64_t c1) {
+        sum_outer_products(b.dp2, f.r ? b.h : z, static_cast<W*>(f.dw2), static_cast<W*>(f.db2), f.n, f.c,
+                           f.r ? f.r : f.c, c0, c1);
       });
     }
     if (f.dw1 || f.db1) {
-      worker.share(f.r, kRows, [&](int64_t r0, int64_t r1) {
-        outer_product(b.dp1, z, static_cast<W*>(f.dw1), static_cast<W*>(f.db1), f.n, f.r, f.c, r0, r1);
+      threads.parallel_for(f.r, kTileLong, [&](int64_t r0, int64_t r1) {
+        sum_outer_products(b.dp1, z, static_cast<W*>(f.dw1), static_cast<W*>(f.db1), f.n, f.r, f.c, r0, r1);
       });
     }
   });
@@ -161,11 +166,12 @@ void backward(const Backward& f, const Pool& pool, void* scratch) {
     using T = decltype(type);
     Arena arena(scratch);
     const Buffers<Accumulator<T>> buffers(f, arena);
-    with_team(pool, f.n * f.c * (f.l + 2 * f.r), [&](Worker& team) {
-      restore_gates(f, buffers, team);
-      for_each_group(f, team, 2 * sizeof(T),
-                     [&](Worker& worker, int64_t n0, int64_t n1) { backward_group<T>(f, buffers, worker, n0, n1); });
-      weight_gradients(f, buffers, team);
+    parallel_region(pool, f.n * f.c * (f.l + 2 * f.r), [&](ThreadGroup& all) {
+      restore_gates(f, buffers, all);
+      for_each_sample_group(f, all, 2 * sizeof(T), [&](ThreadGroup& threads, int64_t n0, int64_t n1) {
+        backward_samples<T>(f, buffers, threads, n0, n1);
+      });
+      weight_gradients(f, buffers, all);
     });
   });
 }

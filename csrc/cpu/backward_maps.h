@@ -1,18 +1,21 @@
-// The two walks of backward over the maps: the sums that the gates' gradient needs, and the gradient of x from it.
+// The two passes of backward over the maps: the reduction to ds, the gradient of the gates, and the computation of dx.
 #pragma once
 
-#include "walk.h"
+#include "operands.h"
+#include "schedule.h"
+#include "scratch.h"
 
 namespace se::cpu {
 namespace {
 
-// For the maximum: its value in u, and how many positions share it.
+// Updates the maximum and its ties, the number of positions where u is the maximum, with one more position.
 template <class V>
 SE_INLINE void count_ties(V u, V& max, V& ties) {
   const V one = splat<V>(1);
   ties = select<V>((u > max) | (u != u), one, select<V>(u == max, ties + one, ties));
   max = max_keep_nan(max, u);
 }
+// Updates them with the maximum and the ties of other positions.
 template <class V>
 SE_INLINE void merge_ties(V other_max, V other_ties, V& max, V& ties) {
   const V sum = ties + other_ties;
@@ -24,32 +27,33 @@ template <class A>
 struct BackwardBuffers {
   A *h, *s;            // [N, R], [N, C]
   A *dp2, *dp1;        // [N, C], [N, R]
-  A* mean_share;       // [N, C]: dz / L, to be added at every position
-  A *max, *max_share;  // [N, C]: the maximum of u and dz / ties (first: ties)
-  A* partial;          // channels_last: [N, groups, C] of ds, then of the maxima, then of ties
+  A* dz_per_position;  // [N, C]: dz / L, which is added at every position
+  A* max;              // [N, C]: the maximum of u
+  A* dz_per_maximum;   // [N, C]: dz / ties, which is added where u is the maximum; until dz is known, ties
+  A* partial;          // channels_last: [N, splits, C] of ds, then of the maxima, then of ties
   BackwardBuffers(const Backward& f, Arena& arena) {
     h = arena.take<A>(f.n * f.r);
     s = arena.take<A>(f.n * f.c);
     dp2 = arena.take<A>(f.n * f.c);
     dp1 = arena.take<A>(f.n * f.r);
-    mean_share = arena.take<A>(f.n * f.c);
+    dz_per_position = arena.take<A>(f.n * f.c);
     const int64_t maxima = f.options.squeeze == Squeeze::kMean ? 0 : f.n * f.c;
     max = arena.take<A>(maxima);
-    max_share = arena.take<A>(maxima);
-    partial = arena.take<A>(f.channels_last ? (maxima ? 3 : 1) * f.n * position_groups(f) * f.c : 0);
+    dz_per_maximum = arena.take<A>(maxima);
+    partial = arena.take<A>(f.channels_last ? (maxima ? 3 : 1) * f.n * position_splits(f) * f.c : 0);
   }
 };
 
-// What is known along a span of at most kBlock elements of the maps.
+// A block of n <= kBlock elements of the maps: u and dv in the accumulation type.
 template <class T, class A, class PerChannel>
-struct Span {
+struct Block {
   const Backward& f;
   int64_t offset, n;
   PerChannel s;
   alignas(64) A u_buffer[kBlock], dv_buffer[kBlock], v_buffer[kBlock];
 
-  // A constructor, because aggregate initialisation would clear the buffers.
-  Span(const Backward& f, int64_t offset, int64_t n, PerChannel s) : f(f), offset(offset), n(n), s(s) {}
+  // There is a constructor because aggregate initialization would clear the buffers.
+  Block(const Backward& f, int64_t offset, int64_t n, PerChannel s) : f(f), offset(offset), n(n), s(s) {}
 
   const A* u() { return stage(static_cast<const T*>(f.x) + offset, n, f.options.pre_act, f.options, u_buffer); }
   const A* dv(const A* u) {
@@ -57,19 +61,19 @@ struct Span {
     const A* out = stage(g, n, Activation::kIdentity, f.options, dv_buffer);
     if (f.options.post_act == Activation::kIdentity) return out;
     const T* residual = f.residual ? static_cast<const T*>(f.residual) + offset : nullptr;
-    lanes<A>(n, [&](int64_t i, auto type) {
+    for_each_vector<A>(n, [&](int64_t i, auto type) {
       using V = decltype(type);
       V v = load<V>(u + i) * s.template at<V>(i);
       if (residual) v += load<V>(residual + i);
       store(v_buffer + i, v);
       store(dv_buffer + i, load<V>(out + i));
     });
-    chain(f.options.post_act, f.options, v_buffer, dv_buffer, n);
+    apply_activation_backward(f.options.post_act, f.options, v_buffer, dv_buffer, n);
     return dv_buffer;
   }
 };
 
-// ds of one row, and for the maximum its value and ties.
+// ds of one row and, if the squeeze has a maximum, its value and ties.
 template <class T, class A = Accumulator<T>>
 void reduce_row(const Backward& f, const BackwardBuffers<A>& b, int64_t row) {
   const bool with_max = f.options.squeeze != Squeeze::kMean;
@@ -77,16 +81,16 @@ void reduce_row(const Backward& f, const BackwardBuffers<A>& b, int64_t row) {
   A max = -__builtin_huge_val(), ties = 0;
   for (int64_t l = 0; l < f.l; l += kBlock) {
     const int64_t n = f.l - l < kBlock ? f.l - l : kBlock;
-    Span<T, A, AlongRow<A>> span(f, row * f.l + l, n, {b.s[row]});
-    const A* u = span.u();
-    const A* dv = span.dv(u);
+    Block<T, A, ChannelBroadcast<A>> block(f, row * f.l + l, n, {b.s[row]});
+    const A* u = block.u();
+    const A* dv = block.dv(u);
     ds.add(n, [&](int64_t i, auto type) {
       using V = decltype(type);
       return load<V>(dv + i) * load<V>(u + i);
     });
     if (!with_max) continue;
     Vec<A> maxima = splat<Vec<A>>(-__builtin_huge_val()), counts{};
-    lanes<A>(n, [&](int64_t i, auto type) {
+    for_each_vector<A>(n, [&](int64_t i, auto type) {
       using V = decltype(type);
       if constexpr (std::is_same_v<V, A>) {
         count_ties(u[i], max, ties);
@@ -99,11 +103,11 @@ void reduce_row(const Backward& f, const BackwardBuffers<A>& b, int64_t row) {
   b.dp2[row] = ds.result();
   if (with_max) {
     b.max[row] = max;
-    b.max_share[row] = ties;
+    b.dz_per_maximum[row] = ties;
   }
 }
 
-// The same over positions [l0, l1) of sample n, for every channel.
+// As reduce_row, but over the positions [l0, l1) of sample n, for every channel.
 template <class T, class A = Accumulator<T>>
 void reduce_positions(const Backward& f, const BackwardBuffers<A>& b, int64_t n, int64_t l0, int64_t l1, A* ds, A* max,
                       A* ties) {
@@ -114,10 +118,10 @@ void reduce_positions(const Backward& f, const BackwardBuffers<A>& b, int64_t n,
   for (int64_t l = l0; l < l1; ++l) {
     for (int64_t c = 0; c < f.c; c += kBlock) {
       const int64_t count = f.c - c < kBlock ? f.c - c : kBlock;
-      Span<T, A, AlongPosition<A>> span(f, (n * f.l + l) * f.c + c, count, {b.s + n * f.c + c});
-      const A* u = span.u();
-      const A* dv = span.dv(u);
-      lanes<A>(count, [&](int64_t i, auto type) {
+      Block<T, A, ChannelVector<A>> block(f, (n * f.l + l) * f.c + c, count, {b.s + n * f.c + c});
+      const A* u = block.u();
+      const A* dv = block.dv(u);
+      for_each_vector<A>(count, [&](int64_t i, auto type) {
         using V = decltype(type);
         const V v = load<V>(u + i);
         store(ds + c + i, load<V>(ds + c + i) + load<V>(dv + i) * v);
@@ -131,34 +135,35 @@ void reduce_positions(const Backward& f, const BackwardBuffers<A>& b, int64_t n,
   }
 }
 
-// dx and dresidual along `count` elements from `offset`; per_channel(values, i): the values of the channels from i on.
+// dx and dresidual for the span of `count` elements at `offset`; per_channel(values, i) makes an operand of one value
+// per channel, from element i of the span on.
 template <class T, class PerChannel, class A = Accumulator<T>>
-void distribute(const Backward& f, const BackwardBuffers<A>& b, int64_t offset, int64_t count,
-                PerChannel&& per_channel) {
+void backward_apply(const Backward& f, const BackwardBuffers<A>& b, int64_t offset, int64_t count,
+                    PerChannel&& per_channel) {
   const bool with_max = f.options.squeeze != Squeeze::kMean;
   alignas(64) A du[kBlock], raw[kBlock];
   for (int64_t done = 0; done < count; done += kBlock) {
     const int64_t n = count - done < kBlock ? count - done : kBlock;
-    const auto s = per_channel(b.s, done), mean_share = per_channel(b.mean_share, done);
+    const auto s = per_channel(b.s, done), dz_per_position = per_channel(b.dz_per_position, done);
     const auto max = per_channel(with_max ? b.max : b.s, done),
-               max_share = per_channel(with_max ? b.max_share : b.s, done);
-    Span<T, A, std::remove_const_t<decltype(s)>> span(f, offset + done, n, s);
-    const A* u = with_max || f.options.post_act != Activation::kIdentity ? span.u() : nullptr;
-    const A* dv = span.dv(u);
+               dz_per_maximum = per_channel(with_max ? b.dz_per_maximum : b.s, done);
+    Block<T, A, std::remove_const_t<decltype(s)>> block(f, offset + done, n, s);
+    const A* u = with_max || f.options.post_act != Activation::kIdentity ? block.u() : nullptr;
+    const A* dv = block.dv(u);
     if (f.dresidual) {
       T* out = static_cast<T*>(f.dresidual) + offset + done;
-      lanes<A>(n, [&](int64_t i, auto type) { store(out + i, load<decltype(type)>(dv + i)); });
+      for_each_vector<A>(n, [&](int64_t i, auto type) { store(out + i, load<decltype(type)>(dv + i)); });
     }
     if (!f.dx) continue;
     T* dx = static_cast<T*>(f.dx) + offset + done;
     auto write = [&](auto* out) {
-      lanes<A>(n, [&](int64_t i, auto type) {
+      for_each_vector<A>(n, [&](int64_t i, auto type) {
         using V = decltype(type);
-        V d = load<V>(dv + i) * s.template at<V>(i) + mean_share.template at<V>(i);
+        V d = load<V>(dv + i) * s.template at<V>(i) + dz_per_position.template at<V>(i);
         if (with_max) {
-          // A product, as PyTorch's: an infinite or NaN dz makes the other positions NaN.
+          // A product, as in PyTorch: an infinite or NaN dz makes the other positions NaN.
           const V ties = select<V>(load<V>(u + i) == max.template at<V>(i), splat<V>(1), V{});
-          d += ties * max_share.template at<V>(i);
+          d += ties * dz_per_maximum.template at<V>(i);
         }
         store(out + i, d);
       });
@@ -169,8 +174,8 @@ void distribute(const Backward& f, const BackwardBuffers<A>& b, int64_t offset, 
     }
     write(du);
     const T* x = static_cast<const T*>(f.x) + offset + done;
-    chain(f.options.pre_act, f.options, stage(x, n, Activation::kIdentity, f.options, raw), du, n);
-    lanes<A>(n, [&](int64_t i, auto type) {
+    apply_activation_backward(f.options.pre_act, f.options, stage(x, n, Activation::kIdentity, f.options, raw), du, n);
+    for_each_vector<A>(n, [&](int64_t i, auto type) {
       using V = decltype(type);
       V d = load<V>(du + i);
       if (f.residual_is_x) d += load<V>(dv + i);

@@ -1,4 +1,4 @@
-// Registers the CPU kernels as se_fused::forward_out and se_fused::backward_out, by the LibTorch stable ABI.
+// Registers the CPU kernels as se_fused::forward_out and se_fused::backward_out, using the LibTorch stable ABI.
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -56,7 +56,7 @@ int threads() {
   return static_cast<int>(count);
 }
 
-// torch's own threads, so that torch.set_num_threads holds here too.
+// torch's thread pool, so that torch.set_num_threads applies here too.
 se::cpu::Pool pool() {
   return {[](int64_t count, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
             Loop loop{body, context};
@@ -65,10 +65,10 @@ se::cpu::Pool pool() {
           threads()};
 }
 
-// Asks for huge pages where a new map is about to be written: the faults of a 77 MB output in 4 KB pages take longer
-// than the whole operation. Below kHugeMap the allocator hands out pages that were in use before.
+// Asks for huge pages for a new map, before it is written: the page faults of a 77 MB output in 4 KB pages take longer
+// than the whole operation. Maps smaller than kHugeMap usually get memory that the allocator has used before.
 constexpr size_t kHugeMap = 4 << 20, kHugePage = 2 << 20;
-void expect_new_pages([[maybe_unused]] const void* map, [[maybe_unused]] size_t bytes) {
+void request_huge_pages([[maybe_unused]] const void* map, [[maybe_unused]] size_t bytes) {
 #if defined(__linux__)
   if (!map || bytes < kHugeMap) return;
   const auto begin = (reinterpret_cast<uintptr_t>(map) + kHugePage - 1) / kHugePage * kHugePage;
@@ -87,7 +87,7 @@ Scratch allocate(size_t bytes) {
 }
 
 void run_forward(const se::Forward& f) {
-  if (f.y != f.x) expect_new_pages(f.y, map_bytes(f));
+  if (f.y != f.x) request_huge_pages(f.y, map_bytes(f));
   const Scratch scratch = allocate(kernels().forward_scratch(f));
   kernels().forward(f, pool(), scratch.get());
 }
@@ -95,8 +95,8 @@ void run_forward(const se::Forward& f) {
 struct Cpu {
   static void run(const se::Forward& f, const se::Tensor&) { run_forward(f); }
   static void run(const se::Backward& f, const se::Tensor&) {
-    expect_new_pages(f.dx, map_bytes(f));
-    expect_new_pages(f.dresidual, map_bytes(f));
+    request_huge_pages(f.dx, map_bytes(f));
+    request_huge_pages(f.dresidual, map_bytes(f));
     const Scratch scratch = allocate(kernels().backward_scratch(f));
     kernels().backward(f, pool(), scratch.get());
   }

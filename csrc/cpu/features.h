@@ -1,4 +1,4 @@
-// Which of the compiled instruction sets this CPU runs.
+// Which of the compiled instruction sets this CPU can run.
 #pragma once
 
 namespace se::cpu {

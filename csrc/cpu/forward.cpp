@@ -1,12 +1,17 @@
-// What:   y = post_act(u * s + residual), all of it (se.h), for every dtype and both orders of the maps.
-// How:    a group of samples at a time: squeeze, excite, scale. Scale takes the last sample first, which is still in
-//         cache; its rows in their order, because backwards, for want of prefetching, they cost 1.3 to 1.5 times as
-//         much at 16x1024x14x14.
-// Bytes:  x from memory once if a group fits the cache, twice if not; y once; the weights once for each group.
-// Tried:  in place at 16x96x112x112 and 16x256x56x56, where a bare multiplication takes 0.70 to 0.82 of the time: to
-//         share each sample among the threads (1.05 and 1.16), to prefetch the next one while one is scaled (1.03 to
-//         1.07).
-#include "excite.h"
+// What:   y = post_act(u * s + residual), the whole operation (se.h), for every dtype and both orders of the maps.
+// How:    squeeze, excite and scale one group of samples at a time. Scale begins with the last sample, which is still
+//         in cache, but takes its rows in ascending order: in descending order prefetching fails, and they cost 1.3 to
+//         1.5 times as much at 16x1024x14x14.
+// Bytes:  reads x from memory once if a group fits the cache, twice if not; writes y once; reads the weights once per
+//         group.
+// Tried:  for in-place calls at 16x96x112x112 and 16x256x56x56, where a bare multiplication takes 0.70 to 0.82 of the
+//         time: dividing each sample among the threads (1.05 and 1.16 times the time), and prefetching the next sample
+//         while one is scaled (1.03 to 1.07).
+#include "dispatch.h"
+#include "gemv.h"
+#include "operands.h"
+#include "schedule.h"
+#include "scratch.h"
 
 namespace se::cpu {
 namespace SE_CPU_ISA {
@@ -16,14 +21,14 @@ template <class A>
 struct Buffers {
   A *z, *p1, *p2;    // saved for backward, or scratch
   A *h, *s;          // [N, R], [N, C]
-  A *sums, *maxima;  // channels_last: [N, groups, C], each where `squeeze` needs it
+  A *sums, *maxima;  // channels_last: [N, splits, C], each only if `squeeze` needs it
   Buffers(const Forward& f, Arena& arena) {
     z = arena.take_unless<A>(f.z, f.n * f.c);
     p1 = arena.take_unless<A>(f.p1, f.n * f.r);
     p2 = arena.take_unless<A>(f.p2, f.n * f.c);
     h = arena.take<A>(f.n * f.r);
     s = arena.take<A>(f.n * f.c);
-    const int64_t partial = f.channels_last ? f.n * position_groups(f) * f.c : 0;
+    const int64_t partial = f.channels_last ? f.n * position_splits(f) * f.c : 0;
     sums = arena.take<A>(f.options.squeeze == Squeeze::kMax ? 0 : partial);
     maxima = arena.take<A>(f.options.squeeze == Squeeze::kMean ? 0 : partial);
   }
@@ -36,7 +41,7 @@ SE_INLINE V squeezed(Squeeze squeeze, V sum, V max, int64_t l) {
   return squeeze == Squeeze::kMax ? max : (sum / count + max) / 2;
 }
 
-// z of one row [L].
+// z of one row of L positions.
 template <class T, class A = Accumulator<T>>
 A squeeze_row(const Forward& f, const T* row) {
   alignas(64) A buffer[kBlock];
@@ -52,7 +57,7 @@ A squeeze_row(const Forward& f, const T* row) {
   return squeezed(f.options.squeeze, sum.result(), max.result(), f.l);
 }
 
-// z of rows [begin, end).
+// z of the rows [begin, end).
 template <class T, class A = Accumulator<T>>
 void squeeze_rows(const Forward& f, const T* x, A* z, int64_t begin, int64_t end) {
   if (f.options.pre_act != Activation::kIdentity || f.options.squeeze != Squeeze::kMean) {
@@ -66,7 +71,7 @@ void squeeze_rows(const Forward& f, const T* x, A* z, int64_t begin, int64_t end
   }
 }
 
-// Sums and maxima over positions [l0, l1) of one sample, channels [c0, c1).
+// Sums and maxima over the positions [l0, l1) of one sample, for channels [c0, c1).
 template <class T, class A = Accumulator<T>>
 void squeeze_positions(const Forward& f, const T* sample, int64_t l0, int64_t l1, int64_t c0, int64_t c1, A* sums,
                        A* maxima) {
@@ -81,14 +86,14 @@ void squeeze_positions(const Forward& f, const T* sample, int64_t l0, int64_t l1
       const int64_t n = c1 - c < kBlock ? c1 - c : kBlock;
       const T* span = sample + l * f.c + c;
       if (f.options.pre_act == Activation::kIdentity && !max) {
-        lanes<A>(n, [&](int64_t i, auto type) {
+        for_each_vector<A>(n, [&](int64_t i, auto type) {
           using V = decltype(type);
           store(sums + c + i, load<V>(sums + c + i) + load<V>(span + i));
         });
         continue;
       }
       const A* u = stage(span, n, f.options.pre_act, f.options, buffer);
-      lanes<A>(n, [&](int64_t i, auto type) {
+      for_each_vector<A>(n, [&](int64_t i, auto type) {
         using V = decltype(type);
         if (sum) store(sums + c + i, load<V>(sums + c + i) + load<V>(u + i));
         if (max) store(maxima + c + i, max_keep_nan(load<V>(maxima + c + i), load<V>(u + i)));
@@ -97,30 +102,31 @@ void squeeze_positions(const Forward& f, const T* sample, int64_t l0, int64_t l1
   }
 }
 
-// y along one span of at most kBlock elements; `residual` may be null.
+// y for one block of n <= kBlock elements; `residual` may be null.
 template <class T, class Gate, class A = Accumulator<T>>
-void scale_span(const Options& o, const T* x, const T* residual, Gate s, int64_t n, T* y) {
+void scale_block(const Options& o, const T* x, const T* residual, Gate s, int64_t n, T* y) {
   alignas(64) A buffer[kBlock], v[kBlock];
   const A* u = stage(x, n, o.pre_act, o, buffer);
-  lanes<A>(n, [&](int64_t i, auto type) {
+  for_each_vector<A>(n, [&](int64_t i, auto type) {
     using V = decltype(type);
     V sum = load<V>(u + i) * s.template at<V>(i);
     if (residual) sum += load<V>(residual + i);
     store(v + i, sum);
   });
-  activate(o.post_act, o, v, n);
-  lanes<A>(n, [&](int64_t i, auto type) { store(y + i, load<decltype(type)>(v + i)); });
+  apply_activation(o.post_act, o, v, n);
+  for_each_vector<A>(n, [&](int64_t i, auto type) { store(y + i, load<decltype(type)>(v + i)); });
 }
 
-// y along `count` elements from `offset`; gate(i): the gate from the i-th of them on. The most frequent form, y = x *
-// s, is apart: a row of 7 x 7 elements takes less time than the setting up of the general one.
+// y for the span of `count` elements at `offset`; gate(i) is the gate's operand from element i of the span on. The most
+// frequent form, y = x * s, has its own loop: a row of 7 x 7 elements takes less time in it than the general loop needs
+// to start.
 template <class T, class Gate, class A = Accumulator<T>>
 SE_INLINE void scale(const Forward& f, bool plain, int64_t offset, int64_t count, Gate&& gate) {
   const T* x = static_cast<const T*>(f.x) + offset;
   T* y = static_cast<T*>(f.y) + offset;
   if (plain) {
     const auto s = gate(0);
-    return lanes<A>(count, [&](int64_t i, auto type) {
+    return for_each_vector<A>(count, [&](int64_t i, auto type) {
       using V = decltype(type);
       store(y + i, load<V>(x + i) * s.template at<V>(i));
     });
@@ -128,38 +134,38 @@ SE_INLINE void scale(const Forward& f, bool plain, int64_t offset, int64_t count
   const T* residual = f.residual ? static_cast<const T*>(f.residual) + offset : nullptr;
   for (int64_t i = 0; i < count; i += kBlock) {
     const int64_t n = count - i < kBlock ? count - i : kBlock;
-    scale_span(f.options, x + i, residual ? residual + i : nullptr, gate(i), n, y + i);
+    scale_block(f.options, x + i, residual ? residual + i : nullptr, gate(i), n, y + i);
   }
 }
 
 // z for samples [n0, n1).
 template <class T, class A = Accumulator<T>>
-void squeeze(const Forward& f, const Buffers<A>& b, Worker& worker, int64_t n0, int64_t n1) {
+void squeeze(const Forward& f, const Buffers<A>& b, ThreadGroup& threads, int64_t n0, int64_t n1) {
   const T* x = static_cast<const T*>(f.x);
   if (!f.channels_last) {
-    // By channels, as below, so that a worker scales the rows that it has squeezed.
-    worker.share(f.c, kTileRows<A>, [&](int64_t c0, int64_t c1) {
+    // Divided by channels, as in forward_samples, so that a thread scales the rows that it has squeezed.
+    threads.parallel_for(f.c, kRowBlock<A>, [&](int64_t c0, int64_t c1) {
       for (int64_t n = n0; n < n1; ++n) squeeze_rows(f, x, b.z, n * f.c + c0, n * f.c + c1);
     });
     return;
   }
-  // Whole positions read faster than parts of them: 0.81 of the time at 16x1024x14x14.
-  const int64_t groups = position_groups(f), spans = (n1 - n0) * groups;
-  const int64_t blocks = spans < worker.count() ? divide_up(f.c, kBlock) : 1, width = blocks > 1 ? kBlock : f.c;
-  worker.share(spans * blocks, 1, [&](int64_t begin, int64_t end) {
+  // Reading whole positions is faster than reading parts of them: 0.81 of the time at 16x1024x14x14.
+  const int64_t splits = position_splits(f), ranges = (n1 - n0) * splits;
+  const int64_t blocks = ranges < threads.size() ? divide_up(f.c, kBlock) : 1, width = blocks > 1 ? kBlock : f.c;
+  threads.parallel_for(ranges * blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t span = n0 * groups + i / blocks, n = span / groups, group = span % groups;
+      const int64_t range = n0 * splits + i / blocks, n = range / splits, split = range % splits;
       const int64_t c0 = i % blocks * width, c1 = c0 + width < f.c ? c0 + width : f.c;
-      squeeze_positions(f, x + n * f.c * f.l, f.l * group / groups, f.l * (group + 1) / groups, c0, c1,
-                        b.sums + span * f.c, b.maxima + span * f.c);
+      squeeze_positions(f, x + n * f.c * f.l, f.l * split / splits, f.l * (split + 1) / splits, c0, c1,
+                        b.sums + range * f.c, b.maxima + range * f.c);
     }
   });
-  worker.share(f.c, kBlock, [&](int64_t c0, int64_t c1) {
+  threads.parallel_for(f.c, kBlock, [&](int64_t c0, int64_t c1) {
     for (int64_t n = n0; n < n1; ++n) {
-      lanes<A>(c1 - c0, [&](int64_t j, auto type) {
+      for_each_vector<A>(c1 - c0, [&](int64_t j, auto type) {
         using V = decltype(type);
         V sum{}, max = splat<V>(-__builtin_huge_val());
-        for (int64_t i = n * groups; i < (n + 1) * groups; ++i) {
+        for (int64_t i = n * splits; i < (n + 1) * splits; ++i) {
           if (f.options.squeeze != Squeeze::kMax) sum += load<V>(b.sums + i * f.c + c0 + j);
           if (f.options.squeeze != Squeeze::kMean) max = max_keep_nan(max, load<V>(b.maxima + i * f.c + c0 + j));
         }
@@ -169,16 +175,16 @@ void squeeze(const Forward& f, const Buffers<A>& b, Worker& worker, int64_t n0, 
   });
 }
 
-// p1 and h for rows [r0, r1) of the first layer.
+// p1 and h for the rows [r0, r1) of the first layer.
 template <class A>
 void excite_hidden(const Forward& f, const Buffers<A>& b, int64_t n0, int64_t n1, int64_t r0, int64_t r1) {
   with_weight_type<A>(f.weight_dtype, [&](auto type) {
     using W = decltype(type);
-    product(static_cast<const W*>(f.w1), static_cast<const W*>(f.b1), b.z, b.p1, f.r, f.c, n0, n1, r0, r1);
+    gemv(static_cast<const W*>(f.w1), static_cast<const W*>(f.b1), b.z, b.p1, f.r, f.c, n0, n1, r0, r1);
   });
   for (int64_t n = n0; n < n1; ++n) {
     std::memcpy(b.h + n * f.r + r0, b.p1 + n * f.r + r0, (r1 - r0) * sizeof(A));
-    activate(f.options.act, f.options, b.h + n * f.r + r0, r1 - r0);
+    apply_activation(f.options.act, f.options, b.h + n * f.r + r0, r1 - r0);
   }
 }
 
@@ -187,37 +193,37 @@ template <class A>
 void excite_gate(const Forward& f, const Buffers<A>& b, int64_t n0, int64_t n1, int64_t c0, int64_t c1) {
   with_weight_type<A>(f.weight_dtype, [&](auto type) {
     using W = decltype(type);
-    product(static_cast<const W*>(f.w2), static_cast<const W*>(f.b2), f.r ? b.h : b.z, b.p2, f.c, f.r ? f.r : f.c, n0,
-            n1, c0, c1);
+    gemv(static_cast<const W*>(f.w2), static_cast<const W*>(f.b2), f.r ? b.h : b.z, b.p2, f.c, f.r ? f.r : f.c, n0, n1,
+         c0, c1);
   });
   for (int64_t n = n0; n < n1; ++n) {
     std::memcpy(b.s + n * f.c + c0, b.p2 + n * f.c + c0, (c1 - c0) * sizeof(A));
-    activate(f.options.gate, f.options, b.s + n * f.c + c0, c1 - c0);
+    apply_activation(f.options.gate, f.options, b.s + n * f.c + c0, c1 - c0);
   }
 }
 
 template <class T, class A = Accumulator<T>>
-void forward_group(const Forward& f, const Buffers<A>& b, Worker& worker, int64_t n0, int64_t n1) {
+void forward_samples(const Forward& f, const Buffers<A>& b, ThreadGroup& threads, int64_t n0, int64_t n1) {
   const bool plain =
       f.options.pre_act == Activation::kIdentity && f.options.post_act == Activation::kIdentity && !f.residual;
-  squeeze<T>(f, b, worker, n0, n1);
-  worker.share(f.r, kTileRows<A>, [&](int64_t r0, int64_t r1) { excite_hidden(f, b, n0, n1, r0, r1); });
+  squeeze<T>(f, b, threads, n0, n1);
+  threads.parallel_for(f.r, kRowBlock<A>, [&](int64_t r0, int64_t r1) { excite_hidden(f, b, n0, n1, r0, r1); });
   if (!f.channels_last) {
-    worker.share(f.c, kTileRows<A>, [&](int64_t c0, int64_t c1) {
+    threads.parallel_for(f.c, kRowBlock<A>, [&](int64_t c0, int64_t c1) {
       excite_gate(f, b, n0, n1, c0, c1);
       for (int64_t n = n1 - 1; n >= n0; --n) {
         for (int64_t row = n * f.c + c0; row < n * f.c + c1; ++row) {
-          scale<T>(f, plain, row * f.l, f.l, [&](int64_t) { return AlongRow<A>{b.s[row]}; });
+          scale<T>(f, plain, row * f.l, f.l, [&](int64_t) { return ChannelBroadcast<A>{b.s[row]}; });
         }
       }
     });
     return;
   }
-  worker.share(f.c, kTileRows<A>, [&](int64_t c0, int64_t c1) { excite_gate(f, b, n0, n1, c0, c1); });
-  worker.share((n1 - n0) * f.l, 1, [&](int64_t begin, int64_t end) {
+  threads.parallel_for(f.c, kRowBlock<A>, [&](int64_t c0, int64_t c1) { excite_gate(f, b, n0, n1, c0, c1); });
+  threads.parallel_for((n1 - n0) * f.l, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = n0 * f.l + begin; i < n0 * f.l + end; ++i) {
       const A* s = b.s + i / f.l * f.c;
-      scale<T>(f, plain, i * f.c, f.c, [&](int64_t c) { return AlongPosition<A>{s + c}; });
+      scale<T>(f, plain, i * f.c, f.c, [&](int64_t c) { return ChannelVector<A>{s + c}; });
     }
   });
 }
@@ -231,9 +237,10 @@ void forward(const Forward& f, const Pool& pool, void* scratch) {
     using T = decltype(type);
     Arena arena(scratch);
     const Buffers<Accumulator<T>> buffers(f, arena);
-    with_team(pool, f.n * f.c * (f.l + 2 * f.r), [&](Worker& team) {
-      for_each_group(f, team, sizeof(T),
-                     [&](Worker& worker, int64_t n0, int64_t n1) { forward_group<T>(f, buffers, worker, n0, n1); });
+    parallel_region(pool, f.n * f.c * (f.l + 2 * f.r), [&](ThreadGroup& all) {
+      for_each_sample_group(f, all, sizeof(T), [&](ThreadGroup& threads, int64_t n0, int64_t n1) {
+        forward_samples<T>(f, buffers, threads, n0, n1);
+      });
     });
   });
 }

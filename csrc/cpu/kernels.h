@@ -1,4 +1,8 @@
-// What the CPU kernels offer to their binding. They are compiled once for each instruction set, without a torch header.
+// The interface of the CPU kernels to their binding. The kernels include no torch header.
+//
+// forward.cpp and backward.cpp are compiled once for each instruction set, into one library. The headers that they
+// include therefore keep everything in unnamed namespaces: with external linkage, the linker would keep one copy of
+// each function for all instruction sets (one-definition rule), and a CPU without AVX-512 could get AVX-512 code.
 #pragma once
 
 #include <cstddef>
@@ -15,7 +19,7 @@ struct Pool {
 
 struct Kernels {
   const char* name;                           // the instruction set
-  size_t (*forward_scratch)(const Forward&);  // bytes, which the caller provides aligned to 64
+  size_t (*forward_scratch)(const Forward&);  // bytes; the caller allocates them, aligned to 64
   void (*forward)(const Forward&, const Pool&, void* scratch);
   size_t (*backward_scratch)(const Backward&);
   void (*backward)(const Backward&, const Pool&, void* scratch);

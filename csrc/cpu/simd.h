@@ -1,6 +1,7 @@
-// Vectors of the instruction set that this file is compiled for, by the vector extensions of GCC and Clang.
+// SIMD vectors of the instruction set that this file is compiled for, by the vector extensions of GCC and Clang.
 //
-// A loop body is written once, for a type V that is either a vector Vec<A> or a single A: `lanes` runs it over both.
+// A loop body is written once, for a type V that is either a vector Vec<A> or a single A. for_each_vector runs it on
+// vectors and then on the elements that are left.
 #pragma once
 
 #include <cstdint>
@@ -80,8 +81,8 @@ SE_INLINE V select(C condition, V yes, V no) {
   return condition ? yes : no;
 }
 
-// a * b + c, in one rounding where the instruction set has it. The compiler is told not to contract by itself, because
-// it would do so in vectors and not in single elements, and equal elements of a map would stop being equal.
+// a * b + c, fused into one rounding if the instruction set can. -ffp-contract=off keeps the compiler from fusing by
+// itself: it would fuse in vectors but not in single elements, and equal elements of a map would get unequal results.
 template <class V>
 SE_INLINE V multiply_add(V a, V b, V c) {
 #if defined(__AVX512F__)
@@ -102,13 +103,13 @@ SE_INLINE V multiply_add(V a, V b, V c) {
   return a * b + c;
 }
 
-// Maximum that keeps NaN, as torch.amax does.
+// The maximum. It is NaN if one operand is, as in torch.amax.
 template <class V>
 SE_INLINE V max_keep_nan(V a, V b) {
   return select<V>((b > a) | (b != b), b, a);
 }
 
-// bfloat16: the upper half of a float, rounded to nearest even; a NaN stays one.
+// A bfloat16 is the upper half of a float, rounded to nearest even. A NaN stays NaN.
 SE_INLINE float to_float(BFloat16 v) { return bit_cast<float>(static_cast<uint32_t>(v.bits) << 16); }
 template <class U, class V>
 SE_INLINE U bfloat16_bits(V v) {
@@ -117,7 +118,8 @@ SE_INLINE U bfloat16_bits(V v) {
   return v != v ? U{} + 0x7fc0u : rounded;
 }
 
-// float16 without F16C: through the float that has the same bits 2^112 times lower, and back with rounding to even.
+// float16 without F16C. Shifted into a float's place, the bits of a float16 are a float that is 2^112 times too small:
+// the exponent biases differ by 112. The conversion back rounds to nearest even.
 SE_INLINE float to_float(Half v) {
   const uint32_t magnitude = (v.bits & 0x7fffu) << 13;
   const float scaled = bit_cast<float>(magnitude) * 0x1p112f;
@@ -130,7 +132,7 @@ SE_INLINE uint16_t half_bits(float v) {
   uint32_t out;
   if (magnitude >= 0x47800000u) {  // 65536 and more, Inf, NaN
     out = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
-  } else if (magnitude < 0x38800000u) {  // subnormal: adding 0.5 leaves the rounded bits at the low end
+  } else if (magnitude < 0x38800000u) {  // subnormal: adding 0.5 rounds and aligns the mantissa
     out = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
   } else {
     out = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
@@ -138,7 +140,7 @@ SE_INLINE uint16_t half_bits(float v) {
   return static_cast<uint16_t>(out | (sign >> 16));
 }
 
-// load<V>(p): one or kWidth elements of T as V. store(p, v): the inverse.
+// load<V>(p) converts one or kWidth elements of type T to V. store(p, v) is the inverse.
 template <class V, class T>
 SE_INLINE V load(const T* p) {
   using A = typename Traits<V>::Element;
@@ -153,7 +155,7 @@ SE_INLINE V load(const T* p) {
     std::memcpy(&bits, p, sizeof(bits));
     return bit_cast<V>(__builtin_convertvector(bits, Vec<uint32_t>) << 16);
   } else {
-#if defined(__AVX512F__)  // with a full mask, because GCC 12 warns of the plain forms' own undefined operand
+#if defined(__AVX512F__)  // masked forms with a full mask: GCC 12 warns of an undefined operand in the plain ones
     return bit_cast<V>(_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 #elif defined(__F16C__)
     return bit_cast<V>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
@@ -191,9 +193,9 @@ SE_INLINE void store(T* p, V v) {
   }
 }
 
-// body(i, V{}) for i over [0, n): vectors first, then single elements.
+// body(i, V{}) for i over [0, n): first with V = Vec<A>, then with V = A for the elements that are left.
 template <class A, class Body>
-SE_INLINE void lanes(int64_t n, Body&& body) {
+SE_INLINE void for_each_vector(int64_t n, Body&& body) {
   int64_t i = 0;
   for (; i + kWidth<A> <= n; i += kWidth<A>) body(i, Vec<A>{});
   for (; i < n; ++i) body(i, A{});
@@ -210,15 +212,18 @@ SE_INLINE A horizontal_sum(Vec<A> v) {
   return v[0];
 }
 
-// Pairwise horizontal add. The result has blocks of kHalf lanes, from p and q in turn; each block is the sum of the two
-// halves of a block of 2 kHalf lanes. With kHalf = 1 and four lanes: {p0 + p1, q0 + q1, p2 + p3, q2 + q3}.
+// Pairwise horizontal add. Each block of 2 kHalf lanes of p or q is reduced to kHalf lanes, the sum of its two halves;
+// the results alternate between p and q. With four lanes:
+//   kHalf = 2:  {p0 + p2, p1 + p3, q0 + q2, q1 + q3}
+//   kHalf = 1:  {p0 + p1, q0 + q1, p2 + p3, q2 + q3}
 template <int kHalf, class V, int... kLane>
 SE_INLINE V sum_halves(V p, V q, std::integer_sequence<int, kLane...>) {
-  constexpr int kOther = static_cast<int>(sizeof...(kLane)) - kHalf;  // from p's lane to that of q in its place
+  constexpr int kOther =
+      static_cast<int>(sizeof...(kLane)) - kHalf;  // from a lane of p to the lane of q that replaces it
   return __builtin_shufflevector(p, q, (kLane & kHalf ? kLane + kOther : kLane)...) +
          __builtin_shufflevector(p, q, (kLane & kHalf ? kLane + kOther + kHalf : kLane + kHalf)...);
 }
-// Lane i: horizontal_sum(v[i]), to the last bit.
+// Lane i is horizontal_sum(v[i]), with the same bits.
 template <class A, int kHalf = kWidth<A> / 2>
 SE_INLINE Vec<A> horizontal_sums(const Vec<A>* v) {
   Vec<A> sums[kHalf];
@@ -229,15 +234,15 @@ SE_INLINE Vec<A> horizontal_sums(const Vec<A>* v) {
   return sums[0];
 }
 
-// A sum or maximum over many elements in a fixed order: kUnroll vectors, because one is bound by the latency of its
-// adds.
+// A sum or maximum over many elements in a fixed order. It uses kUnroll accumulators: with a single one, the latency of
+// the additions would limit it.
 template <class A, bool kMax>
 class Reduction {
  public:
   SE_INLINE Reduction() {
     for (auto& v : vectors_) v = splat<Vec<A>>(start());
   }
-  // value(i, V{}): the elements at i.
+  // Adds n elements; value(i, V{}) returns the ones at i.
   template <class Value>
   SE_INLINE void add(int64_t n, Value&& value) {
     int64_t i = 0;

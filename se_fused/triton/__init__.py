@@ -1,12 +1,14 @@
-"""The operation in Triton, for GPUs without the compiled CUDA part: NVIDIA's and AMD's.
+"""The operation in Triton, for AMD GPUs and for NVIDIA GPUs without the compiled CUDA library.
 
-    plan.py         how a call is cut into programs
-    forward.py      squeeze, hidden, scale; or all three in one launch
-    backward.py     reduce, hidden, distribute; or all three in one launch
-    weights.py      the gradients of the weights
-    launch.py       forward_out and backward_out, with the arguments of the operators in se_fused/ops.py
+    plan.py          how a call is divided into programs
+    tiles.py         offsets of tiles, products with the weights, maxima
+    activations.py   the activations and their derivatives
+    forward.py       squeeze, hidden and scale, or all three in one launch
+    backward.py      reduce, hidden and apply, or all three in one launch
+    weights.py       the gradients of the weights
+    launch.py        forward_out and backward_out, with the arguments of the operators in se_fused/ops.py
 
-Importing this imports triton, which is slow and may fail; `se_fused.backends` does it when a call needs it.
+Importing this package imports triton, which is slow and may fail. `se_fused.backends` imports it when a call needs it.
 """
 
 from .launch import backward_out, forward_out

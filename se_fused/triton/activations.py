@@ -1,7 +1,7 @@
-"""The activations and their derivatives, by the codes of enum Activation in csrc/se.h.
+"""The activations and their derivatives, with the numbers of enum Activation in csrc/se.h.
 
-NaN and the infinities behave as in PyTorch: comparisons are arranged so that a NaN falls through, and `tl.maximum`,
-which drops it, is not used.
+NaN and the infinities behave as in PyTorch: each comparison with a NaN is false and leads to a branch that returns the
+NaN. `tl.maximum` is not used, because it drops NaN.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def sigmoid(v):
 
 @triton.jit
 def tanh(v):
-    # Near 0 the rational function of Cephes' tanh.c, for 1 - 2 / (e^2a + 1) cancels there.
+    # Near 0, where 1 - 2 / (e^2a + 1) loses digits to cancellation, the rational function of Cephes' tanh.c is used.
     square = v * v
     p = (-9.64399179425052238628e-1 * square - 9.92877231001918586564e1) * square - 1.61468768441708447952e3
     q = ((square + 1.12811678491632931402e2) * square + 2.23548839060100448583e3) * square + 4.84406305325125486048e3
@@ -51,81 +51,81 @@ def tanh(v):
 
 @triton.jit
 def _mish_tanh(v):
-    # tanh(log(1 + e^v)) = n / (n + 2) with n = e^v (e^v + 2); above 20 it is 1 in float, above 40 in double.
+    # tanh(log(1 + e^v)) = n / (n + 2) with n = e^v (e^v + 2). It rounds to 1 above 20 in float, above 40 in double.
     e = tl.exp(tl.where(v > 40, 40.0, v))
     n = e * (e + 2)
     return e, n / (n + 2)
 
 
 @triton.jit
-def activation(v, code: tl.constexpr, slope: tl.constexpr, offset: tl.constexpr):
-    """activation(v), elementwise. `slope`, `offset`: of a hard sigmoid."""
-    if code == RELU:
+def activation(v, ACTIVATION: tl.constexpr, slope: tl.constexpr, offset: tl.constexpr):
+    """Applies an activation elementwise. `slope` and `offset` are those of the hard sigmoid."""
+    if ACTIVATION == RELU:
         out = tl.where(v < 0, 0.0, v)
-    elif code == RELU6:
+    elif ACTIVATION == RELU6:
         out = clamp(v, 0.0, 6.0)
-    elif code == SILU:
+    elif ACTIVATION == SILU:
         out = v * sigmoid(v)
-    elif code == HARDSWISH:
+    elif ACTIVATION == HARDSWISH:
         out = v * clamp(v + 3, 0.0, 6.0) / 6
-    elif code == GELU:
+    elif ACTIVATION == GELU:
         out = 0.5 * v * (1 + tl.erf(v * _SQRT_HALF))
-    elif code == GELU_TANH:
+    elif ACTIVATION == GELU_TANH:
         out = 0.5 * v * (1 + tanh((v + v * v * v * _GELU_CUBIC) * _SQRT_TWO_OVER_PI))
-    elif code == LEAKY_RELU:
+    elif ACTIVATION == LEAKY_RELU:
         out = tl.where(v > 0, v, v * _LEAKY_SLOPE)
-    elif code == MISH:
+    elif ACTIVATION == MISH:
         _, t = _mish_tanh(v)
         out = v * t
-    elif code == SIGMOID:
+    elif ACTIVATION == SIGMOID:
         out = sigmoid(v)
-    elif code == TANH:
+    elif ACTIVATION == TANH:
         out = tanh(v)
-    elif code == HARD_SIGMOID:
+    elif ACTIVATION == HARD_SIGMOID:
         out = clamp(slope * v + offset, 0.0, 1.0)
     else:
-        tl.static_assert(code == IDENTITY)
+        tl.static_assert(ACTIVATION == IDENTITY)
         out = v
     return out
 
 
 @triton.jit
-def chain(g, v, code: tl.constexpr, slope: tl.constexpr, offset: tl.constexpr):
-    """g activation'(v), elementwise.
+def activation_backward(g, v, ACTIVATION: tl.constexpr, slope: tl.constexpr, offset: tl.constexpr):
+    """Returns g activation'(v), elementwise.
 
-    PyTorch's backward selects where an activation is made of straight pieces, so that 0 is left of an infinite g, and
-    multiplies elsewhere, so that NaN is.
+    As in PyTorch, piecewise activations select, so that an infinite g gives 0 where the derivative is 0. The others
+    multiply, which gives NaN there.
     """
-    if code == RELU:
+    if ACTIVATION == RELU:
         out = tl.where(v <= 0, 0.0, g)
-    elif code == RELU6:
+    elif ACTIVATION == RELU6:
         out = tl.where((v <= 0) | (v >= 6), 0.0, g)
-    elif code == SILU:
+    elif ACTIVATION == SILU:
         s = sigmoid(v)
         out = g * (s * (1 + v * (1 - s)))
-    elif code == HARDSWISH:
+    elif ACTIVATION == HARDSWISH:
         out = tl.where(v <= -3, 0.0, tl.where(v >= 3, g, g * (v / 3 + 0.5)))
-    elif code == GELU:
+    elif ACTIVATION == GELU:
         out = g * (0.5 * (1 + tl.erf(v * _SQRT_HALF)) + v * tl.exp(-0.5 * v * v) * (0.5 * _SQRT_TWO_OVER_PI))
-    elif code == GELU_TANH:
+    elif ACTIVATION == GELU_TANH:
         t = tanh((v + v * v * v * _GELU_CUBIC) * _SQRT_TWO_OVER_PI)
         inner = (1 + v * v * (3 * _GELU_CUBIC)) * _SQRT_TWO_OVER_PI
         out = g * (0.5 * (1 + t) + 0.5 * v * (1 - t * t) * inner)
-    elif code == LEAKY_RELU:
+    elif ACTIVATION == LEAKY_RELU:
         out = tl.where(v > 0, g, g * _LEAKY_SLOPE)
-    elif code == MISH:
+    elif ACTIVATION == MISH:
         e, t = _mish_tanh(v)
         out = g * (t + v * (e / (e + 1)) * (1 - t * t))
-    elif code == SIGMOID:
+    elif ACTIVATION == SIGMOID:
         s = sigmoid(v)
         out = g * (s * (1 - s))
-    elif code == TANH:
+    elif ACTIVATION == TANH:
         t = tanh(v)
         out = g * (1 - t * t)
-    elif code == HARD_SIGMOID:
+    elif ACTIVATION == HARD_SIGMOID:
         line = slope * v + offset
         out = tl.where((line >= 0) & (line <= 1), g, 0.0) * slope
     else:
-        tl.static_assert(code == IDENTITY)
+        tl.static_assert(ACTIVATION == IDENTITY)
         out = g
     return out

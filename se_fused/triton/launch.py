@@ -1,4 +1,4 @@
-"""`forward_out` and `backward_out` of the contract (se_fused/ops.py): scratch memory, grids, launches."""
+"""The operators forward_out and backward_out (se_fused/ops.py) in Triton: scratch memory, grids and launches."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from . import backward, forward, weights
 from .plan import WEIGHT_TILE, plan
 from .tiles import MAP, MEAN, MEAN_MAX, NO_RESIDUAL, X_ITSELF
 
-# Triton's barrier on AMD waits for shared memory only (`s_waitcnt lgkmcnt(0)`): stores to global memory may come later.
+# Whether a barrier in a program orders its stores to global memory. Not on AMD, where Triton's barrier waits for shared
+# memory only (`s_waitcnt lgkmcnt(0)`).
 _ORDERED = torch.version.hip is None
-# Left to itself, ptxas stores a few registers to memory to reach the next step of occupancy.
+# Without this limit, ptxas spills a few registers to reach the next step of occupancy.
 _REGISTERS = {} if torch.version.hip else {"maxnreg": 255}
 
 
 class _Problem:
-    """What forward and backward share: sizes, the plan, and the arguments that all kernels take alike."""
+    """One call, forward or backward: its sizes, its plan, and the arguments that several kernels have in common."""
 
     def __init__(
         self, x: Tensor, w1: Tensor | None, residual: Tensor | None, options: tuple[Any, ...], channels_last: bool,
@@ -29,23 +30,28 @@ class _Problem:
         self.n, self.c = x.shape[:2]
         self.l = x.numel() // (self.n * self.c)
         self.r = 0 if w1 is None else w1.shape[0]
-        # With one position the two orders are the same memory, and the longer extent is that of the channels.
-        last = self.l == 1 or (channels_last and self.c > 1)
+        # With L = 1 both memory orders are the same. Taken as channels_last, the contiguous extent is C instead of 1.
+        channels_last = self.l == 1 or (channels_last and self.c > 1)
         self.x = x
         self.dtype = torch.promote_types(x.dtype, torch.float32)
         self.options = options
         self.squeeze = Options(*options).squeeze
         self.plan = p = plan(
-            self.n, self.c, self.r, self.l, last, x.element_size(), backward=backward, ordered=_ORDERED
+            self.n, self.c, self.r, self.l, channels_last, x.element_size(), backward=backward, ordered=_ORDERED
         )
-        how = NO_RESIDUAL
+        kind = NO_RESIDUAL
         if residual is not None:
-            how = X_ITSELF if residual.data_ptr() == x.data_ptr() else MAP
-        self.residual = residual if how is MAP else None
-        self.map = {"codes": options, "LAST": last, "ALIGN": p.align, "BC": p.block_c, "BL": p.block_l}
-        self.blend = {**self.map, "RESIDUAL": how.value}
-        # Fused multiply-adds can round u differently in two kernels, and what was the maximum would not equal it.
-        self.launch = {"num_warps": p.warps, "enable_fp_fusion": self.squeeze == MEAN.value, **_REGISTERS}
+            kind = X_ITSELF if residual.data_ptr() == x.data_ptr() else MAP
+        self.residual = residual if kind is MAP else None
+        self.tile_args = {
+            "OPTIONS": options, "CHANNELS_LAST": channels_last, "ALIGNMENT": p.alignment,
+            "BLOCK_C": p.block_c, "BLOCK_L": p.block_l,
+        }  # fmt: skip
+        self.scale_args = {**self.tile_args, "RESIDUAL": kind.value}
+        self.sample_args = {"BLOCK_R": p.block_r, "BLOCK_K1": p.block_k1, "BLOCK_K2": p.block_k2}
+        # With a maximum there are no fused multiply-adds: they can round u differently in two kernels, and then no
+        # position would equal the maximum.
+        self.launch_args = {"num_warps": p.warps, "enable_fp_fusion": self.squeeze == MEAN.value, **_REGISTERS}
 
     def scratch(self, *shape: int) -> Tensor:
         return self.x.new_empty(shape, dtype=self.dtype)
@@ -68,7 +74,7 @@ def _divide_up(a: int, b: int) -> int:
 
 
 def _on_device(x: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device."""
+    """Makes the device of x the current one, because Triton launches on the current device."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
@@ -77,30 +83,32 @@ def forward_out(
     act: int, gate: int, slope: float, offset: float, squeeze: int, pre_act: int, post_act: int, channels_last: bool,
     y: Tensor, z: Tensor | None, p1: Tensor | None, p2: Tensor | None,
 ) -> None:  # fmt: skip
-    """Writes y, which may be x, and z, p1, p2 where given; Forward in csrc/se.h says what each one is."""
+    """Writes y, which may be x, and those of z, p1 and p2 that are given. `Forward` in csrc/se.h describes them."""
     options = (act, gate, slope, offset, squeeze, pre_act, post_act)
     p = _Problem(x, w1, residual, options, channels_last, backward=False)
-    n, c, l, at = p.n, p.c, p.l, p.plan
+    n, c, l, tiling = p.n, p.c, p.l, p.plan
     r = max(p.r, 1)
     partial = p.partial(2 if squeeze == MEAN_MAX.value else 1)
     sums, maxima = partial[0], partial[-1]
     z = p.scratch(n, c) if z is None else z
     p1 = None if w1 is None else p.scratch(n, r) if p1 is None else p1
     with _on_device(x):
-        if at.one_launch:
-            forward.sample_kernel[(n,)](
+        if tiling.one_launch:
+            forward.forward_sample_kernel[(n,)](
                 x, p.residual, w1, b1, w2, b2, sums, maxima, z, p1, p2, y, n, c, r, l,
-                BR=at.block_r, BKC=at.block_k, BKR=at.block_h, **p.blend, **p.launch,
+                **p.sample_args, **p.scale_args, **p.launch_args,
             )  # fmt: skip
             return
-        forward.squeeze_kernel[p.map_grid](x, sums, maxima, n, c, l, at.steps, BN=at.block_n, **p.map, **p.launch)
+        forward.squeeze_kernel[p.map_grid](
+            x, sums, maxima, n, c, l, tiling.steps, BLOCK_N=tiling.block_n, **p.tile_args, **p.launch_args
+        )
         forward.hidden_kernel[p.hidden_grid](
-            sums, maxima, z, w1, b1, p1, at.splits, n, c, r, l, options,
-            BN=at.block_n, BR=at.block_r, BK=at.block_k, **p.launch,
+            sums, maxima, z, w1, b1, p1, tiling.splits, n, c, r, l, options,
+            BLOCK_N=tiling.block_n, BLOCK_R=tiling.block_r, BLOCK_K=tiling.block_k1, **p.launch_args,
         )  # fmt: skip
         forward.scale_kernel[p.map_grid](
-            x, p.residual, z, p1, w2, b2, p2, y, n, c, r, l, at.steps,
-            BN=at.block_n, BK=at.block_h, **p.blend, **p.launch,
+            x, p.residual, z, p1, w2, b2, p2, y, n, c, r, l, tiling.steps,
+            BLOCK_N=tiling.block_n, BLOCK_K=tiling.block_k2, **p.scale_args, **p.launch_args,
         )  # fmt: skip
 
 
@@ -112,38 +120,41 @@ def backward_out(
     dx: Tensor | None, dw1: Tensor | None, db1: Tensor | None, dw2: Tensor | None, db2: Tensor | None,
     dresidual: Tensor | None,
 ) -> None:  # fmt: skip
-    """Writes what is not None among the gradients; Backward in csrc/se.h says what each one is."""
+    """Writes the gradients that are not None. `Backward` in csrc/se.h describes them."""
     options = (act, gate, slope, offset, squeeze, pre_act, post_act)
     p = _Problem(x, w1, residual, options, channels_last, backward=True)
-    n, c, l, at = p.n, p.c, p.l, p.plan
+    n, c, l, tiling = p.n, p.c, p.l, p.plan
     r = max(p.r, 1)
     p1, dp1 = (None, None) if w1 is None else (saved_p1, p.scratch(n, r))
     ds, maxima, ties = p.partial(1) * 3 if squeeze == MEAN.value else p.partial(3)
     dp2 = p.scratch(n, c)
-    kept = {**p.blend, "TO_X": residual_is_x}
+    apply_args = {**p.scale_args, "RESIDUAL_IS_X": residual_is_x}
     with _on_device(x):
-        if at.one_launch:
-            backward.sample_kernel[(n,)](
+        if tiling.one_launch:
+            backward.backward_sample_kernel[(n,)](
                 g, x, p.residual, p1, p2, w1, w2, ds, maxima, ties, dp1, dp2, dx, dresidual, n, c, r, l,
-                BR=at.block_r, BKC=at.block_k, BKR=at.block_h, **kept, **p.launch,
+                **p.sample_args, **apply_args, **p.launch_args,
             )  # fmt: skip
         else:
-            backward.reduce_kernel[p.map_grid](
-                g, x, p.residual, p2, ds, maxima, ties, n, c, l, at.steps, BN=at.block_n, **p.blend, **p.launch
-            )
-            backward.hidden_kernel[p.hidden_grid](
-                ds, p1, p2, w2, dp1, dp2, at.splits, n, c, r, options,
-                BN=at.block_n, BR=at.block_r, BK=at.block_k, **p.launch,
+            backward.backward_reduce_kernel[p.map_grid](
+                g, x, p.residual, p2, ds, maxima, ties, n, c, l, tiling.steps,
+                BLOCK_N=tiling.block_n, **p.scale_args, **p.launch_args,
+            )  # fmt: skip
+            backward.backward_hidden_kernel[p.hidden_grid](
+                ds, p1, p2, w2, dp1, dp2, tiling.splits, n, c, r, options,
+                BLOCK_N=tiling.block_n, BLOCK_R=tiling.block_r, BLOCK_K=tiling.block_k1, **p.launch_args,
             )  # fmt: skip
             if dx is not None or dresidual is not None:
-                backward.distribute_kernel[p.map_grid](
+                backward.backward_apply_kernel[p.map_grid](
                     g, x, p.residual, p2, dp1, dp2, w1, w2, maxima, ties, dx, dresidual,
-                    at.splits, n, c, r, l, at.steps, BN=at.block_n, BK=at.block_h, **kept, **p.launch,
+                    tiling.splits, n, c, r, l, tiling.steps,
+                    BLOCK_N=tiling.block_n, BLOCK_K=tiling.block_k2, **apply_args, **p.launch_args,
                 )  # fmt: skip
         if not all(grad is None for grad in (dw1, db1, dw2, db2)):
-            bn, bi, bj = WEIGHT_TILE
-            tiles2 = 0 if dw2 is None and db2 is None else _divide_up(c, bi) * _divide_up(p.r or c, bj)
-            tiles1 = 0 if dw1 is None and db1 is None else _divide_up(r, bi) * _divide_up(c, bj)
-            weights.weights_kernel[(tiles2 + tiles1,)](
-                dp1, dp2, z, p1, dw1, db1, dw2, db2, tiles2, n, c, r, options, BN=bn, BI=bi, BJ=bj, **_REGISTERS
-            )
+            block_n, block_i, block_j = WEIGHT_TILE
+            tiles2 = 0 if dw2 is None and db2 is None else _divide_up(c, block_i) * _divide_up(p.r or c, block_j)
+            tiles1 = 0 if dw1 is None and db1 is None else _divide_up(r, block_i) * _divide_up(c, block_j)
+            weights.weight_gradients_kernel[(tiles2 + tiles1,)](
+                dp1, dp2, z, p1, dw1, db1, dw2, db2, tiles2, n, c, r, options,
+                BLOCK_N=block_n, BLOCK_I=block_i, BLOCK_J=block_j, **_REGISTERS,
+            )  # fmt: skip

@@ -1,40 +1,40 @@
-// The two fully connected layers and their gradients: three small matrix products, tiled in registers so that a matrix
-// is read once for several samples and a sample once for several rows. Every sum is taken in an order that depends on
-// nothing but its own length: not on the tile, the batch or the threads.
+// The two fully connected layers and their gradients: matrix-vector products for a few samples at once. Tiles of
+// accumulators in registers let a matrix be read once for several samples, and a sample once for several rows. The
+// order of each sum depends only on its length, not on the tile, the number of samples or the threads.
 #pragma once
 
-#include "walk.h"
+#include "simd.h"
 
 namespace se::cpu {
 namespace {
 
-// A tile of 4 x 2 vectors of sums: eight are enough to hide the latency of a multiply-add and leave registers for
-// operands.
-constexpr int kRows = 4, kColumns = 2;
-// Where a matrix is cut among workers.
+// A tile has 4 x 2 accumulators, each a vector: eight are enough to hide the latency of a multiply-add, and they leave
+// registers for operands.
+constexpr int kTileLong = 4, kTileShort = 2;
+// Rows of a tile for a single sample, and the unit in which rows are divided among threads.
 template <class A>
-constexpr int kTileRows = kWidth<A> > kRows* kColumns ? kWidth<A> : kRows * kColumns;
+constexpr int kRowBlock = kWidth<A> > kTileLong* kTileShort ? kWidth<A> : kTileLong * kTileShort;
 
 using One = std::integral_constant<int, 1>;
 
-// body(i, size) over [begin, end) in tiles of kTile, then of one; the size is a constant.
+// body(i, size) for tiles of [begin, end), first of size kTile, then of size 1. The size is a compile-time constant.
 template <int kTile, class Body>
-SE_INLINE void tiles(int64_t begin, int64_t end, Body&& body) {
+SE_INLINE void for_each_tile(int64_t begin, int64_t end, Body&& body) {
   int64_t i = begin;
   for (; i + kTile <= end; i += kTile) body(i, std::integral_constant<int, kTile>{});
   for (; i < end; ++i) body(i, One{});
 }
 
-// The same for `count` elements of A along a row: tiles of kTile vectors, then one vector, then one element; V is
-// V(type).
+// body(i, size, V{}) for tiles of elements [begin, end) of a row: first of kTile vectors, then of one vector, then of
+// one element.
 template <int kTile, class A, class Body>
-SE_INLINE void vector_tiles(int64_t begin, int64_t end, Body&& body) {
+SE_INLINE void for_each_vector_tile(int64_t begin, int64_t end, Body&& body) {
   int64_t i = begin;
   for (; i + kTile * kWidth<A> <= end; i += kTile * kWidth<A>) body(i, std::integral_constant<int, kTile>{}, Vec<A>{});
-  lanes<A>(end - i, [&](int64_t j, auto type) { body(i + j, One{}, type); });
+  for_each_vector<A>(end - i, [&](int64_t j, auto type) { body(i + j, One{}, type); });
 }
 
-// One by one, because GCC clears a whole array by a string instruction that costs more than the tile.
+// Clears the sums one by one: GCC would clear a whole array by a string instruction that takes longer than the tile.
 template <class V, int kI, int kJ>
 SE_INLINE void clear(V (&sums)[kI][kJ]) {
   for (auto& row : sums) {
@@ -42,11 +42,11 @@ SE_INLINE void clear(V (&sums)[kI][kJ]) {
   }
 }
 
-// out[n, i] = bias[i] + sum_k m[i, k] v[n, k] for rows i in [i0, i1), samples n in [n0, n1); m [I, K], v [N, K], out
-// [N, I].
+// out[n, i] = bias[i] + sum_k m[i, k] v[n, k] for rows i in [i0, i1) and samples n in [n0, n1). m is [I, K], v [N, K],
+// out [N, I]; bias may be null.
 template <class A, class W>
-void product(const W* m, const W* bias, const A* v, A* out, int64_t rows, int64_t depth, int64_t n0, int64_t n1,
-             int64_t i0, int64_t i1) {
+void gemv(const W* m, const W* bias, const A* v, A* out, int64_t rows, int64_t depth, int64_t n0, int64_t n1,
+          int64_t i0, int64_t i1) {
   auto tile = [&](int64_t i, int64_t n, auto tile_rows, auto tile_samples) {
     constexpr int kI = decltype(tile_rows)::value, kN = decltype(tile_samples)::value;
     Vec<A> sums[kI][kN];
@@ -84,19 +84,20 @@ void product(const W* m, const W* bias, const A* v, A* out, int64_t rows, int64_
     }
   };
   if (n1 - n0 == 1) {
-    return tiles<kTileRows<A>>(i0, i1, [&](int64_t i, auto tile_rows) { tile(i, n0, tile_rows, One{}); });
+    return for_each_tile<kRowBlock<A>>(i0, i1, [&](int64_t i, auto tile_rows) { tile(i, n0, tile_rows, One{}); });
   }
-  tiles<kRows>(i0, i1, [&](int64_t i, auto tile_rows) {
-    tiles<kColumns>(n0, n1, [&](int64_t n, auto tile_samples) { tile(i, n, tile_rows, tile_samples); });
+  for_each_tile<kTileLong>(i0, i1, [&](int64_t i, auto tile_rows) {
+    for_each_tile<kTileShort>(n0, n1, [&](int64_t n, auto tile_samples) { tile(i, n, tile_rows, tile_samples); });
   });
 }
 
-// out[n, j] = sum_k a[n, k] m[k, j] for columns j in [j0, j1), samples n in [n0, n1); m [K, J], a [N, K], out [N, J].
+// The transposed product: out[n, j] = sum_k m[k, j] a[n, k] for columns j in [j0, j1) and samples n in [n0, n1). m is
+// [K, J], a [N, K], out [N, J].
 template <class A, class W>
-void transposed_product(const W* m, const A* a, A* out, int64_t depth, int64_t columns, int64_t n0, int64_t n1,
-                        int64_t j0, int64_t j1) {
-  tiles<kColumns>(n0, n1, [&](int64_t n, auto tile_samples) {
-    vector_tiles<kRows, A>(j0, j1, [&](int64_t j, auto tile_columns, auto type) {
+void gemv_t(const W* m, const A* a, A* out, int64_t depth, int64_t columns, int64_t n0, int64_t n1, int64_t j0,
+            int64_t j1) {
+  for_each_tile<kTileShort>(n0, n1, [&](int64_t n, auto tile_samples) {
+    for_each_vector_tile<kTileLong, A>(j0, j1, [&](int64_t j, auto tile_columns, auto type) {
       using V = decltype(type);
       constexpr int kJ = decltype(tile_columns)::value, kN = decltype(tile_samples)::value;
       constexpr int kStep = sizeof(V) / sizeof(A);
@@ -115,18 +116,18 @@ void transposed_product(const W* m, const A* a, A* out, int64_t depth, int64_t c
   });
 }
 
-// out[i, j] = sum_n a[n, i] b[n, j] for rows i in [i0, i1); bias[i] = sum_n a[n, i]; either may be null.
+// out[i, j] = sum_n a[n, i] b[n, j] and bias[i] = sum_n a[n, i] for rows i in [i0, i1). out and bias may be null.
 template <class A, class W>
-void outer_product(const A* a, const A* b, W* out, W* bias, int64_t samples, int64_t rows, int64_t columns, int64_t i0,
-                   int64_t i1) {
+void sum_outer_products(const A* a, const A* b, W* out, W* bias, int64_t samples, int64_t rows, int64_t columns,
+                        int64_t i0, int64_t i1) {
   for (int64_t i = i0; bias && i < i1; ++i) {
     A sum = 0;
     for (int64_t n = 0; n < samples; ++n) sum += a[n * rows + i];
     store(bias + i, sum);
   }
   if (!out) return;
-  tiles<kRows>(i0, i1, [&](int64_t i, auto tile_rows) {
-    vector_tiles<kColumns, A>(0, columns, [&](int64_t j, auto tile_columns, auto type) {
+  for_each_tile<kTileLong>(i0, i1, [&](int64_t i, auto tile_rows) {
+    for_each_vector_tile<kTileShort, A>(0, columns, [&](int64_t j, auto tile_columns, auto type) {
       using V = decltype(type);
       constexpr int kI = decltype(tile_rows)::value, kJ = decltype(tile_columns)::value;
       constexpr int kStep = sizeof(V) / sizeof(A);
