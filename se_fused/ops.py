@@ -100,13 +100,13 @@ def _differentiate(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Tensor | None, 
     inputs, saved, needs = tensors[:6], tensors[6:], list(ctx.needs_input_grad[:6])
     if torch.is_grad_enabled() or _is_batched(g):
         return _gradients_of_reference(g, inputs, needs, ctx.options) + nothing
-    if not saved:  # a program that was exported without gradients, and is trained
-        _, *saved = torch.ops.se_fused.squeeze_excite_train.default(*inputs, *ctx.options)
     into_x = ctx.residual_is_x and needs[0]
     g_is_dresidual = ctx.options.post_act == 0 and not into_x
     ask = [*needs[:5], needs[5] and not (into_x or g_is_dresidual)]
-    args = (g, *inputs, *saved, *ctx.options, ask, into_x)
-    with forcing.force(ctx.forced):  # autograd may run in a thread of its own
+    with forcing.resume(ctx.forced):  # autograd may run in a thread of its own
+        if not saved:  # a program that was exported without gradients, and is trained
+            _, *saved = torch.ops.se_fused.squeeze_excite_train.default(*inputs, *ctx.options)
+        args = (g, *inputs, *saved, *ctx.options, ask, into_x)
         if unobserved(g, *inputs):
             found = implementation.backward(backends.select(g.device), *args)
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
@@ -62,3 +62,8 @@ def force(forced: Forced) -> Iterator[None]:
         _here.set(tuple(other for other in _here.get() if other is not forced))
         _anywhere.remove(forced)
         _latest = _anywhere[-1] if _anywhere else _environment
+
+
+def resume(forced: Forced) -> AbstractContextManager[None]:
+    """As `force`, where `forced` does not hold already: what a call found holds for its backward in any thread."""
+    return nullcontext() if forced is current() else force(forced)
