@@ -26,7 +26,7 @@ from se_fused import ops
 from se_fused.recognised import Recognised
 
 from . import layer_cpu, networks
-from .layer_cpu_report import markdown, times
+from .layer_cpu_report import markdown, ratio_text
 from .networks import Line
 
 RECORD = layer_cpu.RECORD.with_name("compiled.csv")
@@ -91,7 +91,7 @@ def table(lines: Iterable[Line]) -> str:
     for network, n in dict.fromkeys((line["network"], line["n"]) for line in lines):
         ratios = [float(cells[network, n, variant]["original_by_this"]) for variant in VARIANTS[1:]]
         original = networks.milliseconds(cells[network, n, "original"])
-        rows.append([network.split(":")[1], n, original, *map(times, ratios)])
+        rows.append([network.split(":")[1], n, original, *map(ratio_text, ratios)])
     header = ["network", "N", "original ms (p20 to p80)", *(f"original / {name}" for name in VARIANTS[1:])]
     return f"{markdown(header, rows)}\n{networks.machine(lines)}"
 

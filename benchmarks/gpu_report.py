@@ -14,7 +14,7 @@ from typing import Any
 
 from .gpu.layer import LAYOUTS
 from .gpu.runner import rows_of
-from .layer_cpu_report import markdown, times
+from .layer_cpu_report import markdown, ratio_text
 
 Line = dict[str, str]
 DIRECTIONS = {"forward": "forward", "both": "forward + backward"}
@@ -106,7 +106,7 @@ def mean_and_range(values: Iterable[float | None]) -> str:
     if not known or any(value is None for value in known):
         return ""
     numbers = [value for value in known if value is not None]
-    return f"{times(statistics.geometric_mean(numbers))} ({min(numbers):.2f} to {max(numbers):.2f})"
+    return f"{ratio_text(statistics.geometric_mean(numbers))} ({min(numbers):.2f} to {max(numbers):.2f})"
 
 
 def summary(results: Results) -> str:
@@ -140,7 +140,7 @@ def _networks(models: Sequence[Line]) -> str:
     for name, n in dict.fromkeys((name, n) for name, n, _ in sorted(ratios, key=lambda k: (k[0], int(k[1])))):
         cells = [ratios.get((name, n, mode)) for mode in MODES]
         layers = next(cell["se_layers"] for cell in cells if cell is not None)
-        rows.append([f"{name} ({layers} SE layers)", n, *(times(c and float(c["ratio_to_fused"])) for c in cells)])
+        rows.append([f"{name} ({layers} SE layers)", n, *(ratio_text(c and float(c["ratio_to_fused"])) for c in cells)])
     header = ["network: original / fused", "N", *MODES.values()]
     return markdown(header, rows) if rows else ""
 
@@ -175,11 +175,11 @@ def _machine(results: Results) -> str:
     return (
         f"{run['gpu']}, driver {run['driver']}, PyTorch {run['torch']}, commit {run['commit']}, {run['date'][:10]}. "
         f"{right} calls right and none wrong beside float64{f', GPU tests: {tests[0]}' if tests else ''}"
-        f"{'; in part: ' * bool(short)}{', '.join(short)}. An empty cell was not measured. In a graph: caches cold, "
-        "buffers rotating over more than the L2 holds, and the outputs in the first and the last of the timed buffers "
-        "compared with float64. As calls: wall clock of a Python loop. Copy: an elementwise kernel that reads and "
-        "writes the bytes that no implementation can do without. Networks: 224 pixels, channels_last, float16 for "
-        "inference, bfloat16 autocast for training.\n"
+        f"{'; in part: ' * bool(short)}{', '.join(short)}. An empty cell was not measured. In a graph, caches are "
+        "cold: buffers rotate over more than the L2 holds, and the outputs in the first and the last of the timed "
+        "buffers are compared with float64. As calls, the time is the wall clock of a Python loop. The copy is an "
+        "elementwise kernel that reads and writes the bytes that no implementation can do without. Networks run on "
+        "images of 224 pixels, in channels_last; inference is in float16, training in bfloat16 autocast.\n"
     ) + "".join(f"\nFailed in this run, {part}: {why}\n" for part, why in results.explained.items())
 
 
@@ -195,9 +195,9 @@ def layers(results: Results) -> str:
             fused = case.lines["graph", "fused"]
             rows.append([
                 case.shape, f"{fused['p50_us']} ({fused['p20_us']} to {fused['p80_us']})", fused["gb_s"],
-                times(case.ratio("copy")).replace("**", ""), times(case.ratio("eager")), times(case.ratio("compile")),
-                times(case.ratio("triton")), case.lines["calls", "fused"]["p50_us"],
-                times(case.ratio("eager", "calls")), fused["error"],
+                ratio_text(case.ratio("copy")).replace("**", ""),
+                *(ratio_text(case.ratio(name)) for name in ("eager", "compile", "triton")),
+                case.lines["calls", "fused"]["p50_us"], ratio_text(case.ratio("eager", "calls")), fused["error"],
             ])  # fmt: skip
         header = [
             "x", "fused µs (p20 to p80)", "GB/s", "copy / fused", "eager / fused", "torch.compile / fused",

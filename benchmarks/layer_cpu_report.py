@@ -45,7 +45,7 @@ def _us(line: Line) -> str:
     return f"{t:.1f}" if t < 100 else f"{t:,.0f}"
 
 
-def times(value: float | None) -> str:
+def ratio_text(value: float | None) -> str:
     """A ratio as text: a loss, which is below 1, is bold."""
     if value is None:
         return ""
@@ -113,10 +113,10 @@ def _forward(lines: list[Line]) -> str:
         ratios[shape] = [ratio(cell, [best]), ratio(cell, ["eager"])]
         fused = cell["fused"]
         rows.append([
-            shape, _us(fused), f"{_us(cell[best])} ({LABELS[best]})", *map(times, ratios[shape]),
+            shape, _us(fused), f"{_us(cell[best])} ({LABELS[best]})", *map(ratio_text, ratios[shape]),
             f"{float(fused['copy_us']):,.1f}", _copy_share(fused),
         ])  # fmt: skip
-    rows += [[f"geometric mean, {label}", "", "", *map(times, m), "", ""] for label, m in means(ratios).items()]
+    rows += [[f"geometric mean, {label}", "", "", *map(ratio_text, m), "", ""] for label, m in means(ratios).items()]
     header = ["x", "fused µs", "best baseline µs", "best baseline / fused", "eager / fused", "copy µs", "copy / fused"]
     return markdown(header, rows) if rows else ""
 
@@ -129,11 +129,11 @@ def _in_place(lines: list[Line]) -> str:
             continue
         ratios[shape] = [baseline, baseline / multiply]
         rows.append([
-            shape, _us(cell["fused_inplace"]), times(baseline), _us(cell["multiply"]), f"{multiply:.0%}",
-            times(baseline / multiply),
+            shape, _us(cell["fused_inplace"]), ratio_text(baseline), _us(cell["multiply"]), f"{multiply:.0%}",
+            ratio_text(baseline / multiply),
         ])  # fmt: skip
     rows += [
-        [f"geometric mean, {label}", "", times(found[0]), "", "", times(found[1])]
+        [f"geometric mean, {label}", "", ratio_text(found[0]), "", "", ratio_text(found[1])]
         for label, found in means(ratios).items()
     ]
     header = ["x", "in place µs", "best baseline / in place", "multiply µs", "multiply / in place"]
@@ -153,8 +153,8 @@ def _other_formats(lines: list[Line]) -> str:
         s: [ratio(table.get(s, {}), [baseline]) for _, table, baseline in columns] for s in map(str, shapes.LAYER)
     }
     ratios = {s: row for s, row in ratios.items() if any(row)}
-    rows = [[label, *map(times, row)] for label, row in ratios.items()]
-    rows += [[f"geometric mean, {label}", *map(times, row)] for label, row in means(ratios).items()]
+    rows = [[label, *map(ratio_text, row)] for label, row in ratios.items()]
+    rows += [[f"geometric mean, {label}", *map(ratio_text, row)] for label, row in means(ratios).items()]
     header = ["x", *(f"{dtype} {layout}: {LABELS[baseline]} / fused" for (dtype, layout), _, baseline in columns)]
     return markdown(header, rows) if rows else ""
 
@@ -166,8 +166,10 @@ def _gradients(lines: list[Line], direction: str) -> str:
     for shape, row in ratios.items():
         fused, eager = cells[shape]["fused"], cells[shape]["eager"]
         copy = f"{float(fused['copy_us']):,.1f}"
-        rows.append([shape, _us(fused), _us(eager), *map(times, row), copy, _copy_share(fused)])
-    rows += [[f"geometric mean, {label}", "", "", *map(times, row), "", ""] for label, row in means(ratios).items()]
+        rows.append([shape, _us(fused), _us(eager), *map(ratio_text, row), copy, _copy_share(fused)])
+    rows += [
+        [f"geometric mean, {label}", "", "", *map(ratio_text, row), "", ""] for label, row in means(ratios).items()
+    ]
     header = ["x", "fused µs", "eager µs", "eager / fused", "copy µs", "copy / fused"]
     return markdown(header, rows) if rows else ""
 
@@ -186,14 +188,14 @@ def table(lines: list[Line]) -> str:
     if call:
         parts.append(
             f"A call with nothing to compute ({shapes.CALL}, inference mode): fused {_us(call['fused'])} µs, "
-            f"eager {_us(call['eager'])} µs, eager / fused {times(ratio(call, ['eager']))}.\n"
+            f"eager {_us(call['eager'])} µs, eager / fused {ratio_text(ratio(call, ['eager']))}.\n"
         )
     run = lines[0]
     parts.append(
         f"{run['cpu']}, {run['threads']} threads for all, PyTorch {run['torch']}, ONNX Runtime {run['onnxruntime']}, "
-        f"OpenVINO {run['openvino']}, backend {run['backend']}, commit {run['commit']}, {run['date']}. Forward in "
-        "inference mode. Best baseline: the fastest of eager, torch.compile, ONNX Runtime and OpenVINO. Copy: the time "
-        "of the bytes that must move, at the speed of a copy measured between the same calls. Multiply: one "
-        "multiplication of the map by 1, in place.\n"
+        f"OpenVINO {run['openvino']}, backend {run['backend']}, commit {run['commit']}, {run['date']}. Forward runs "
+        "in inference mode. The best baseline is the fastest of eager, torch.compile, ONNX Runtime and OpenVINO. Copy "
+        "is the time that the bytes that must move take at the speed of a copy measured between the same calls; "
+        "multiply is one multiplication of the map by 1, in place.\n"
     )
     return "\n".join(parts)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import se_fused
 
 from . import layer_cpu, networks
-from .layer_cpu_report import markdown, times
+from .layer_cpu_report import markdown, ratio_text
 from .networks import Line
 
 RECORD = layer_cpu.RECORD.with_name("models.csv")
@@ -66,7 +66,7 @@ def table(lines: Iterable[Line]) -> str:
         row = [f"{network.split(':')[1]} ({layers} SE layers)", n]
         for mode in MODES:
             row.append(networks.milliseconds(cells[network, n, mode, "original"]))
-            row += [times(float(cells[network, n, mode, name]["original_by_this"])) for name in VARIANTS[1:]]
+            row += [ratio_text(float(cells[network, n, mode, name]["original_by_this"])) for name in VARIANTS[1:]]
         rows.append(row)
     header = ["network", "N"]
     for mode in MODES:
