@@ -43,7 +43,7 @@ class Log(build.Watcher):
     """The steps of a compilation, in the log of the installation."""
 
     def waits(self):
-        print("se_fused: waiting for another process, which compiles in the same folder", flush=True)
+        print(build.WAITING, flush=True)
 
     def begins(self):
         print("se_fused: compiling", flush=True)

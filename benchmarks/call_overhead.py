@@ -1,4 +1,4 @@
-"""What a call costs when there is nothing to compute, beside another commit: pairs of processes that take turns.
+"""Times calls with nothing to compute at this commit and at another one, in pairs of processes that take turns.
 
 python -m benchmarks.call_overhead COMMIT [--out benchmarks/results/call_overhead.csv]
 """
@@ -16,13 +16,13 @@ from typing import Annotated
 
 import typer
 
-from . import layer_cpu, timing
+from . import ROOT, layer_cpu, timing
 from .layer_cpu_report import markdown
 
 RECORD = layer_cpu.RECORD.with_name("call_overhead.csv")
-# A process keeps the luck of its start, where its code and memory lie: so several pairs take part.
+# Where code and memory of a process lie is decided at its start and changes its times, so several pairs take part.
 PAIRS = 10
-# Runs one batch of each call that it is asked for, by name, and answers with the nanoseconds per call.
+# Reads the name of a call, runs one batch of it, and answers with the nanoseconds per call.
 WORKER = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
@@ -84,12 +84,12 @@ def main(
     facts = {key: conditions[key] for key in ("date", "commit", "before", "cpu", "torch")}
     with tempfile.TemporaryDirectory() as folder:
         earlier = Path(folder, "before")
-        git = ["git", "-C", str(layer_cpu.ROOT)]
+        git = ["git", "-C", str(ROOT)]
         subprocess.run([*git, "worktree", "add", "--detach", "--quiet", str(earlier), before], check=True)
         try:
             times: dict[str, timing.Times] = {}
             for _ in range(PAIRS):
-                with worker(earlier) as (old, calls), worker(layer_cpu.ROOT) as (new, _):
+                with worker(earlier) as (old, calls), worker(ROOT) as (new, _):
                     for i in range(rounds // PAIRS):
                         for call in calls:
                             turns = [("before", old), ("after", new)]

@@ -1,11 +1,13 @@
-"""Whole networks under torch.compile on the CPU: as they were, replaced, and with each way a call could be compiled.
+"""Whole networks under torch.compile on the CPU: as they were, replaced, and with each way to compile a call.
 
     python -m benchmarks.compiled [--out benchmarks/results/compiled.csv]
 
-A line of the CSV has milliseconds per call, and the original's time over the contender's, round by round.
+A line of the CSV has milliseconds per call, and the ratio of the original's time to the variant's: the median over the
+rounds.
 
-`replaced`: after se_fused.replace, which shows a compiler the original layers. `formula`, `operator`: each SE layer is
-a call of se_fused.squeeze_excite, compiled as plain PyTorch, or as one operator that Inductor cannot look into.
+`replaced` is the network after se_fused.replace, which shows a compiler the original layers. In `formula` and
+`operator`, each SE layer is a call of se_fused.squeeze_excite: compiled as plain PyTorch, or as one operator that
+Inductor cannot look into.
 """
 
 from __future__ import annotations
@@ -24,17 +26,17 @@ from se_fused import ops
 from se_fused.recognised import Recognised
 
 from . import layer_cpu, networks
-from .layer_cpu_report import markdown, times
+from .layer_cpu_report import markdown, ratio_text
 from .networks import Line
 
 RECORD = layer_cpu.RECORD.with_name("compiled.csv")
 NETWORKS = ("timm:efficientnet_b0", "timm:mobilenetv3_large_100")
 BATCHES = (1, 8)
-CONTENDERS = ("original", "replaced", "formula", "operator")
+VARIANTS = ("original", "replaced", "formula", "operator")
 
 
 class Call(nn.Module):
-    """An SE layer as one call."""
+    """An SE layer as one call of the operation."""
 
     def __init__(self, layer: nn.Module, recognised: Recognised) -> None:
         super().__init__()
@@ -44,18 +46,18 @@ class Call(nn.Module):
         return ops.call(x, *self.recognised.weights(self.layer), None, self.options)
 
 
-def variant(model: nn.Module, contender: str) -> nn.Module:
-    if contender in ("original", "replaced"):
-        return networks.variant(model, contender)
-    model = networks.variant(model, "original")
-    for name, recognised in se_fused.replace(model, dry_run=True).replaced.items():
-        model.set_submodule(name, Call(model.get_submodule(name), recognised))
+def build_variant(model: nn.Module, name: str) -> nn.Module:
+    if name in ("original", "replaced"):
+        return networks.build_variant(model, name)
+    model = networks.build_variant(model, "original")
+    for layer, recognised in se_fused.replace(model, dry_run=True).replaced.items():
+        model.set_submodule(layer, Call(model.get_submodule(layer), recognised))
     return model
 
 
-def compiled(model: nn.Module, contender: str, x: Tensor) -> Callable[[], Tensor]:
-    call = torch.compile(variant(model, contender), dynamic=False)
-    if contender != "operator":
+def compiled(model: nn.Module, variant: str, x: Tensor) -> Callable[[], Tensor]:
+    call = torch.compile(build_variant(model, variant), dynamic=False)
+    if variant != "operator":
         return lambda: call(x)
 
     def forced() -> Tensor:
@@ -67,30 +69,30 @@ def compiled(model: nn.Module, contender: str, x: Tensor) -> Callable[[], Tensor
 
 def contest(network: str, n: int, seconds: float) -> Iterator[Line]:
     model, x = networks.build(network, n)
-    calls = {contender: compiled(model, contender, x) for contender in CONTENDERS}
+    calls = {variant: compiled(model, variant, x) for variant in VARIANTS}
     found = networks.measure(model, x, calls, seconds)
-    for contender in CONTENDERS:
-        yield {"contender": contender} | networks.columns(found, contender, "original")
+    for variant in VARIANTS:
+        yield {"variant": variant} | networks.columns(found, variant, "original")
 
 
 def main(
     out: Annotated[Path, typer.Option(help="The CSV to write.")] = RECORD,
-    seconds: Annotated[float, typer.Option(help="For the rounds of each network and batch.")] = 30,
+    seconds: Annotated[float, typer.Option(help="Time for the rounds of each network and batch.")] = 30,
     threads: Annotated[int, typer.Option()] = 2,
 ) -> None:
     networks.record(out, threads, NETWORKS, BATCHES, partial(contest, seconds=seconds))
 
 
 def table(lines: Iterable[Line]) -> str:
-    """The CSV as a table of original / contender."""
+    """The CSV as a table of the ratios original / variant."""
     lines = list(lines)
-    cells = {(line["network"], line["n"], line["contender"]): line for line in lines}
+    cells = {(line["network"], line["n"], line["variant"]): line for line in lines}
     rows = []
     for network, n in dict.fromkeys((line["network"], line["n"]) for line in lines):
-        ratios = [float(cells[network, n, contender]["original_by_this"]) for contender in CONTENDERS[1:]]
+        ratios = [float(cells[network, n, variant]["original_by_this"]) for variant in VARIANTS[1:]]
         original = networks.milliseconds(cells[network, n, "original"])
-        rows.append([network.split(":")[1], n, original, *map(times, ratios)])
-    header = ["network", "N", "original ms (p20 to p80)", *(f"original / {name}" for name in CONTENDERS[1:])]
+        rows.append([network.split(":")[1], n, original, *map(ratio_text, ratios)])
+    header = ["network", "N", "original ms (p20 to p80)", *(f"original / {name}" for name in VARIANTS[1:])]
     return f"{markdown(header, rows)}\n{networks.machine(lines)}"
 
 

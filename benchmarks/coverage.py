@@ -1,9 +1,9 @@
-"""What `replace` covers: the SE layers that it replaces, and leaves, in models of timm, torchvision and transformers.
+"""Counts the SE layers that `replace` replaces and leaves in models of timm, torchvision and transformers.
 
     python -m benchmarks.coverage [--out benchmarks/results/coverage.csv]
 
 A line of the CSV has the lengths of a report's `replaced`, `skipped` and `near`. No time is measured. The models have
-random weights; nothing is downloaded. tests/test_census.py wants these numbers, and compares what each layer computes.
+random weights; nothing is downloaded. tests/test_census.py requires these numbers and compares what layers compute.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .layer_cpu_report import markdown
 
 Line = dict[str, str]
 RECORD = layer_cpu.RECORD.with_name("coverage.csv")
-# A model for each kind of SE layer that a library has, and for what is like one.
+# One model for each kind of SE layer that a library has, and for each kind of layer that resembles one.
 MODELS = {
     "timm": (
         "coatnet_0_rw_224", "dm_nfnet_f0", "ecaresnet50d", "efficientnet_b0", "efficientnetv2_rw_s", "efficientvit_m0",
@@ -53,11 +53,11 @@ def build(library: str, model: str) -> nn.Module:
 
 
 def build_bare(library: str, model: str) -> nn.Module:
-    """Without memory for its weights, where the library can."""
+    """The model, without memory for its weights where the library can build it so."""
     try:
         with torch.device("meta"):
             return build(library, model)
-    except NotImplementedError:  # torchvision's RegNet reads numbers as it is built
+    except NotImplementedError:  # torchvision's RegNet reads numbers while it is built
         return build(library, model)
 
 
@@ -66,7 +66,7 @@ def counts(report: se_fused.Report) -> dict[str, str]:
 
 
 def main(out: Annotated[Path, typer.Option(help="The CSV to write.")] = RECORD) -> None:
-    warnings.simplefilter("ignore", UserWarning)  # of models that a library calls old
+    warnings.simplefilter("ignore", UserWarning)  # about models that a library calls old
     conditions = layer_cpu.conditions(torch.get_num_threads())
     facts = {key: conditions[key] for key in ("date", "commit", "torch")}
     lines = []
@@ -87,7 +87,7 @@ def total(lines: Iterable[Line], column: str) -> int:
 
 
 def table(lines: Iterable[Line]) -> str:
-    """The CSV as a table, a row for each library."""
+    """The CSV as a table, one row per library."""
     lines = list(lines)
     rows = []
     for library, version in dict.fromkeys((line["library"], line["version"]) for line in lines):

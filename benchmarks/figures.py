@@ -1,4 +1,4 @@
-"""The figures of layer_cpu.csv: forward, float32, contiguous. The same lines give the same bytes, by one matplotlib."""
+"""The figures of layer_cpu.csv: forward, float32, contiguous. The same lines and matplotlib give the same bytes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _STYLES = {
     "onnxruntime": ("#009E73", "^"),
     "openvino": ("#CC79A7", "v"),
 }
-# A grey with the same contrast, 4.3, on white and on #0d1117: the figure has no background of its own.
+# A grey with the same contrast, 4.3, on white and on #0d1117, because the figure has a transparent background.
 _GREY = "#787a7d"
 _BARS = {
     "compile": ("torch.compile", "#9aa0a6"),
@@ -33,13 +33,13 @@ _GROUPS = {"batch 1": shapes.BATCH_1, "batch 16": shapes.BATCH_16}
 
 
 def speeds(lines: Sequence[Line], members: Sequence[shapes.Shape]) -> dict[str, float]:
-    """Of each contender, the geometric mean of its speed relative to eager."""
+    """The geometric mean of each variant's speed relative to eager."""
     eager = mean(lines, "forward", ["eager"], members=members)
     return {name: eager / mean(lines, "forward", [name], members=members) for name in _BARS}
 
 
 def bars(lines: Sequence[Line], file: Path) -> None:
-    """Speed relative to eager at a glance: a bar for each contender, a panel for each batch."""
+    """Speed relative to eager at a glance: one bar per variant, one panel per batch."""
     with matplotlib.rc_context({"svg.hashsalt": "se_fused", "text.color": _GREY, "font.size": 10}):
         figure = Figure(figsize=(7.9, 2.4), layout="constrained")
         panels = figure.subplots(1, len(_GROUPS), sharex=True, sharey=True)
@@ -65,27 +65,27 @@ def _panel(axes: Axes, found: dict[str, float]) -> None:
 
 
 def by_shape(lines: Sequence[Line], file: Path) -> None:
-    """Speed relative to eager, a row per shape. Whiskers reach from p80 to p20."""
+    """Speed relative to eager, one row per shape. Whiskers reach from the speed at p80 to that at p20."""
     cells = select(lines, "float32", "contiguous", "forward")
     names = [s for s in map(str, shapes.LAYER) if "eager" in cells.get(s, {})]
     figure = Figure(figsize=(8, 1.6 + 0.42 * len(names)), layout="constrained")
     axes = figure.subplots()
-    for contender, (colour, marker) in _STYLES.items():
-        ys = [y for y, shape in enumerate(names) if contender in cells[shape]]
+    for variant, (colour, marker) in _STYLES.items():
+        ys = [y for y, shape in enumerate(names) if variant in cells[shape]]
         xs, whiskers = [], []
         for y in ys:
             cell = cells[names[y]]
-            p20, p50, p80 = (float(cell[contender][f"p{p}_us"]) for p in (20, 50, 80))
-            xs.append(float(cell["eager"]["ratio_to_fused"]) / float(cell[contender]["ratio_to_fused"]))
+            p20, p50, p80 = (float(cell[variant][f"p{p}_us"]) for p in (20, 50, 80))
+            xs.append(float(cell["eager"]["ratio_to_fused"]) / float(cell[variant]["ratio_to_fused"]))
             whiskers.append((xs[-1] * (1 - p50 / p80), xs[-1] * (p50 / p20 - 1)))
         if ys:
             axes.errorbar(
-                xs, ys, xerr=list(zip(*whiskers, strict=True)), fmt=marker, color=colour, label=LABELS[contender],
+                xs, ys, xerr=list(zip(*whiskers, strict=True)), fmt=marker, color=colour, label=LABELS[variant],
                 markersize=7, elinewidth=1, alpha=0.9,
             )  # fmt: skip
-    floors = [float(cells[s]["eager"]["p50_us"]) / float(cells[s]["eager"]["floor_us"]) for s in names]
+    copies = [float(cells[s]["eager"]["p50_us"]) / float(cells[s]["eager"]["copy_us"]) for s in names]
     lanes = range(len(names))
-    axes.vlines(floors, [y - 0.4 for y in lanes], [y + 0.4 for y in lanes], color="black", linewidth=2, label="floor")
+    axes.vlines(copies, [y - 0.4 for y in lanes], [y + 0.4 for y in lanes], color="black", linewidth=2, label="copy")
     for y in lanes[1::2]:
         axes.axhspan(y - 0.5, y + 0.5, color="black", alpha=0.05, linewidth=0)
     axes.axvline(1, color="grey", linestyle="--", linewidth=1, label=LABELS["eager"])

@@ -1,12 +1,12 @@
-"""What a machine with a GPU can show, the most important first. `make gpu-check OUT=folder`; docs/gpu-run.md.
+"""Checks and times the kernels on a machine with a GPU: `make gpu-check OUT=folder`; see docs/gpu-run.md.
 
-Each part is a process with a time limit, so that a hang or a broken CUDA context costs one part and names the case that
-caused it (gpu/runner.py). What a machine lacks (nvidia-smi, git, compute-sanitizer, pytest, timm, triton) is a line in
-the result. This file needs Python alone; the parts need torch with CUDA, and a library that is there (`make prebuild`)
-or nvcc.
+The most important parts come first. Each part is a process with a time limit, so that a hang or a broken CUDA context
+costs one part, and gpu/runner.py names the case that caused it. If the machine lacks nvidia-smi, git,
+compute-sanitizer, pytest, timm or triton, a line of the result says so. This file needs only Python; the parts need
+torch with CUDA, and either a compiled library (`make prebuild`) or nvcc.
 
-OUT gets at most six files: run.json, smoke.csv, layer_gpu.csv, models_gpu.csv, plans_gpu.csv, log.txt. Exit status: 0,
-all that ran passed; 1, a part failed, or none ran; 2, an argument is wrong.
+OUT gets at most six files: run.json, smoke.csv, layer_gpu.csv, models_gpu.csv, plans_gpu.csv, log.txt. The exit status
+is 0 if every part that ran passed, 1 if a part failed or none ran, and 2 if an argument is wrong.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from . import ROOT
 from .gpu.runner import Command, Missing, Part, Run, Task, rows_of
 
-ROOT = Path(__file__).resolve().parents[1]
-SANITIZED_STEP = 5  # every so many-th smoke call is sanitized; a plan has at least 6 in each precision
+SANITIZED_STEP = 5  # one in so many smoke calls is sanitized; a plan has at least 6 in each precision
 PYTHON = [sys.executable, "-u"]
 
 
 def module(name: str, device: str = "") -> Command:
-    """A file of benchmarks/gpu."""
+    """The command that runs a file of benchmarks/gpu."""
     return lambda task: [*PYTHON, "-m", f"benchmarks.gpu.{name}", *task.options(task.out, device or task.device)]
 
 
 def sanitizer(tool: str) -> Command:
-    """compute-sanitizer over some of the smoke calls."""
+    """The command that runs compute-sanitizer over some of the smoke calls."""
 
     def command(task: Task) -> list[str]:
         program = shutil.which("compute-sanitizer")
         if program is None:
             raise Missing("compute-sanitizer is not on the PATH")
-        # Torch's own calls of the API fail where it asks what a driver has. Its kernels are not watched, but initcheck
-        # must see what they write.
+        # Errors of API calls are not reported, because torch's own calls fail where it asks what a driver has. Only our
+        # kernels are watched; but initcheck must also see what torch's kernels write.
         options = ["--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no"]
         options += ["--kernel-name", "kernel_substring=se4cuda"] * (tool != "initcheck")
         smoke = [*PYTHON, "-m", "benchmarks.gpu.smoke", *task.options(task.scratch, task.device)]
@@ -56,7 +56,7 @@ def sanitizer(tool: str) -> Command:
 
 
 def gpu_tests(task: Task) -> list[str]:
-    """pytest, in parallel where pytest-xdist is there."""
+    """The command that runs pytest, in parallel where pytest-xdist is installed."""
     lacking = [name for name in ("pytest", "hypothesis") if importlib.util.find_spec(name) is None]
     if lacking:
         raise Missing(f"{' and '.join(lacking)} not installed")
@@ -74,7 +74,7 @@ def _sanitizer_part(tool: str, seconds: float, **more: Any) -> Part:
     return Part(tool, seconds, what, sanitizer(tool), proof=clean, refusal="Device not supported", **more)
 
 
-# A case of models takes up to 16 s, of the others up to 4.
+# A case of "models" takes up to 16 s, a case of the others up to 4 s.
 PARTS = (
     Part("library", 8, "the libraries, built where they are not there", module("library"), whole=True),
     Part("smoke", 24, "each algorithm, layout and dtype against float64", module("smoke"), silence=10),
@@ -91,7 +91,7 @@ PARTS = (
 
 
 def machine(run: Run) -> dict[str, Any]:
-    """What needs no torch: the commit, the driver."""
+    """The facts that need no torch: the commit, the driver and the number of CPUs."""
     describe = ("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*")
     commit = os.environ.get("COMMIT") or output_of(run, *describe)
     driver = output_of(run, "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
@@ -102,7 +102,7 @@ def machine(run: Run) -> dict[str, Any]:
 
 
 def output_of(run: Run, *command: str) -> str:
-    """The first line that a command prints; "" and a line in the log where it is missing or fails."""
+    """The first line that a command prints; "" and a line in the log if the command is missing or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
     except (OSError, subprocess.SubprocessError) as error:
@@ -112,7 +112,7 @@ def output_of(run: Run, *command: str) -> str:
 
 
 def stages(parts: Iterable[Part]) -> list[list[Part]]:
-    """Parts that run at the same time, together."""
+    """The parts in groups; the parts of a group run at the same time."""
     found: list[list[Part]] = []
     for part in parts:
         if part.beside and found and any(part.beside in (other.name, other.beside) for other in found[-1]):
@@ -123,7 +123,7 @@ def stages(parts: Iterable[Part]) -> list[list[Part]]:
 
 
 def summary(out: Path) -> list[str]:
-    """The headline: what eager or the original takes for each microsecond of ours, by batch."""
+    """The headline: the time of eager or the original over ours, by batch."""
     ratios: dict[str, dict[str, list[float]]] = {}
     for line in rows_of(out / "layer_gpu.csv"):
         if line["variant"] == "eager":
@@ -177,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run.facts |= {**machine(run), "minutes": given.minutes}
     left = stages(part for part in PARTS if part.name in names)
     while left:
-        # What earlier parts have left over is shared by all that are still to come.
+        # The time that earlier parts have left over goes to all that are still to come.
         due = sum(max(part.seconds for part in stage) for stage in left)
         stage = left.pop(0)
         remaining = end - time.monotonic()
@@ -187,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             try:
                 for each in begun:
                     each.result()
-            except BaseException:  # an interrupt: the processes would go on without us
+            except BaseException:  # an interrupt, after which the processes would go on without us
                 run.stop()
                 raise
     return conclude(run)

@@ -1,4 +1,4 @@
-"""The tables of a GPU run (benchmarks/gpu_check.py). Everything here is a function of the files in its folder."""
+"""The tables of a GPU run (benchmarks/gpu_check.py), computed from the files in its folder alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 from .gpu.layer import LAYOUTS
 from .gpu.runner import rows_of
-from .layer_cpu_report import markdown, times
+from .layer_cpu_report import markdown, ratio_text
 
 Line = dict[str, str]
 DIRECTIONS = {"forward": "forward", "both": "forward + backward"}
@@ -23,7 +23,7 @@ MODES = {"graph": "in a CUDA graph", "calls": "eager calls", "training": "traini
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One row of the benchmark: all its variants, measured in turn. `lines`: by mode and variant."""
+    """One row of the benchmark, whose variants were measured in turn. `lines` are by mode and variant."""
 
     shape: str
     dtype: str
@@ -48,11 +48,11 @@ class Results:
     models: list[Line]
     plans: list[Line]
     smoke: list[Line]
-    explained: dict[str, str]  # why a part failed, where that is known
+    explained: dict[str, str]  # why a part failed, if that is known
 
 
 def read(folder: Path) -> Results:
-    """The files of a run. Raises ValueError if it is of no commit, or a part failed and failures.json does not say why.
+    """The files of a run. Raises ValueError if it names no commit, or a part failed and failures.json does not say why.
 
     failures.json is written by hand, beside the files; the explanations stand under the table.
     """
@@ -64,7 +64,7 @@ def read(folder: Path) -> Results:
     failed = {part["part"] for part in run["parts"] if part["outcome"] == "failed"}
     *rest, smoke = (rows_of(folder / name) for name in ("models_gpu.csv", "plans_gpu.csv", "smoke.csv"))
     wrong = [line for line in smoke if not line["outcome"].startswith(("right", "refused"))]
-    # Nothing excuses a wrong result, nor one that is missing.
+    # Nothing excuses a wrong or a missing result.
     if failed != set(explained) or ("smoke" in failed and (wrong or not _is_whole(run, smoke))):
         raise ValueError(
             f"{folder / 'run.json'}: {', '.join(sorted(failed)) or 'nothing'} failed; "
@@ -81,14 +81,17 @@ def read(folder: Path) -> Results:
 
 
 def _is_whole(run: dict[str, Any], smoke: Sequence[Line]) -> bool:
-    """Whether the smoke that failed had said before that all of its cases are over."""
+    """Whether a smoke part that failed had said before that all of its cases are over."""
     (part,) = (part for part in run["parts"] if part["part"] == "smoke")
     return any(re.fullmatch(rf"{len(smoke)} of {len(smoke)} cases", line) for line in part["tail"])
 
 
 def best_measured(results: Results) -> list[Case]:
-    """A case for each call, with the first measurement of each variant: a process that has run torch.compile makes
-    calls up to twice as slow as before. A ratio is still one of two times that were taken in turn."""
+    """One case per call, with the first measurement of each variant.
+
+    A process that has run torch.compile makes calls up to twice as slow as before. A ratio still compares two times
+    that were taken in turn.
+    """
     found: dict[tuple[str, str, str, str], Case] = {}
     for case in results.cases:
         key = case.shape, case.dtype, case.layout, case.direction
@@ -98,16 +101,16 @@ def best_measured(results: Results) -> list[Case]:
 
 
 def mean_and_range(values: Iterable[float | None]) -> str:
-    """Geometric mean and range, or nothing if one of them was not measured."""
+    """The geometric mean and the range of ratios, or nothing if one of them was not measured."""
     known = list(values)
     if not known or any(value is None for value in known):
         return ""
     numbers = [value for value in known if value is not None]
-    return f"{times(statistics.geometric_mean(numbers))} ({min(numbers):.2f} to {max(numbers):.2f})"
+    return f"{ratio_text(statistics.geometric_mean(numbers))} ({min(numbers):.2f} to {max(numbers):.2f})"
 
 
 def summary(results: Results) -> str:
-    """The layer by batch, layout and direction; whole networks; the machine."""
+    """The text on the layer by batch, layout and direction, on whole networks, and on the machine."""
     cases = best_measured(results)
     rows = []
     kinds = sorted(
@@ -137,13 +140,13 @@ def _networks(models: Sequence[Line]) -> str:
     for name, n in dict.fromkeys((name, n) for name, n, _ in sorted(ratios, key=lambda k: (k[0], int(k[1])))):
         cells = [ratios.get((name, n, mode)) for mode in MODES]
         layers = next(cell["se_layers"] for cell in cells if cell is not None)
-        rows.append([f"{name} ({layers} SE layers)", n, *(times(c and float(c["ratio_to_fused"])) for c in cells)])
+        rows.append([f"{name} ({layers} SE layers)", n, *(ratio_text(c and float(c["ratio_to_fused"])) for c in cells)])
     header = ["network: original / fused", "N", *MODES.values()]
     return markdown(header, rows) if rows else ""
 
 
 def _findings(results: Results) -> str:
-    """Where another of our own ways is faster than the one that is taken."""
+    """Sentences on the calls in which another of our own ways was faster than the chosen one."""
     fastest: dict[tuple[str, ...], float] = {}
     for line in results.plans:
         call = line["shape"], line["dtype"], line["layout"], line["direction"]
@@ -162,7 +165,7 @@ def _findings(results: Results) -> str:
 
 
 def _machine(results: Results) -> str:
-    """What ran where, what was right, and how it was measured."""
+    """The paragraph on the machine, on what was compared, and on how it was measured."""
     run = results.run
     right = sum(line["outcome"] == "right" for line in results.smoke)
     reasons = {part["part"]: part["reason"] for part in run["parts"] if part["outcome"] == "passed"}
@@ -172,16 +175,16 @@ def _machine(results: Results) -> str:
     return (
         f"{run['gpu']}, driver {run['driver']}, PyTorch {run['torch']}, commit {run['commit']}, {run['date'][:10]}. "
         f"{right} calls right and none wrong beside float64{f', GPU tests: {tests[0]}' if tests else ''}"
-        f"{'; in part: ' * bool(short)}{', '.join(short)}. An empty cell was not measured. In a graph: caches cold, "
-        "buffers rotating over more than the L2 holds, and the outputs in the first and the last of the timed buffers "
-        "compared with float64. As calls: wall clock of a Python loop. Copy: an elementwise kernel that reads and "
-        "writes the bytes that no implementation can do without. Networks: 224 pixels, channels_last, float16 for "
-        "inference, bfloat16 autocast for training.\n"
+        f"{'; in part: ' * bool(short)}{', '.join(short)}. An empty cell was not measured. In a graph, caches are "
+        "cold: buffers rotate over more than the L2 holds, and the outputs in the first and the last of the timed "
+        "buffers are compared with float64. As calls, the time is the wall clock of a Python loop. The copy is an "
+        "elementwise kernel that reads and writes the bytes that no implementation can do without. Networks run on "
+        "images of 224 pixels, in channels_last; inference is in float16, training in bfloat16 autocast.\n"
     ) + "".join(f"\nFailed in this run, {part}: {why}\n" for part, why in results.explained.items())
 
 
 def layers(results: Results) -> str:
-    """Every call."""
+    """The table of every call."""
     tables = []
     cases = best_measured(results)
     for dtype, direction, layout in itertools.product(("float16", "float32"), DIRECTIONS, LAYOUTS):
@@ -192,9 +195,9 @@ def layers(results: Results) -> str:
             fused = case.lines["graph", "fused"]
             rows.append([
                 case.shape, f"{fused['p50_us']} ({fused['p20_us']} to {fused['p80_us']})", fused["gb_s"],
-                times(case.ratio("copy")).replace("**", ""), times(case.ratio("eager")), times(case.ratio("compile")),
-                times(case.ratio("triton")), case.lines["calls", "fused"]["p50_us"],
-                times(case.ratio("eager", "calls")), fused["error"],
+                ratio_text(case.ratio("copy")).replace("**", ""),
+                *(ratio_text(case.ratio(name)) for name in ("eager", "compile", "triton")),
+                case.lines["calls", "fused"]["p50_us"], ratio_text(case.ratio("eager", "calls")), fused["error"],
             ])  # fmt: skip
         header = [
             "x", "fused µs (p20 to p80)", "GB/s", "copy / fused", "eager / fused", "torch.compile / fused",

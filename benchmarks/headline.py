@@ -8,12 +8,12 @@ from collections.abc import Iterable, Sequence
 from . import coverage, gpu_report, shapes
 from .layer_cpu_report import Line, mean
 
-PEERS = ("compile", "onnxruntime", "openvino")
+_BASELINES = ("compile", "onnxruntime", "openvino")
 _GPU_NETWORKS = [("original", "graph"), ("original", "calls")]
 TEXT = """
-* **One SE layer** on a CPU runs at {layer_eager} times eager speed, and at {layer_peer} times that of the fastest of
+* **One SE layer** on a CPU runs at {layer_eager} times eager speed, and at {layer_best} times that of the fastest of
   torch.compile, ONNX Runtime and OpenVINO. In place, where the result overwrites the input: {in_place_eager} and
-  {in_place_peer} times. These are geometric means of {layer_shapes} shapes (float32, {threads} threads).
+  {in_place_best} times. These are geometric means of {layer_shapes} shapes (float32, {threads} threads).
 * **Training** one layer, forward and backward, runs at {training_eager} times eager speed, on the same shapes.
 * **Whole networks** on a CPU run at {models_replaced} times eager speed after `replace`, in place {models_in_place}
   ({models} timm networks, batch {models_batches}). Under torch.compile ({models_compiled}) nothing changes.
@@ -40,12 +40,12 @@ def _listed(words: Sequence[str]) -> str:
 def numbers(
     layer: Sequence[Line], models: Sequence[Line], covered: Sequence[Line], gpu: gpu_report.Results
 ) -> dict[str, str]:
-    """Each number as text, by its name in TEXT."""
+    """The numbers as texts, by their names in TEXT."""
     networks = {
-        (mode, contender): _range(
-            float(line["original_by_this"]) for line in models if (line["mode"], line["contender"]) == (mode, contender)
+        (mode, variant): _range(
+            float(line["original_by_this"]) for line in models if (line["mode"], line["variant"]) == (mode, variant)
         )
-        for mode, contender in (("eager", "replaced"), ("eager", "in place"), ("compiled", "replaced"))
+        for mode, variant in (("eager", "replaced"), ("eager", "in place"), ("compiled", "replaced"))
     }
     cases = gpu_report.best_measured(gpu)
     first = ("float16", "contiguous", "forward", 1)
@@ -55,9 +55,9 @@ def numbers(
         "threads": layer[0]["threads"],
         "layer_shapes": str(len(shapes.LAYER)),
         "layer_eager": f"{mean(layer, 'forward', ['eager']):.1f}",
-        "layer_peer": f"{mean(layer, 'forward', PEERS):.1f}",
+        "layer_best": f"{mean(layer, 'forward', _BASELINES):.1f}",
         "in_place_eager": f"{mean(layer, 'forward', ['eager'], 'fused_inplace'):.1f}",
-        "in_place_peer": f"{mean(layer, 'forward', PEERS, 'fused_inplace'):.1f}",
+        "in_place_best": f"{mean(layer, 'forward', _BASELINES, 'fused_inplace'):.1f}",
         "training_eager": f"{mean(layer, 'forward_backward', ['eager']):.1f}",
         "models": str(len({line["network"] for line in models})),
         "models_batches": _listed(list(dict.fromkeys(line["n"] for line in models))),

@@ -1,9 +1,10 @@
-"""One SE layer on the CPU: the fused call beside its peers. Writes the CSV of record, each row as it comes.
+"""Times one SE layer on the CPU, fused and by its baselines, and writes the CSV of record row by row.
 
     python -m benchmarks.layer_cpu [--quick] [--out benchmarks/results/layer_cpu.csv]
 
-Forward runs in inference mode. Backward is the gradient of x and of all four weights, alone on a graph built once, and
-as forward_backward. Each contender's result is checked against the reference in float64 before it is timed.
+Forward runs in inference mode. Backward computes the gradients of x and of all four weights, on a graph built once;
+forward_backward builds the graph in each call. Each variant's result is checked against the reference in float64 before
+it is timed.
 """
 
 from __future__ import annotations
@@ -28,35 +29,37 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import se_fused
 
-from . import peers, shapes, timing
+from . import ROOT, baselines, shapes, timing
 from .shapes import Shape
 
-ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "benchmarks" / "results" / "layer_cpu.csv"
 DIRECTIONS = ("forward", "backward", "forward_backward")
 DTYPES = ("float32", "bfloat16")
-# Maps that must move at least once: x in, y out; backward x and g in, dx out; both: the sum.
+# How many maps must move. Forward: x in, y out. Backward: x and g in, dx out. Both: the sum.
 MAPS_MOVED = {"forward": 2, "backward": 3, "forward_backward": 5}
 
 
 @dataclass(frozen=True)
-class Case:
-    """What is measured in one go: the contenders, and beside them what no contender can be faster than."""
+class Contest:
+    """The variants that are timed together, with one pass over the map beside them (`passes`)."""
 
     shape: Shape
     dtype: str
     layout: str
     direction: str
-    contenders: tuple[str, ...]
+    variants: tuple[str, ...]
 
     @property
-    def floors(self) -> tuple[str, ...]:
-        return ("copy", "multiply") if "fused_inplace" in self.contenders else ("copy",)
+    def passes(self) -> tuple[str, ...]:
+        return ("copy", "multiply") if "fused_inplace" in self.variants else ("copy",)
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the CSV. Times are microseconds per call; a ratio is the contender's time over that of its base."""
+    """A line of the CSV. Times are microseconds per call; a ratio is the variant's time over that of its base.
+
+    `copy_us` is how long the maps that must move (MAPS_MOVED) take at the speed of the copy in the same contest.
+    """
 
     date: str
     commit: str
@@ -71,71 +74,71 @@ class Row:
     dtype: str
     layout: str
     direction: str
-    contender: str
+    variant: str
     rounds: int
     p20_us: str
     p50_us: str
     p80_us: str
     ratio_to_fused: str
     ratio_to_fused_inplace: str
-    floor_us: str
+    copy_us: str
     bytes: int
 
 
-def cases(
+def contests(
     chosen: tuple[Shape, ...], names: tuple[str, ...], dtypes: tuple[str, ...], directions: tuple[str, ...]
-) -> list[Case]:
-    """All cases, those of one kind together; the cost of a call first, where float32, forward and eager are chosen."""
+) -> list[Contest]:
+    """All contests, grouped by kind; the cost of a call comes first, where float32, forward and eager are chosen."""
     found = []
     beside_torch = ("fused", "fused_inplace", *(n for n in ("eager", "compile") if n in names))
     if "forward" in directions and "float32" in dtypes and "eager" in names:
-        found.append(Case(shapes.CALL, "float32", "contiguous", "forward", ("fused", "eager")))
+        found.append(Contest(shapes.CALL, "float32", "contiguous", "forward", ("fused", "eager")))
     for direction in directions:
-        for dtype, layout in ((d, m) for d in dtypes for m in peers.MEMORY_FORMATS):
+        for dtype, layout in ((d, m) for d in dtypes for m in baselines.MEMORY_FORMATS):
             plain = (dtype, layout) == ("float32", "contiguous")
             if direction == "forward":
-                contenders = (*peers.FUSED, *names) if plain else beside_torch
+                variants = (*baselines.FUSED, *names) if plain else beside_torch
             elif plain and "eager" in names:
-                contenders = ("fused", "eager")
+                variants = ("fused", "eager")
             else:
                 continue
-            found += [Case(shape, dtype, layout, direction, contenders) for shape in chosen]
+            found += [Contest(shape, dtype, layout, direction, variants) for shape in chosen]
     return found
 
 
-def run_case(case: Case, threads: int, until: float) -> timing.Times:
-    """Build, check and time the contenders of `case`, until about `until` on `time.monotonic`."""
-    inputs = peers.draw(case.shape, getattr(torch, case.dtype), case.layout)
-    is_forward = case.direction == "forward"
-    want = peers.truth(inputs, gradients=not is_forward)
+def run_contest(contest: Contest, threads: int, until: float) -> timing.Times:
+    """Build, check and time the variants of `contest`, until about `until` on `time.monotonic`."""
+    inputs = baselines.draw(contest.shape, getattr(torch, contest.dtype), contest.layout)
+    is_forward = contest.direction == "forward"
+    want = baselines.truth(inputs, gradients=not is_forward)
     with torch.inference_mode() if is_forward else contextlib.nullcontext():
-        contenders = []
-        for name in case.contenders:
+        variants = []
+        for name in contest.variants:
             if is_forward:
-                contender = peers.forward(name, inputs, threads)
+                variant = baselines.forward(name, inputs, threads)
             else:
-                contender = peers.backward(name, inputs, with_forward=case.direction == "forward_backward")
-            peers.check(contender, want)
-            contenders.append(contender)
+                variant = baselines.backward(name, inputs, with_forward=contest.direction == "forward_backward")
+            baselines.check(variant, want)
+            variants.append(variant)
         del want
-        contenders += [peers.FLOORS[name](inputs) for name in case.floors]
-        return timing.measure(contenders, until - time.monotonic())
+        variants += [baselines.PASSES[name](inputs) for name in contest.passes]
+        return timing.measure(variants, until - time.monotonic())
 
 
-def rows(case: Case, times: timing.Times, conditions: dict[str, Any]) -> Iterator[Row]:
-    """The lines of one case. The floor is what the bytes that must move take at the speed of the case's own copy."""
-    shape = case.shape
-    map_bytes = shape.n * shape.c * shape.h * shape.w * getattr(torch, case.dtype).itemsize
-    maps = MAPS_MOVED[case.direction]
-    floor = timing.spread(times["copy"]).p50 * maps / 2
+def rows(contest: Contest, times: timing.Times, conditions: dict[str, Any]) -> Iterator[Row]:
+    """The lines of one contest."""
+    shape = contest.shape
+    map_bytes = shape.n * shape.c * shape.h * shape.w * getattr(torch, contest.dtype).itemsize
+    maps = MAPS_MOVED[contest.direction]
+    copy = timing.spread(times["copy"]).p50 * maps / 2
     for name in times:
-        moved = 2 if name in case.floors else maps
+        moved = 2 if name in contest.passes else maps
         p20, p50, p80 = (f"{t:.2f}" for t in timing.spread(times[name]))
-        ratios = [f"{timing.ratio(times, name, base):.3f}" if base in times else "" for base in peers.FUSED]
+        ratios = [f"{timing.ratio(times, name, base):.3f}" if base in times else "" for base in baselines.FUSED]
         yield Row(
-            **conditions, shape=str(shape), r=shape.r, dtype=case.dtype, layout=case.layout, direction=case.direction,
-            contender=name, rounds=len(times[name]), p20_us=p20, p50_us=p50, p80_us=p80, ratio_to_fused=ratios[0],
-            ratio_to_fused_inplace=ratios[1], floor_us=f"{floor:.2f}", bytes=moved * map_bytes,
+            **conditions, shape=str(shape), r=shape.r, dtype=contest.dtype, layout=contest.layout,
+            direction=contest.direction, variant=name, rounds=len(times[name]), p20_us=p20, p50_us=p50, p80_us=p80,
+            ratio_to_fused=ratios[0], ratio_to_fused_inplace=ratios[1], copy_us=f"{copy:.2f}", bytes=moved * map_bytes,
         )  # fmt: skip
 
 
@@ -149,7 +152,7 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    """The commit of the sources, "-dirty" if others than the results differ; "unknown" outside a repository."""
+    """The commit of the sources, with "-dirty" if any file but results differs; "unknown" outside a repository."""
 
     def git(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
@@ -169,7 +172,7 @@ def installed(package: str) -> str:
 
 
 def conditions(threads: int) -> dict[str, Any]:
-    """What is the same in every row of a run."""
+    """The columns that are the same in every row of a run."""
     x, w = torch.ones(1, 1, 1), torch.ones(1, 1)
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
@@ -183,26 +186,26 @@ def conditions(threads: int) -> dict[str, Any]:
     }
 
 
-def run(planned: list[Case], file: TextIO, threads: int, minutes: float, console: Console) -> None:
-    """Measure `planned`, each with an equal share of the time left, building included, and write the CSV to `file`."""
+def run(planned: list[Contest], file: TextIO, threads: int, minutes: float, console: Console) -> None:
+    """Measure `planned`, each with an equal part of the time left, building included, and write the CSV to `file`."""
     torch.set_num_threads(threads)
     facts = conditions(threads)
-    # One more runnable process on the cores of a parallel region makes the region wait for a time slice, milliseconds.
+    # If another process runs on the cores of a parallel region, the region waits for a time slice: milliseconds.
     if (load := os.getloadavg()[0]) > 0.5:
         console.print(f"load average {load:.1f}: another process may be taking part in this measurement")
     writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
     writer.writeheader()
     end = time.monotonic() + 60 * minutes
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    # No refresh from a thread of its own, which would run on the cores that are measured.
+    # Automatic refresh would run in a thread of its own, on the cores that are measured.
     with Progress(*columns, console=console, auto_refresh=False) as progress:
         bar = progress.add_task("", total=len(planned))
-        for index, case in enumerate(planned):
-            what = f"{case.shape} {case.dtype} {case.layout} {case.direction}"
+        for index, contest in enumerate(planned):
+            what = f"{contest.shape} {contest.dtype} {contest.layout} {contest.direction}"
             progress.update(bar, description=what, refresh=True)
             now = time.monotonic()
-            times = run_case(case, threads, now + (end - now) / (len(planned) - index))
-            for row in rows(case, times, facts):
+            times = run_contest(contest, threads, now + (end - now) / (len(planned) - index))
+            for row in rows(contest, times, facts):
                 writer.writerow(asdict(row))
             file.flush()
             found = ", ".join(f"{name} {timing.spread(t).p50:.1f}" for name, t in times.items())
@@ -221,21 +224,23 @@ def _choose(text: str, offered: tuple[str, ...], option: str) -> tuple[str, ...]
 def main(
     out: Annotated[Path, typer.Option(help="The CSV to write.")] = RECORD,
     quick: Annotated[bool, typer.Option("--quick", help="Three shapes in about a minute.")] = False,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of every contender.")] = min(2, os.cpu_count() or 1),
+    threads: Annotated[int, typer.Option(min=1, help="Threads of every variant.")] = min(2, os.cpu_count() or 1),
     minutes: Annotated[float | None, typer.Option(help="Time for all; 8, or 1 with --quick.")] = None,
     shape_names: Annotated[str, typer.Option("--shapes", help="Comma-separated, as 1x72x28x28.")] = "",
-    peer_names: Annotated[str, typer.Option("--peers", help="Comma-separated.")] = ",".join(peers.PEERS),
+    baseline_names: Annotated[str, typer.Option("--baselines", help="Comma-separated.")] = ",".join(
+        baselines.BASELINES
+    ),
     dtypes: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(DTYPES),
     directions: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(DIRECTIONS),
 ) -> None:
-    """Time the fused SE layer on the CPU beside its peers."""
+    """Time the fused SE layer on the CPU beside its baselines."""
     offered = {str(shape): shape for shape in shapes.LAYER}
     chosen: tuple[Shape, ...] = shapes.QUICK if quick else shapes.LAYER
     if shape_names:
         chosen = tuple(offered[name] for name in _choose(shape_names, tuple(offered), "--shapes"))
-    planned = cases(
+    planned = contests(
         chosen,
-        _choose(peer_names, tuple(peers.PEERS), "--peers"),
+        _choose(baseline_names, tuple(baselines.BASELINES), "--baselines"),
         _choose(dtypes, DTYPES, "--dtypes"),
         _choose(directions, DIRECTIONS, "--directions"),
     )

@@ -1,14 +1,14 @@
-"""The tables of layer_cpu.csv. Everything here is a function of the lines of that file."""
+"""The tables of layer_cpu.csv, computed from the lines of that file alone."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
-from . import layer_cpu, peers, shapes
+from . import baselines, layer_cpu, shapes
 
 Line = dict[str, str]
-Cell = dict[str, Line]  # by contender
+Cell = dict[str, Line]  # by variant
 
 SHAPE_LISTS = {
     f"batch 1 ({len(shapes.BATCH_1)} shapes)": shapes.BATCH_1,
@@ -26,11 +26,11 @@ LABELS = {
 
 
 def select(lines: Iterable[Line], dtype: str, layout: str, direction: str) -> dict[str, Cell]:
-    """The lines of one table, by shape and contender."""
+    """The lines of one table, by shape and variant."""
     cells: dict[str, Cell] = {}
     for line in lines:
         if (line["dtype"], line["layout"], line["direction"]) == (dtype, layout, direction):
-            cells.setdefault(line["shape"], {})[line["contender"]] = line
+            cells.setdefault(line["shape"], {})[line["variant"]] = line
     return cells
 
 
@@ -45,21 +45,21 @@ def _us(line: Line) -> str:
     return f"{t:.1f}" if t < 100 else f"{t:,.0f}"
 
 
-def times(value: float | None) -> str:
-    """A ratio; a loss, below 1, in bold."""
+def ratio_text(value: float | None) -> str:
+    """A ratio as text: a loss, which is below 1, is bold."""
     if value is None:
         return ""
     return f"{value:.2f}" if value >= 1 else f"**{value:.2f}**"
 
 
 def ratio(cell: Cell, names: Iterable[str], base: str = "fused") -> float | None:
-    """The smallest ratio of `names` to `base`: that of the fastest among them. None where none was measured."""
+    """The smallest ratio of `names` to `base`, which the fastest has. None if none was measured."""
     found = [cell[n][f"ratio_to_{base}"] for n in names if n in cell]
     return min((float(text) for text in found if text), default=None)
 
 
 def _known(column: Sequence[float | None]) -> list[float]:
-    """`column`, or nothing if any of it was not measured: a mean over fewer shapes would be another mean."""
+    """`column`, or nothing if a value was not measured, since a mean over fewer shapes would be another mean."""
     values = [value for value in column if value is not None]
     return values if len(values) == len(column) else []
 
@@ -80,7 +80,7 @@ def mean(
 
 
 def means(columns: Mapping[str, Sequence[float | None]]) -> dict[str, list[float | None]]:
-    """For each list of shapes that was measured whole, the geometric mean of each column of `columns`, by shape."""
+    """The geometric mean of each column, for each list of shapes that was measured whole. `columns` are by shape."""
     found: dict[str, list[float | None]] = {}
     for label, members in SHAPE_LISTS.items():
         if all(str(m) in columns for m in members):
@@ -91,17 +91,17 @@ def means(columns: Mapping[str, Sequence[float | None]]) -> dict[str, list[float
     return found
 
 
-def _share_of_floor(line: Line) -> str:
-    return f"{float(line['floor_us']) / float(line['p50_us']):.0%}"
+def _copy_share(line: Line) -> str:
+    return f"{float(line['copy_us']) / float(line['p50_us']):.0%}"
 
 
 def _forward_cells(lines: list[Line]) -> dict[str, tuple[Cell, str]]:
-    """The float32, contiguous cells in which a peer was measured, each with its fastest peer."""
+    """The float32, contiguous cells in which a baseline was measured, each with its fastest baseline."""
     cells = select(lines, "float32", "contiguous", "forward")
     found = {}
     for shape in map(str, shapes.LAYER):
         cell = cells.get(shape, {})
-        measured = [name for name in peers.PEERS if name in cell]
+        measured = [name for name in baselines.BASELINES if name in cell]
         if measured:
             found[shape] = cell, min(measured, key=lambda name: float(cell[name]["ratio_to_fused"]))
     return found
@@ -113,41 +113,49 @@ def _forward(lines: list[Line]) -> str:
         ratios[shape] = [ratio(cell, [best]), ratio(cell, ["eager"])]
         fused = cell["fused"]
         rows.append([
-            shape, _us(fused), f"{_us(cell[best])} ({LABELS[best]})", *map(times, ratios[shape]),
-            f"{float(fused['floor_us']):,.1f}", _share_of_floor(fused),
+            shape, _us(fused), f"{_us(cell[best])} ({LABELS[best]})", *map(ratio_text, ratios[shape]),
+            f"{float(fused['copy_us']):,.1f}", _copy_share(fused),
         ])  # fmt: skip
-    rows += [[f"geometric mean, {label}", "", "", *map(times, m), "", ""] for label, m in means(ratios).items()]
-    header = ["x", "fused µs", "best peer µs", "best peer / fused", "eager / fused", "floor µs", "floor / fused"]
+    rows += [[f"geometric mean, {label}", "", "", *map(ratio_text, m), "", ""] for label, m in means(ratios).items()]
+    header = ["x", "fused µs", "best baseline µs", "best baseline / fused", "eager / fused", "copy µs", "copy / fused"]
     return markdown(header, rows) if rows else ""
 
 
 def _in_place(lines: list[Line]) -> str:
     rows, ratios = [], {}
     for shape, (cell, best) in _forward_cells(lines).items():
-        peer, floor = (ratio(cell, [name], "fused_inplace") for name in (best, "multiply"))
-        if peer is None or floor is None:
+        baseline, multiply = (ratio(cell, [name], "fused_inplace") for name in (best, "multiply"))
+        if baseline is None or multiply is None:
             continue
-        ratios[shape] = [peer, peer / floor]
+        ratios[shape] = [baseline, baseline / multiply]
         rows.append([
-            shape, _us(cell["fused_inplace"]), times(peer), _us(cell["multiply"]), f"{floor:.0%}", times(peer / floor)
+            shape, _us(cell["fused_inplace"]), ratio_text(baseline), _us(cell["multiply"]), f"{multiply:.0%}",
+            ratio_text(baseline / multiply),
         ])  # fmt: skip
     rows += [
-        [f"geometric mean, {label}", "", times(found[0]), "", "", times(found[1])]
+        [f"geometric mean, {label}", "", ratio_text(found[0]), "", "", ratio_text(found[1])]
         for label, found in means(ratios).items()
     ]
-    header = ["x", "in place µs", "best peer / in place", "floor µs", "floor / in place", "best peer / floor"]
+    header = ["x", "in place µs", "best baseline / in place", "multiply µs", "multiply / in place"]
+    header.append("best baseline / multiply")
     return markdown(header, rows) if rows else ""
 
 
 def _other_formats(lines: list[Line]) -> str:
-    formats = [(d, m) for d in layer_cpu.DTYPES for m in peers.MEMORY_FORMATS if (d, m) != ("float32", "contiguous")]
+    formats = [
+        (d, m) for d in layer_cpu.DTYPES for m in baselines.MEMORY_FORMATS if (d, m) != ("float32", "contiguous")
+    ]
     tables = [select(lines, *f, "forward") for f in formats]
-    columns = [(f, table, peer) for f, table in zip(formats, tables, strict=True) for peer in ("eager", "compile")]
-    ratios = {s: [ratio(table.get(s, {}), [peer]) for _, table, peer in columns] for s in map(str, shapes.LAYER)}
+    columns = [
+        (f, table, baseline) for f, table in zip(formats, tables, strict=True) for baseline in ("eager", "compile")
+    ]
+    ratios = {
+        s: [ratio(table.get(s, {}), [baseline]) for _, table, baseline in columns] for s in map(str, shapes.LAYER)
+    }
     ratios = {s: row for s, row in ratios.items() if any(row)}
-    rows = [[label, *map(times, row)] for label, row in ratios.items()]
-    rows += [[f"geometric mean, {label}", *map(times, row)] for label, row in means(ratios).items()]
-    header = ["x", *(f"{dtype} {layout}: {LABELS[peer]} / fused" for (dtype, layout), _, peer in columns)]
+    rows = [[label, *map(ratio_text, row)] for label, row in ratios.items()]
+    rows += [[f"geometric mean, {label}", *map(ratio_text, row)] for label, row in means(ratios).items()]
+    header = ["x", *(f"{dtype} {layout}: {LABELS[baseline]} / fused" for (dtype, layout), _, baseline in columns)]
     return markdown(header, rows) if rows else ""
 
 
@@ -157,20 +165,20 @@ def _gradients(lines: list[Line], direction: str) -> str:
     rows = []
     for shape, row in ratios.items():
         fused, eager = cells[shape]["fused"], cells[shape]["eager"]
-        floor = f"{float(fused['floor_us']):,.1f}"
-        rows.append([shape, _us(fused), _us(eager), *map(times, row), floor, _share_of_floor(fused)])
-    rows += [[f"geometric mean, {label}", "", "", *map(times, row), "", ""] for label, row in means(ratios).items()]
-    header = ["x", "fused µs", "eager µs", "eager / fused", "floor µs", "floor / fused"]
+        copy = f"{float(fused['copy_us']):,.1f}"
+        rows.append([shape, _us(fused), _us(eager), *map(ratio_text, row), copy, _copy_share(fused)])
+    rows += [
+        [f"geometric mean, {label}", "", "", *map(ratio_text, row), "", ""] for label, row in means(ratios).items()
+    ]
+    header = ["x", "fused µs", "eager µs", "eager / fused", "copy µs", "copy / fused"]
     return markdown(header, rows) if rows else ""
 
 
 def table(lines: list[Line]) -> str:
-    """The Markdown of a run, with what was not measured left out."""
+    """The Markdown of a run, without what was not measured."""
     sections = {
         "Forward, float32, contiguous:": _forward(lines),
-        "Forward in place, float32, contiguous; the floor is a multiplication of the map by 1, in place:": _in_place(
-            lines
-        ),
+        "Forward in place, float32, contiguous:": _in_place(lines),
         "Forward, other formats:": _other_formats(lines),
         "Backward alone, float32, contiguous:": _gradients(lines, "backward"),
         "Forward and backward, float32, contiguous:": _gradients(lines, "forward_backward"),
@@ -180,13 +188,14 @@ def table(lines: list[Line]) -> str:
     if call:
         parts.append(
             f"A call with nothing to compute ({shapes.CALL}, inference mode): fused {_us(call['fused'])} µs, "
-            f"eager {_us(call['eager'])} µs, eager / fused {times(ratio(call, ['eager']))}.\n"
+            f"eager {_us(call['eager'])} µs, eager / fused {ratio_text(ratio(call, ['eager']))}.\n"
         )
     run = lines[0]
     parts.append(
         f"{run['cpu']}, {run['threads']} threads for all, PyTorch {run['torch']}, ONNX Runtime {run['onnxruntime']}, "
-        f"OpenVINO {run['openvino']}, backend {run['backend']}, commit {run['commit']}, {run['date']}. Forward in "
-        "inference mode. Best peer: the fastest of eager, torch.compile, ONNX Runtime and OpenVINO. Floor, where "
-        "nothing else is said: the bytes that must move, at the speed of a copy measured between the same calls.\n"
+        f"OpenVINO {run['openvino']}, backend {run['backend']}, commit {run['commit']}, {run['date']}. Forward runs "
+        "in inference mode. The best baseline is the fastest of eager, torch.compile, ONNX Runtime and OpenVINO. Copy "
+        "is the time that the bytes that must move take at the speed of a copy measured between the same calls; "
+        "multiply is one multiplication of the map by 1, in place.\n"
     )
     return "\n".join(parts)

@@ -1,4 +1,4 @@
-"""What the benchmarks of whole networks on the CPU share: nothing wrong is timed, and the lines of a CSV."""
+"""Shared by the benchmarks of whole networks on the CPU: variants, the check before timing, and the CSV."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def build(network: str, n: int) -> tuple[nn.Module, Tensor]:
     return zoo.settled(zoo.build(network), x), x
 
 
-def variant(model: nn.Module, contender: str) -> nn.Module:
-    """A copy of `model`: "original", or "replaced" by layers that write a new map, or "in place"."""
+def build_variant(model: nn.Module, name: str) -> nn.Module:
+    """A copy of `model` as it is ("original"), or with its SE layers replaced: "replaced", or "in place"."""
     model = copy.deepcopy(model)
-    if contender != "original":
-        se_fused.replace(model, inplace=contender == "in place")
+    if name != "original":
+        se_fused.replace(model, inplace=name == "in place")
     return model
 
 
@@ -41,12 +41,13 @@ def measure(model: nn.Module, x: Tensor, calls: Mapping[str, Callable[[], Tensor
     with torch.inference_mode():
         wanted = model(x)
         for name, call in calls.items():
+            # Wide, because the rounding of float32 piles up over a whole network, and compilers round elsewhere.
             torch.testing.assert_close(call(), wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()), msg=name)
-        return timing.measure([timing.Contender(name, call) for name, call in calls.items()], seconds)
+        return timing.measure([timing.Variant(name, call) for name, call in calls.items()], seconds)
 
 
 def columns(times: timing.Times, name: str, original: str) -> Line:
-    """The columns of a contender: its milliseconds, and the time of `original` over its own."""
+    """The columns of variant `name`: its milliseconds, and the ratio of the time of `original` to its own."""
     p20, p50, p80 = (f"{t / 1e3:.3f}" for t in timing.spread(times[name]))
     ratio = f"{timing.ratio(times, original, name):.3f}"
     rounds = str(len(times[name]))
@@ -71,8 +72,8 @@ def record(
             where = {"load": f"{os.getloadavg()[0]:.2f}", "network": network, "n": str(n)}
             for line in contest(network, n):
                 lines.append(facts | where | line)
-                contender = " ".join(line[key] for key in ("mode", "contender") if key in line)
-                typer.echo(f"{network} N={n} {contender}: {line['p50_ms']} ms, {line['original_by_this']}")
+                variant = " ".join(line[key] for key in ("mode", "variant") if key in line)
+                typer.echo(f"{network} N={n} {variant}: {line['p50_ms']} ms, {line['original_by_this']}")
     with out.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
         writer.writeheader()
@@ -84,7 +85,7 @@ def milliseconds(line: Line) -> str:
 
 
 def machine(lines: Sequence[Line]) -> str:
-    """What ran where, under a table."""
+    """The line under a table: machine, versions and commit."""
     line = lines[0]
     return (
         f"{line['cpu']}, {line['threads']} threads, PyTorch {line['torch']}, commit {line['commit']}, "

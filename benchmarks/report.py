@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from . import (
+    ROOT,
     call_overhead,
     compiled,
     coverage,
@@ -29,19 +30,18 @@ from . import (
 )
 
 Line = dict[str, str]
-ROOT = layer_cpu.ROOT
 DOCS = ROOT / "docs"
 README, BENCHMARKS = ROOT / "README.md", DOCS / "benchmarks.md"
 RESULTS = layer_cpu.RECORD.parent
 
 
 class ReportError(ValueError):
-    """The files or the document are not what a report can be made from."""
+    """No report can be made from these files or this document."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """Where a table comes from, how it is read and made, and the document it stands in; and what draws its figures."""
+    """The file or folder a table comes from, how it is read and made, its document, and what draws its figures."""
 
     source: Path
     read: Callable[[Path], Any]
@@ -69,7 +69,7 @@ def read_headline(folder: Path) -> dict[str, str]:
     return headline.numbers(layer, networks, covered, gpu_report.read(folder / "h200"))
 
 
-# By the name in the markers; of a GPU, by that of its folder.
+# By the name in the markers; the name of a GPU is that of its folder.
 RECORDS = {
     "headline": Record(RESULTS, read_headline, headline.text, README),
     "layer_cpu": Record(
@@ -98,7 +98,7 @@ def replace_between_markers(text: str, name: str, body: str) -> str:
 
 
 def updated(text: str, records: Mapping[str, Record]) -> str:
-    """A document with the tables of `records` made anew. Raises ReportError."""
+    """`text` with the tables of `records` made anew. Raises ReportError."""
     for name, record in records.items():
         try:
             text = replace_between_markers(text, name, record.table(record.read(record.source)))

@@ -1,8 +1,8 @@
-"""Interleaved timing of contenders in one process, and the statistics that are reported.
+"""Interleaved timing of variants in one process, and the statistics that are reported.
 
-A round times every contender once, in an order shuffled anew, as a batch of calls; a ratio is taken within a round, so
-that a slow moment of the machine falls on both its sides. Before each batch the process comes to rest: the thread pools
-of OpenMP, ONNX Runtime and oneTBB spin for milliseconds after their last task, on the cores of the next contender.
+Each round times one batch of calls of every variant, in a new random order. A ratio is taken within a round, so that a
+slow moment of the machine falls on both its sides. Before each batch the process comes to rest, because the thread
+pools of OpenMP, ONNX Runtime and oneTBB spin for milliseconds after their last task, on the cores of the next variant.
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ Clock = Callable[[], int]
 Times = dict[str, list[float]]
 
 BATCH_NS = 5_000_000
-# The first calls after a rest are slow: 300 to 130 us over six calls at 1x96x112x112. A quarter of a batch goes before.
+# The first calls after a rest are slow: from 300 to 130 us over six calls at 1x96x112x112. So a quarter of a batch runs
+# before the one that is timed.
 WARM_UP = 4
 MIN_ROUNDS = 5
-# A call in place multiplies the map by its gates, so many in a row would time denormals. Over all shapes the smallest
-# magnitude left by 8 calls is 3e-14; denormals begin at 1e-38.
+# A call in place multiplies the map by its gates, so many calls in a row would time denormals, which begin at 1e-38.
+# Over all shapes, 8 calls leave no magnitude below 2e-21.
 CALLS_BETWEEN_RESTORES = 8
 
 
 @dataclass(frozen=True)
-class Contender:
-    """`call` is what is timed; `outputs` the preallocated memory that it writes, None if it returns its result.
+class Variant:
+    """`call` is timed. `outputs` is the preallocated memory that it writes, None if it returns its result.
 
-    `restore` puts back an input that `call` overwrites; it runs outside the timed region.
+    `restore` puts back an input that `call` overwrites; it is not timed.
     """
 
     name: str
@@ -63,14 +64,14 @@ def come_to_rest(step_s: float = 0.002, limit_s: float = 1.0) -> None:
             raise TimeoutError(f"a thread of this process was still busy {limit_s} s after the last call")
 
 
-def run_batch(contender: Contender, calls: int, clock: Clock = time.perf_counter_ns) -> int:
+def run_batch(variant: Variant, calls: int, clock: Clock = time.perf_counter_ns) -> int:
     """The time of `calls` calls in nanoseconds, without that of `restore`."""
     total = 0
     while calls:
-        chunk = calls if contender.restore is None else min(calls, CALLS_BETWEEN_RESTORES)
-        if contender.restore is not None:
-            contender.restore()
-        call = contender.call
+        chunk = calls if variant.restore is None else min(calls, CALLS_BETWEEN_RESTORES)
+        if variant.restore is not None:
+            variant.restore()
+        call = variant.call
         start = clock()
         for _ in repeat(None, chunk):
             call()
@@ -79,39 +80,39 @@ def run_batch(contender: Contender, calls: int, clock: Clock = time.perf_counter
     return total
 
 
-def calls_per_batch(contender: Contender, clock: Clock = time.perf_counter_ns) -> int:
-    """How many calls take BATCH_NS, at least one. The first batch of that length warms up: its pages may be new."""
+def calls_per_batch(variant: Variant, clock: Clock = time.perf_counter_ns) -> int:
+    """How many calls take BATCH_NS, at least one. A first batch of that length warms up, as its pages may be new."""
     calls = 1
     for _ in range(2):
-        while (took := run_batch(contender, calls, clock)) < BATCH_NS:
+        while (took := run_batch(variant, calls, clock)) < BATCH_NS:
             calls = max(calls + 1, min(10 * calls, calls * BATCH_NS // max(took, 1)))
         calls = max(1, calls * BATCH_NS // took)
     return calls
 
 
 def measure(
-    contenders: Sequence[Contender],
+    variants: Sequence[Variant],
     budget_s: float,
     *,
     seed: int = 0,
     clock: Clock = time.perf_counter_ns,
     rest: Callable[[], None] = come_to_rest,
 ) -> Times:
-    """Microseconds per call of each contender, one entry per round, for as many rounds as `budget_s` allows (>= 5)."""
+    """Microseconds per call of each variant, one entry per round, for as many rounds as `budget_s` allows (>= 5)."""
     end = clock() + int(budget_s * 1e9)
-    calls = {c.name: calls_per_batch(c, clock) for c in contenders}
-    times: Times = {c.name: [] for c in contenders}
-    order, rng, rounds = list(contenders), random.Random(seed), 0
+    calls = {c.name: calls_per_batch(c, clock) for c in variants}
+    times: Times = {c.name: [] for c in variants}
+    order, rng, rounds = list(variants), random.Random(seed), 0
     gc_was_enabled = gc.isenabled()
     gc.disable()
     try:
         while rounds < MIN_ROUNDS or clock() < end:
             rng.shuffle(order)
-            for contender in order:
+            for variant in order:
                 rest()
-                count = calls[contender.name]
-                run_batch(contender, max(1, count // WARM_UP), clock)
-                times[contender.name].append(run_batch(contender, count, clock) / count / 1e3)
+                count = calls[variant.name]
+                run_batch(variant, max(1, count // WARM_UP), clock)
+                times[variant.name].append(run_batch(variant, count, clock) / count / 1e3)
             rounds += 1
     finally:
         if gc_was_enabled:
@@ -125,5 +126,5 @@ def spread(times: Sequence[float]) -> Spread:
 
 
 def ratio(times: Times, name: str, base: str) -> float:
-    """The median over the rounds of the time of `name` over that of `base` in the same round: above 1, `base` wins."""
+    """The median over the rounds of the time of `name` over that of `base` in the same round; `base` wins above 1."""
     return statistics.median(t / b for t, b in zip(times[name], times[base], strict=True))

@@ -1,4 +1,4 @@
-"""The demonstration: `python -m se_fused demo`, or `python -m examples.demo`. Data and networks come inside packages.
+"""The demonstration: `python -m se_fused demo`, or `python -m examples.demo`. Packages hold its data and networks.
 
 Part "digits" trains two small networks with the reference and the fused SE layer; part "photographs" replaces the SE
 layers of three known networks.

@@ -1,8 +1,9 @@
 """Small networks trained on scikit-learn's 1,797 handwritten digits, with the reference and with the fused SE layer.
 
-Each experiment runs three times from the same weights, with the same batches, all runs taking their steps in turn: with
-the reference layer, with the fused one, and as a control with the reference from weights one rounding step away.
-Training magnifies rounding; the control shows by how much, and so what difference the fused layer may make.
+Each experiment has three runs, which take their steps in turn and see the same batches. Two start from the same
+weights, with the reference layer and with the fused one; the control has the reference layer and starts from weights
+one rounding step away. Training magnifies rounding: the control shows by how much, and so what difference the fused
+layer may make.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ LAYERS: dict[str, Callable[..., nn.Module]] = {
 
 @dataclass
 class Run:
-    """One network in training, and what it has shown so far."""
+    """One network in training, with its losses and times so far."""
 
     network: str
     squeeze: str
@@ -88,21 +89,21 @@ def _start(network: str, squeeze: str, layer: str, steps: int) -> Run:
 
 
 def train(epochs: int, console: Console) -> list[Run]:
-    """All runs of all experiments in the order of EXPERIMENTS and LAYERS, tested on the digits that were held back."""
+    """Train all runs of all experiments, in the order of EXPERIMENTS and LAYERS, and test them on held-back digits."""
     images, labels, test_images, test_labels = digits()
     generator = torch.Generator().manual_seed(SEED)
-    # Whole batches only: batch norm on the three images left over would make the loss jump.
+    # Only whole batches, because batch norm on the three images left over would make the loss jump.
     whole = len(images) // BATCH * BATCH
     batches = [b for _ in range(epochs) for b in torch.randperm(len(images), generator=generator)[:whole].split(BATCH)]
     runs = [_start(*experiment, layer, len(batches)) for experiment in EXPERIMENTS for layer in LAYERS]
-    # A second thread gains a tenth on maps this small (16 against 18 ms a step), and beside any other process it loses
-    # more than that, because the two wait for each other.
+    # On maps this small a second thread gains a tenth (16 instead of 18 ms per step). Beside any other process it loses
+    # more than that, because the two threads wait for each other.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        # No refresh from a thread of its own, which would run on the cores that are measured.
+        # Automatic refresh would run in a thread of its own, on the cores that are measured.
         for i, batch in enumerate(track(batches, "training on digits", console=console, auto_refresh=False)):
-            # Whoever comes second finds a warmer cache, so the order turns round from step to step.
+            # The run that comes second finds a warmer cache, so the order is reversed from step to step.
             for run in runs if i % 2 == 0 else reversed(runs):
                 run.step(images[batch], labels[batch])
     finally:
@@ -138,7 +139,7 @@ def table(runs: list[Run]) -> Table:
 
 
 def plot_losses(runs: list[Run], path: Path) -> None:
-    """Above: the losses with both layers. Below: how far apart they are, and how far the control is."""
+    """Plot the losses with both layers, and below them how far they and the control are apart."""
     experiments = _experiments(runs)
     figure, axes = plt.subplots(
         2, len(experiments), figsize=(4.5 * len(experiments), 6), sharex=True, sharey="row",
@@ -170,7 +171,7 @@ def _legend(run: Run) -> str:
 
 
 def gate(layer: SqueezeExcite, x: Tensor) -> Tensor:
-    """s [N, C] of the layer's formula, which the fused call keeps to itself."""
+    """s [N, C] by the layer's formula, because the fused call does not return it."""
     u = F.relu(x) if layer.pre_act == "relu" else x
     z = u.mean((2, 3)) if layer.squeeze == "mean" else u.amax((2, 3))
     h = F.relu(F.linear(z, layer.w1, layer.b1))
@@ -194,7 +195,7 @@ def gates_by_class(model: nn.Module, images: Tensor, labels: Tensor) -> list[Ten
 
 
 def plot_gates(run: Run, path: Path) -> None:
-    """The mean gate of every channel for every digit; the paper's figure 5 shows it for five classes of ImageNet."""
+    """Plot the mean gate of every channel for every digit, as figure 5 of the paper does for classes of ImageNet."""
     _, _, images, labels = digits()
     means = gates_by_class(run.model, images, labels)
     figure, axes = plt.subplots(

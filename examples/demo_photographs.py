@@ -1,9 +1,9 @@
 """Known networks on scikit-learn's two photographs, before and after `se_fused.replace`.
 
-There is nothing to download, so the weights are random, from a fixed seed. A fresh network would show little: some
+Nothing is downloaded, so the weights are random, from a fixed seed. A fresh network would show little, because some
 blocks start with a batch norm of weight zero, whose SE layer sees only zeros. So such weights become one, and every
-batch norm takes its statistics from the photographs; the maps then have the scale of a trained network's, and the gates
-differ from channel to channel and from photograph to photograph. What they let through has no meaning yet.
+batch norm takes its statistics from the photographs. The maps then have the scale of a trained network's, and the gates
+differ from channel to channel and from photograph to photograph; but which channels they let through has no meaning.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MODELS = {
     "MobileNetV3-Large": "torchvision:mobilenet_v3_large",
     "EfficientNet-B0": "torchvision:efficientnet_b0",
 }
-# Early enough for maps in which the photograph can be seen: a quarter of its size.
+# Layers early enough that their maps, a quarter of the photograph's size, still show it.
 PICTURED = "layer1.2.se"
 
 
@@ -45,7 +45,7 @@ def photographs() -> tuple[list[str], Tensor]:
 
 
 def normalised(images: Tensor) -> Tensor:
-    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])  # ImageNet's, as these networks expect
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])  # of ImageNet, as these networks expect
     return (images - mean[:, None, None]) / std[:, None, None]
 
 
@@ -65,7 +65,7 @@ def build(spec: str, batch: Tensor) -> nn.Module:
 
 @dataclass
 class Swap:
-    """A network "before", "fused" and "fused in place", and what these three were measured to do."""
+    """A network "before", "fused" and "fused in place", and the measurements of these three."""
 
     name: str
     models: dict[str, nn.Module]
@@ -78,7 +78,7 @@ class Swap:
 
 def swap(name: str, spec: str, batch: Tensor, repeats: int) -> Swap:
     before = build(spec, batch)
-    # None of these networks reads the input of an SE layer again, so that inplace is allowed.
+    # inplace is allowed, because none of these networks reads the input of an SE layer again.
     report = se_fused.replace(copy.deepcopy(before))
     in_place = se_fused.replace(copy.deepcopy(before), inplace=True)
     models = {"before": before, "fused": report.model, "fused in place": in_place.model}
@@ -95,7 +95,7 @@ def swap(name: str, spec: str, batch: Tensor, repeats: int) -> Swap:
 
 def swaps(repeats: int, console: Console, size: int = 224) -> list[Swap]:
     batch = batch_of_eight(photographs()[1], size)
-    # No refresh from a thread of its own, which would run on the cores that are measured.
+    # Automatic refresh would run in a thread of its own, on the cores that are measured.
     progress = track(MODELS.items(), "swapping SE layers", console=console, auto_refresh=False)
     return [swap(name, spec, batch, repeats) for name, spec in progress]
 
@@ -120,7 +120,7 @@ def table(found: list[Swap]) -> Table:
 
 
 def maps_and_gates(found: Swap, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """u [N, C, H, W] and s [N, C] of the pictured layer before, and y of the fused layer after."""
+    """u [N, C, H, W] and s [N, C] of the pictured layer before replacing, and y of the fused layer."""
     seen: dict[str, Tensor] = {}
 
     def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, *, u: str = "", y: str = "") -> None:
@@ -142,7 +142,7 @@ def maps_and_gates(found: Swap, images: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 
 def plot_gates(found: Swap, path: Path) -> None:
-    """Each photograph, and before and after the layer, in one scale, the channels it lets through most and least."""
+    """Plot each photograph, and the channels let through most and least, before and after the layer, on one scale."""
     names, images = photographs()
     u, s, y = maps_and_gates(found, normalised(images))
     figure, axes = plt.subplots(len(names), 5, figsize=(18, 5.6), layout="constrained")
@@ -153,7 +153,7 @@ def plot_gates(found: Swap, path: Path) -> None:
             (int(s[i].argmax()), "highest", row[1], row[2]),
             (int(s[i].argmin()), "lowest", row[3], row[4]),
         ):
-            # One pixel in a hundred is beyond the scale, or a few would set it for all.
+            # One pixel in a hundred lies beyond the scale; otherwise a few would set it for all.
             limit = float(u[i, channel].abs().quantile(0.99))
             norm = TwoSlopeNorm(0, -limit, limit)
             left.imshow(u[i, channel].numpy(), cmap="RdBu_r", norm=norm)

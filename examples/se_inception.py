@@ -1,6 +1,6 @@
 """SE-Inception: SE after the whole Inception block (Hu et al., figure 2).
 
-`se` is what makes the SE layers, as in `examples/se_resnet.py`.
+`se` makes the SE layers, as in `examples/se_resnet.py`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class SEInceptionBlock(nn.Module):
                 nn.Sequential(nn.MaxPool2d(3, stride=1, padding=1), _conv_norm(c_in, width, 1)),
             ]
         )
-        # Each branch ends in a ReLU; taken once, after the concatenation, they belong to the same fused call.
+        # Each branch ends in a ReLU. One ReLU after the concatenation does the same, as part of the fused call.
         self.se = se(4 * width, pre_act="relu")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ class SEInceptionBlock(nn.Module):
 
 
 class SEInception(nn.Module):
-    """Images [N, in_channels, H, W] to scores [N, classes]; the maps are halved between blocks."""
+    """Images [N, in_channels, H, W] to scores [N, classes]; maps are halved between blocks."""
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """SE-ResNet: SE on the residual branch, before the identity is added (Hu et al., figure 3).
 
-`se` is what makes the SE layers: `se_fused.SqueezeExcite`, or `ReferenceSqueezeExcite`, which has the same parameters
-and draws the same initial weights, so that one seed gives two equal networks.
+`se` makes the SE layers: `se_fused.SqueezeExcite`, or `ReferenceSqueezeExcite`, which has the same parameters
+and draws the same initial weights, so one seed gives two equal networks.
 """
 
 from __future__ import annotations

@@ -9,16 +9,16 @@ from torch import nn
 
 
 def import_torchvision() -> Any:
-    """torchvision, also where its compiled operators do not load because it was built for another torch.
+    """torchvision, even if its compiled operators do not load because it was built for another torch.
 
-    Its models need none of them, but its import asks for the names of two, which are then defined without a kernel.
+    Its models need none of them, but its import looks up the names of two, which are then defined without a kernel.
     """
     try:
         import torchvision
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
             raise
-        # A library object takes its operators with it when it goes.
+        # A library object removes its operators when it is deleted.
         global _names
         _names = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
@@ -48,8 +48,11 @@ def build(name: str, **options: Any) -> nn.Module:
 
 
 def settled(model: nn.Module, batch: torch.Tensor) -> nn.Module:
-    """`model` in eval mode, as far as random weights can be like trained ones: no batch norm of weight zero, with which
-    some blocks start, and the statistics of `batch`, so that the maps have the scale of a trained network's."""
+    """`model` in eval mode, with weights as much like trained ones as random weights can be.
+
+    No batch norm has weight zero, with which some blocks start, and all have the statistics of `batch`, so that the
+    maps have the scale of a trained network's.
+    """
     model.eval()
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]

@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import nn
 
 import se_fused
-from se_fused import backends, installed, measure, native
+from se_fused import backends, cases, installed, measure, native
 from se_fused import verify as grid
 from se_fused.native import BuildError
 
@@ -52,17 +52,17 @@ def verify(
     """Compare outputs and gradients on this machine with the formula in float64; fails if one is out of tolerance."""
     try:
         backend = backends.select(torch.device(device)).name
-        results = list(track(grid.run(device), "verifying", total=len(grid.cases()), console=console))
+        results = list(track(grid.run(device), "verifying", total=len(cases.grid()), console=console))
     except (RuntimeError, AssertionError) as error:
         _fail(f"cannot verify on {device}: {str(error).splitlines()[0]}")
     table = Table(title=f"squeeze_excite on {device}, served by the {backend} backend, against the formula in float64")
     for column in ("maps", "cases", "largest error", "in", "tolerance", "verdict"):
         table.add_column(column)
     passed = True
-    for precision in grid.PRECISIONS:
+    for precision in cases.PRECISIONS:
         rows = [row for row in results if row[0].precision == precision]
         case, worst, output = max(rows, key=lambda row: row[1])
-        limit = grid.tolerance(precision)
+        limit = cases.TOLERANCE[case.dtype]
         wrong = sum(row[1] > limit for row in rows)
         table.add_row(
             precision, str(len(rows)), f"{worst:.1e}", output, f"{limit:.1e}", f"{wrong} wrong" if wrong else "ok"
@@ -269,7 +269,7 @@ _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_opti
 
 @app.command(context_settings=_PASS_ON)
 def bench(context: typer.Context) -> None:
-    """Time the layer on the CPU beside its peers; options are those of benchmarks.layer_cpu."""
+    """Time the layer on the CPU beside its baselines; options are those of benchmarks.layer_cpu."""
     _run_from_checkout("benchmarks.layer_cpu", context.args)
 
 

@@ -1,4 +1,4 @@
-"""Times and differences, as the command line and the examples show them."""
+"""Measures the times and differences that the command line and the examples show."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-# How far fusing may move an output, in machine epsilons of its largest number. Chosen, not derived: room for rounding
-# that piles up over a network's layers. In bfloat16, 32 of them are a quarter of that number: a weak test.
+# How far fusing may move the output of a network, in machine epsilons of its largest number. It is not
+# `cases.TOLERANCE`, which is for one layer: rounding piles up over a network's layers. The numbers are chosen, not
+# derived; in bfloat16, 32 epsilons are a quarter of the largest number, which makes a weak test.
 EPSILONS_ALLOWED = {"float32": 1024, "float64": 1024, "float16": 32, "bfloat16": 32}
 
 
 def interleaved(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """The median time of each call in seconds, the calls taking turns so that a slow moment of the machine hits all.
+    """The median time of each call in seconds. The calls take turns, so that a slow moment of the machine hits all.
 
-    One round runs before those that count. The calls must have finished when they return, as on the CPU.
+    The first round does not count. The calls must have finished when they return, as on the CPU.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
@@ -38,7 +39,7 @@ def largest_difference(got: Tensor, wanted: Tensor) -> float:
 
 
 def compared(got: object, wanted: object) -> dict[str, Any]:
-    """The largest difference of two outputs, from the tensor where it is largest beside that tensor's numbers.
+    """The largest difference of two outputs, taken from the tensor where it is largest relative to the numbers.
 
     Raises:
         ValueError: if no tensor of floating point numbers is in them.
@@ -55,7 +56,7 @@ def compared(got: object, wanted: object) -> dict[str, Any]:
     worst: dict[str, Any] = {"relative": -1.0}
     for a, b in pairs:
         difference, scale = largest_difference(a, b), float(b.detach().abs().max())
-        # 0 of 0 is no difference; NaN is the largest of all.
+        # A difference of 0 where all numbers are 0 is none; NaN is the largest of all.
         relative = difference / scale if scale else (0.0 if difference == 0 else math.inf)
         if math.isnan(relative) or relative > worst["relative"]:
             tolerance = EPSILONS_ALLOWED[str(b.dtype).removeprefix("torch.")] * torch.finfo(b.dtype).eps

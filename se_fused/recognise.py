@@ -6,7 +6,7 @@ A layer that may be SE by the shapes of its weights is run once, as a copy (see 
     h    against the values planted as p1    tells act
     y/x  against the values planted as p2    tells the gate, and whether x is added
 
-Last, copy and formula are compared on random maps: what is not proven equal is not called an SE layer.
+Last, copy and formula are compared on random maps: a layer is called an SE layer only if this check finds them equal.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from . import reference, tracing
+from .equivalence import mismatch, same
 from .inside import HOOKS, Inside
 from .options import ACTIVATIONS, GATES, SQUEEZES, HardSigmoid, Options
-from .proof import disproof, same
 from .recognised import Recognised
 from .undisturbed import undisturbed
 
@@ -136,7 +136,7 @@ def _held_by(value: Any) -> Iterator[Any]:
 
 
 def _identify(name: str, bare: nn.Module, trace: tracing.Trace, squeeze: str) -> Recognised | str:
-    """Read the formula off the trace, then prove it."""
+    """Read the formula off the trace, then check it."""
     if trace.wrote:
         return "it writes over its input"
     # Before a run with gradients: what that might leave behind could not be copied.
@@ -171,8 +171,8 @@ def _identify(name: str, bare: nn.Module, trace: tracing.Trace, squeeze: str) ->
     dims = trace.x.dim()
     # A convolution's rank is its weight's; a Linear may serve maps of every rank.
     others = (3, 4, 5) if parameters[last.weight].dim() == 2 else (dims,)
-    proven = tuple(d for d in others if d == dims or disproof(bare, meta, recognised, d) is None)
-    return disproof(bare, meta, recognised, dims) or replace(recognised, dims=proven)
+    checked = tuple(d for d in others if d == dims or mismatch(bare, meta, recognised, d) is None)
+    return mismatch(bare, meta, recognised, dims) or replace(recognised, dims=checked)
 
 
 def _factor(trace: tracing.Trace) -> Tensor | None:

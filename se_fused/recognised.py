@@ -15,7 +15,7 @@ class Recognised:
     """What an SE layer computes, in the words of `se_fused.squeeze_excite`.
 
     `w1`, `b1`, `w2`, `b2` are the names of the parameters below the layer, None where there is none; `dims` are the
-    numbers of dimensions of x at which the match is proven; `residual` says that the layer gives x * (1 + s).
+    numbers of dimensions of x at which the match was checked; `residual` says that the layer gives x * (1 + s).
     """
 
     layer: str

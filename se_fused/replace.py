@@ -29,7 +29,7 @@ from .undisturbed import undisturbed
 
 
 class FusedSE(nn.Module):
-    """Comes before the class of a replaced layer, whose `forward` remains for calls that were not proven equal."""
+    """Comes before the class of a replaced layer, whose `forward` remains for calls that were not checked."""
 
     # None: it computes as the original does, as one that `type(layer)(...)` makes.
     _se_fused_swap: Swap | None = None
@@ -194,12 +194,12 @@ def replace(
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
 ) -> Report:
-    """Make every SE layer in `model` call `se_fused.squeeze_excite`, after a proof by numbers that this is the same.
+    """Make every SE layer in `model` call `se_fused.squeeze_excite`, after a check by numbers that this is the same.
 
     Nothing else of the model changes; `restore` undoes it. Where one layer stands inside another one that also is SE (a
     wrapper x + SE(x)), the outermost is replaced.
 
-    A replaced layer computes as the original does where a call or the layer is not what was proven equal: given a map
+    A replaced layer computes as the original does where a call or the layer is not what was checked: given a map
     of another rank, or further arguments that are not the defaults; once its inside has changed (a swapped activation,
     an adapter, a pruned or quantised weight, a hook on a module inside; it says so once); and wherever torch.compile,
     torch.export, torch.jit.trace or an ONNX exporter looks at it.

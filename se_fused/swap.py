@@ -1,4 +1,4 @@
-"""What a replaced layer knows of its proof: for which calls it holds, with which weights, and whether still."""
+"""What a replaced layer knows of the check that it passed: for which calls, with which weights, and whether still."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Swap:
         self._said = False
 
     def map_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        """x, if the call is one that was proven: of x alone, or beside it of what `forward` takes by default."""
+        """x, if the call is one that was checked: of x alone, or beside it of what `forward` takes by default."""
         if len(args) == 1 and not kwargs:
             x = args[0]
         elif len(args) > len(self._arguments) or not self._arguments:
@@ -56,7 +56,7 @@ class Swap:
         return x if type(x) in PLAIN and x.dim() in self.recognised.dims else None
 
     def weights(self, layer: nn.Module, x: Tensor) -> Any:
-        """[w1, b1, w2, b2] as they are now; None where x is of another dtype, or, said once, where the proof does not
+        """[w1, b1, w2, b2] as they are now; None where x is of another dtype, or, said once, where the check does not
         hold any more."""
         if self._inside.holds(layer):
             weights = [place(layer) for place, _ in self._places]
@@ -70,7 +70,7 @@ class Swap:
         return None
 
     def _is_of_one_dtype(self, x: Tensor, weights: list[Any]) -> bool:
-        """Whether casts in the original, which the proof in one dtype cannot see, would do nothing."""
+        """Whether casts in the original, which the check in one dtype cannot see, would do nothing."""
         dtypes = {w.dtype for w in weights if w is not None}
         if dtypes == {x.dtype}:
             return True
@@ -83,7 +83,7 @@ class Swap:
         )
 
     def change(self, layer: nn.Module) -> str | None:
-        """Why the proof does not hold any more; None if it does."""
+        """Why the check does not hold any more; None if it does."""
         change = self._inside.change(layer)
         if change is None and not all(type(place(layer)) in types for place, types in self._places):
             return "a weight of it is no plain parameter any more"

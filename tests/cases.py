@@ -1,107 +1,35 @@
-"""Calls to test: shapes, dtypes, strides and options as hypothesis strategies, and the tolerance of each dtype."""
+"""Calls to test, as hypothesis strategies; their truths; and the comparison of a result with its truth."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
 from se_fused import HardSigmoid, reference
+from se_fused import cases as shared
+from se_fused.cases import HALF, LAYOUTS, call, in_float64
 from se_fused.options import ACTIVATIONS, GATES, SQUEEZES
 
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+DTYPES = tuple(shared.TOLERANCE)
 GATE_CHOICES = (*GATES, HardSigmoid(0.2, 0.5), HardSigmoid(0.5, 0.5))
-
-# Error against float64, in units of (1 + the largest true value). Half precision: the result's rounding, half a unit in
-# the last place of at most the largest value, 2^-9 and 2^-12, doubled. float32: 100 roundings of 2^-24 (sums of some
-# hundred terms). float64: the same 100, of 2^-53.
-TOLERANCE = {
-    torch.float32: 100 * 2**-24,
-    torch.float64: 100 * 2**-53,
-    torch.float16: 2**-11,
-    torch.bfloat16: 2**-8,
-}
-
-
-def contiguous(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64).to(dtype)
-
-
-def _channels_last(t: Tensor) -> Tensor:
-    return t.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
-def _every_second(t: Tensor) -> Tensor:
-    wide = t.new_empty(*t.shape[:-1], 2 * t.shape[-1])
-    wide[..., ::2] = t
-    return wide[..., ::2]
-
-
-def _some_channels(t: Tensor, order: Callable[[Tensor], Tensor] = torch.Tensor.contiguous) -> Tensor:
-    n, c, *spatial = t.shape
-    wide = order(t.new_empty(n, c + 3, *spatial))
-    wide[:, 2 : c + 2] = t
-    return wide[:, 2 : c + 2]
-
-
-def _offset(t: Tensor) -> Tensor:
-    flat = t.new_empty(t.numel() + 1)
-    flat[1:] = t.flatten()
-    return flat[1:].view(t.shape)
-
-
-LAYOUTS = {
-    "contiguous": lambda t: t,
-    "channels_last": _channels_last,
-    "channels_last_slice": lambda t: _some_channels(t, _channels_last),
-    "every_second": _every_second,
-    "some_channels": _some_channels,
-    "transposed": lambda t: t.transpose(-1, -2).contiguous().transpose(-1, -2),
-    "channels_first": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
-    "offset": _offset,
-    "expanded": lambda t: t[..., :1].expand(t.shape),
-}
+# In units of (1 + the largest true value): the 1 is for results near 0, which are differences of numbers near 1.
+# It is larger than the unit of the shared tolerance, so float64 needs half of that; in half precision one rounding is
+# enough, because a result is rounded once, and a gradient has a factor of its own.
+TOLERANCE = shared.TOLERANCE | {torch.float64: shared.TOLERANCE[torch.float64] / 2}
+TOLERANCE |= {dtype: shared.rounding(dtype) for dtype in HALF}
 
 
 @dataclass
-class Case:
-    n: int = 2
-    c: int = 16
-    r: int | None = 4  # None: the one-FC form
-    spatial: tuple[int, ...] = (5, 7)
-    dtype: torch.dtype = torch.float32
-    float_weights: bool = False
-    kernel_dims: int = 0
-    bias: bool = True
-    layout: str = "contiguous"
-    residual: str = "none"  # none, map, x
+class Case(shared.Case):
     seed: int = 0
-    options: dict = field(default_factory=dict)
 
     def tensors(self, device: torch.device | str = "cpu") -> dict[str, Tensor | None]:
-        """x, w1, b1, w2, b2, residual: the same numbers on every device, laid out there."""
-        torch.manual_seed(self.seed)
-        shape = (self.n, self.c, *self.spatial)
-        x = LAYOUTS[self.layout](contiguous(shape, self.dtype).to(device))
-        weight_dtype = (
-            torch.float32 if self.float_weights and self.dtype in (torch.float16, torch.bfloat16) else self.dtype
-        )
-
-        def weight(rows: int, columns: int) -> Tensor:
-            w = contiguous((rows, columns, *(1,) * self.kernel_dims), torch.float64) / math.sqrt(columns)
-            return w.to(device, weight_dtype)
-
-        def bias(length: int) -> Tensor | None:
-            return contiguous((length,), weight_dtype).to(device) if self.bias else None
-
-        residual = {"none": None, "map": contiguous(shape, self.dtype).to(device), "x": x}[self.residual]
-        w1, b1 = (None, None) if self.r is None else (weight(self.r, self.c), bias(self.r))
-        w2, b2 = weight(self.c, self.c if self.r is None else self.r), bias(self.c)
-        return {"x": x, "w1": w1, "b1": b1, "w2": w2, "b2": b2, "residual": residual}
+        """`draw` by PyTorch's own generator, so that the seed also fixes what a test draws afterwards."""
+        return self.draw(torch.manual_seed(self.seed), device)
 
 
 def cases(
@@ -141,19 +69,6 @@ def cases(
             }
         ),
     )
-
-
-def call(function, tensors: dict[str, Tensor | None], options: dict, **more) -> Tensor:
-    positional = [tensors[name] for name in ("x", "w1", "b1", "w2", "b2")]
-    return function(*positional, residual=tensors["residual"], **options, **more)
-
-
-def in_float64(tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
-    """The same values; where residual is x, it stays so."""
-    wide = {name: t if t is None else t.detach().double() for name, t in tensors.items()}
-    if tensors["residual"] is tensors["x"]:
-        wide["residual"] = wide["x"]
-    return wide
 
 
 def truth(tensors: dict[str, Tensor | None], options: dict) -> Tensor:

@@ -1,4 +1,4 @@
-"""An installation for a test: a copy of the package, a cache folder, and a compiler that compiles nothing."""
+"""An installation for a test: a copy of the package, a cache folder, and a compiler that only copies what is built."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from se_fused.native import manifest, recipe
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY, MODULE = (recipe.file_name(library) for library in recipe.GROUPS["cpu"])
 BUILT = native.library("cpu").parent
-# Says who serves, and fails where the numbers are not the formula's.
+# Prints the backend that runs the call, and fails if the numbers are not the formula's.
 USE = """
 import torch, se_fused
 w1, w2, x = torch.randn(4, 8), torch.randn(8, 4), torch.randn(2, 8, 5, 5)
@@ -25,7 +25,7 @@ torch.testing.assert_close(y, se_fused.reference.squeeze_excite(x, w1, None, w2,
 print(se_fused.explain(x, w1, None, w2, None).backend)
 """
 _CLEARED = ("SE_FUSED", "TORCH_CUDA", "CUDA", "MAX_JOBS")
-# What was compiled before comes out again under its name. `before` runs first, and each call leaves a line in the log.
+# A compiler that gives out what was compiled before. It runs `before` first and adds a line to a log at each call.
 _COMPILER = """#!/bin/sh
 case "$1" in --version) echo "gives what is there 1.0"; exit;; esac
 {before}
@@ -60,23 +60,23 @@ class Installation:
         }
 
     def compiler(self, before: str = "") -> Path:
-        """The compiler, with a line of shell that it begins with."""
+        """The compiler, which runs a line of shell first."""
         path = self.folder / "compiler"
         path.write_text(_COMPILER.format(before=before, log=self.log, built=BUILT))
         path.chmod(0o755)
         return path
 
     def linked(self) -> int:
-        """How often the library was made."""
+        """How often the library was linked."""
         return self.log.read_text().split().count(recipe.file_name("cpu"))
 
     def build_in(self, parent: Path) -> Path:
-        """A whole build, as the builder leaves it."""
+        """Make a complete build, as the builder leaves it."""
         parent.mkdir(mode=0o700, exist_ok=True)
         return Path(shutil.copytree(BUILT, parent / BUILT.name))
 
     def without(self, *packages: str) -> None:
-        """Packages that cannot be imported."""
+        """Make packages impossible to import."""
         for name in packages:
             (self.site / f"{name}.py").write_text(f"raise ImportError(name={name!r})\n")
 
@@ -86,7 +86,7 @@ class Installation:
         return subprocess.Popen(command, cwd=self.folder, env=self.environment, text=True, stdout=pipe, stderr=pipe)
 
     def use(self, code: str = USE, as_user: Sequence[str] = ()) -> tuple[str, list[str]]:
-        """Who serves, and the lines that were said. Fails if the program does."""
+        """Run a call: the backend, and the lines that were printed. Fails if the program fails."""
         process = self.start(code, as_user)
         output, said = process.communicate(timeout=300)
         assert process.returncode == 0, said
@@ -94,12 +94,12 @@ class Installation:
 
 
 def processes(folder: Path) -> list[str]:
-    """The command lines that name `folder`, of the processes that run."""
+    """The command lines of running processes that name `folder`."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             words = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:  # it has just ended
+        except OSError:  # the process has just ended
             continue
         if str(folder) in words:
             found.append(words)
@@ -107,12 +107,12 @@ def processes(folder: Path) -> list[str]:
 
 
 def left(parent: Path) -> set[str]:
-    """What lies in a folder of builds, but for the lock."""
+    """The names in a folder of builds, without the lock."""
     return {path.name for path in parent.iterdir()} - {".lock"}
 
 
 def one(lines: Iterable[str], *words: str) -> bool:
-    """Whether there is one line, and it has these words."""
+    """Whether there is exactly one line, which contains these words."""
     lines = list(lines)
     return len(lines) == 1 and all(word in lines[0] for word in words)
 
@@ -122,7 +122,7 @@ def cut(file: Path) -> None:
 
 
 def of_another_torch(build_folder: Path) -> None:
-    """The library needs a function that this torch has not; build.json is in order."""
+    """Make the library need a function that this torch lacks; build.json stays in order."""
     source = build_folder / "other.cpp"
     source.write_text('extern "C" void torch_of_tomorrow(); struct S { S() { torch_of_tomorrow(); } } s;')
     subprocess.run(["c++", "-shared", "-fPIC", source, "-o", build_folder / LIBRARY], check=True)

@@ -1,4 +1,4 @@
-"""Hand-written SE layers, and look-alikes, for the tests of recognition and replacement."""
+"""Hand-written SE layers and look-alikes for the tests of recognition and replacement."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torchvision.ops import SqueezeExcitation  # noqa: E402
 
 
 class Classic(nn.Module):
-    """The form most often copied."""
+    """The form of the layer that is copied most often."""
 
     def __init__(
         self, c: int = 32, reduction: int = 4, gate: nn.Module | None = None, pool: type = nn.AdaptiveAvgPool2d
@@ -35,7 +35,7 @@ class Classic(nn.Module):
 
 
 class Convolutional(nn.Module):
-    """The parts are functions, for tests to vary. The second layer is registered first."""
+    """A layer whose parts are functions, for tests to vary. Its second convolution is registered first."""
 
     def __init__(self, c: int = 24, r: int = 6, conv: type = nn.Conv2d, bias: bool = True):
         super().__init__()
@@ -66,7 +66,7 @@ def varied(**parts) -> Convolutional:
 
 
 class Residual(nn.Module):
-    """Adds after scaling, as MONAI's ResidualSELayer; the gate is a ReLU, the activation leaky."""
+    """Adds x after scaling, as MONAI's ResidualSELayer does; the gate is a ReLU, the activation a leaky ReLU."""
 
     def __init__(self, c: int = 16):
         super().__init__()
@@ -99,7 +99,7 @@ class OneLayer(nn.Module):
 
 
 class Parameters(nn.Module):
-    """No child at all, and einsum."""
+    """A layer with parameters and einsum, and without children."""
 
     def __init__(self, c: int = 20, r: int = 20):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Inputs that share memory, strides or history: results are the reference's, and what cannot be right is refused."""
+"""Inputs that share memory, strides or history give the reference's results, or are refused if they cannot."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ def _reversed(t):
     return t.permute(axes).contiguous().permute(axes)
 
 
-# How a tensor can lie in memory.
+# The ways in which a tensor can lie in memory.
 LAYOUTS = {
     "as made": lambda t: t,
     "reversed": _reversed,
@@ -31,7 +31,7 @@ LAYOUTS = {
     "expanded": lambda t: t[:1].expand(t.shape),
     "negated": lambda t: torch._neg_view(-t),
 }
-# How inputs come from leaves. C = R, so that a weight can be the other.
+# The ways in which inputs come from leaves. C = R, so that one weight can be the other.
 HISTORIES = {
     "apart": lambda t: t,
     "w2 is w1 transposed": lambda t: {**t, "w2": t["w1"].t()},
@@ -63,7 +63,7 @@ WAYS = {
 
 
 def gradients(function, leaves, history, way, g, order, options):
-    """Of all leaves: of y against g, or at order 2 of the squares of those."""
+    """The gradients of y with g for all leaves; at order 2, the gradients of the sum of their squares."""
     leaves = {name: t.detach().requires_grad_() for name, t in leaves.items()}
     tensors = list(HISTORIES[history](leaves).values())
 
@@ -95,7 +95,7 @@ def gradients(function, leaves, history, way, g, order, options):
 def test_gradients_whatever_the_strides_and_the_history(layouts, history, way, order, options):
     case = Case(n=2, c=6, r=6, spatial=(3, 4), dtype=torch.float64, residual="map")
     leaves = {name: LAYOUTS[layout](t) for (name, t), layout in zip(case.tensors().items(), layouts, strict=False)}
-    # Of an expanded leaf PyTorch itself keeps no gradient of its own for each element of memory.
+    # PyTorch itself does not keep a separate gradient for each element of memory of an expanded leaf.
     g = LAYOUTS[layouts[6]](torch.randn_like(leaves["x"].contiguous()))
     got, wanted = (
         gradients(f, leaves, history, way, g, order, options)
@@ -104,16 +104,18 @@ def test_gradients_whatever_the_strides_and_the_history(layouts, history, way, o
     for name, right in wanted.items():
         assert (got[name] is None) == (right is None), name
         if right is not None:
+            # Wide, because an order-2 gradient sums products of rounded gradients, and the unit is not their scale.
             assert_close(got[name], right, torch.float64, f"gradient of {name}", factor=100)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_transposed_weight_gets_its_own_gradient_in_its_own_strides(dtype):
-    """Also in the operator's own memory: what torch.compile allocates follows its fake."""
+    """The strides must also be those of the operator's own memory, because torch.compile allocates by the fake."""
     tensors = Case(c=16, r=4, dtype=dtype).tensors()
     w1 = _reversed(tensors["w1"]).requires_grad_()
     (got,) = torch.autograd.grad(call(se_fused.squeeze_excite, {**tensors, "w1": w1}, {}).sum(), w1)
     (wanted,) = torch.autograd.grad(call(reference.squeeze_excite, {**tensors, "w1": w1}, {}).sum(), w1)
+    # Wider, because `wanted` is rounded too: the reference computes it in `dtype`.
     assert_close(got, wanted.double(), dtype, factor=8)
     assert got.stride() == w1.stride()
 
@@ -132,12 +134,12 @@ def test_batched_gradients(vectorize):
     torch.testing.assert_close(jacobian(se_fused.squeeze_excite), jacobian(reference.squeeze_excite))
 
 
-# In place: a flat memory, and in it x and another tensor anywhere.
+# In place: x and another tensor lie anywhere in one flat memory.
 
 
 @st.composite
 def views(draw):
-    """x [2, 3, 2, 2] and a residual like it or a w2 [3, 3], each by strides and an offset of its own in 64 elements."""
+    """x [2, 3, 2, 2] and a residual like it or a w2 [3, 3], each with its own strides and offset in 64 elements."""
 
     def view(shape):
         steps = draw(st.lists(st.sampled_from([0, 1, 2, 3, 4, 6, 8, 12, 24]), min_size=len(shape), max_size=len(shape)))
@@ -212,7 +214,7 @@ def test_in_place_on_an_inference_tensor_after_inference():
 
 
 def test_freed_storage_is_named():
-    """In a process of its own, which reading it would end."""
+    """The test has a process of its own, because reading freed storage would end it."""
     program = f"""
 import itertools, sys
 sys.path.insert(0, {os.path.dirname(__file__)!r})
@@ -236,7 +238,7 @@ for name, offset, grad in itertools.product(["x", "w1", "b2", "residual"], [0, 6
 
 
 def test_the_kernels_refuse_what_the_call_would():
-    """The bare operators, which nothing checks in Python."""
+    """The test calls the bare operators, whose arguments Python does not check."""
     flat = torch.randn(65)
     x, y = flat[:64].view(1, 4, 4, 4), flat[1:].view(1, 4, 4, 4)
     out = torch.ops.se_fused.forward_out.default

@@ -1,4 +1,4 @@
-"""The benchmark: only right results are timed, and times become the right ratios."""
+"""The benchmarks time only right results and compute the right ratios from the times."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import compiled, layer_cpu, networks, peers, shapes, timing
+from benchmarks import baselines, compiled, layer_cpu, networks, shapes, timing
 from benchmarks.shapes import Shape
-from benchmarks.timing import Contender
+from benchmarks.timing import Variant
 from examples import zoo
 
 TINY = Shape(2, 12, 5, 7, r=3)
 
 
 class FakeClock:
-    """Time passes only in `work`."""
+    """A clock on which time passes only in `work`."""
 
     def __init__(self) -> None:
         self.now = 0
@@ -34,71 +34,72 @@ class FakeClock:
         return call
 
 
-# Peers.
+# Baselines.
 
 
-@pytest.mark.parametrize("name", [*peers.FUSED, *peers.PEERS])
-def test_every_contender_computes_the_layer(name: str) -> None:
-    inputs = peers.draw(TINY, torch.float32, "contiguous")
+@pytest.mark.parametrize("name", [*baselines.FUSED, *baselines.BASELINES])
+def test_every_variant_computes_the_layer(name: str) -> None:
+    inputs = baselines.draw(TINY, torch.float32, "contiguous")
     with torch.inference_mode():
-        contender = peers.forward(name, inputs, threads=1)
-        for _ in range(2):  # the second call of what works in place starts from x again
-            peers.check(contender, peers.truth(inputs, gradients=False))
+        variant = baselines.forward(name, inputs, threads=1)
+        for _ in range(2):  # a second call in place starts from x again
+            baselines.check(variant, baselines.truth(inputs, gradients=False))
 
 
 @pytest.mark.parametrize("name", ["fused", "fused_inplace", "eager"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("layout", peers.MEMORY_FORMATS)
-def test_contenders_of_every_format(name: str, dtype: torch.dtype, layout: str) -> None:
-    inputs = peers.draw(TINY, dtype, layout)
-    assert inputs.x.is_contiguous(memory_format=peers.MEMORY_FORMATS[layout])
+@pytest.mark.parametrize("layout", baselines.MEMORY_FORMATS)
+def test_variants_of_every_format(name: str, dtype: torch.dtype, layout: str) -> None:
+    inputs = baselines.draw(TINY, dtype, layout)
+    formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+    assert inputs.x.is_contiguous(memory_format=formats[layout])
     with torch.inference_mode():
-        peers.check(peers.forward(name, inputs, threads=1), peers.truth(inputs, gradients=False))
+        baselines.check(baselines.forward(name, inputs, threads=1), baselines.truth(inputs, gradients=False))
 
 
 @pytest.mark.parametrize("name", ["fused", "eager"])
 @pytest.mark.parametrize("with_forward", [False, True])
 def test_gradients(name: str, with_forward: bool) -> None:
-    inputs = peers.draw(TINY, torch.float32, "contiguous")
-    contender = peers.backward(name, inputs, with_forward=with_forward)
+    inputs = baselines.draw(TINY, torch.float32, "contiguous")
+    variant = baselines.backward(name, inputs, with_forward=with_forward)
     for _ in range(2):  # the graph can be used again
-        peers.check(contender, peers.truth(inputs, gradients=True))
+        baselines.check(variant, baselines.truth(inputs, gradients=True))
 
 
-def test_a_wrong_contender_is_rejected() -> None:
-    inputs = peers.draw(TINY, torch.float32, "contiguous")
-    want = peers.truth(inputs, gradients=False)
+def test_a_wrong_variant_is_rejected() -> None:
+    inputs = baselines.draw(TINY, torch.float32, "contiguous")
+    want = baselines.truth(inputs, gradients=False)
     y = want[0].float()
-    never_written = Contender("idle", lambda: None, outputs=(torch.full_like(y, math.nan),))
+    never_written = Variant("idle", lambda: None, outputs=(torch.full_like(y, math.nan),))
     off_at_one_place = y.clone()
     off_at_one_place[1, 3, 2, 2] += 1e-4
-    nearly = Contender("nearly", lambda: off_at_one_place)
-    # A squeeze over the wrong map shows, because the channels differ in mean.
-    other = peers.draw(TINY, torch.float32, "contiguous", seed=1)
+    nearly = Variant("nearly", lambda: off_at_one_place)
+    # The check notices a squeeze over the wrong map, because the channels differ in mean.
+    other = baselines.draw(TINY, torch.float32, "contiguous", seed=1)
     w1, b1, w2, b2 = inputs.weights
     s = torch.sigmoid(torch.relu(other.x.mean((2, 3)) @ w1.T + b1) @ w2.T + b2)
-    wrong_squeeze = Contender("wrong_squeeze", lambda: inputs.x * s[:, :, None, None])
-    wrong_shape = Contender("wrong_shape", lambda: y[:1])
-    for contender in (never_written, nearly, wrong_squeeze, wrong_shape):
-        with pytest.raises(peers.WrongResult, match=contender.name):
-            peers.check(contender, want)
-    peers.check(Contender("right", lambda: y), want)
+    wrong_squeeze = Variant("wrong_squeeze", lambda: inputs.x * s[:, :, None, None])
+    wrong_shape = Variant("wrong_shape", lambda: y[:1])
+    for variant in (never_written, nearly, wrong_squeeze, wrong_shape):
+        with pytest.raises(baselines.WrongResult, match=variant.name):
+            baselines.check(variant, want)
+    baselines.check(Variant("right", lambda: y), want)
 
 
-def test_a_wrong_contender_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(peers.PEERS, "eager", lambda inputs, threads: Contender("eager", inputs.x.clone))
+def test_a_wrong_variant_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(baselines.BASELINES, "eager", lambda inputs, threads: Variant("eager", inputs.x.clone))
     monkeypatch.setattr(timing, "measure", lambda *_: pytest.fail("timed"))
-    case = layer_cpu.Case(TINY, "float32", "contiguous", "forward", ("fused", "eager"))
-    with pytest.raises(peers.WrongResult, match="eager"):
-        layer_cpu.run_case(case, threads=1, until=0)
+    contest = layer_cpu.Contest(TINY, "float32", "contiguous", "forward", ("fused", "eager"))
+    with pytest.raises(baselines.WrongResult, match="eager"):
+        layer_cpu.run_contest(contest, threads=1, until=0)
 
 
 def test_calls_in_place_do_not_reach_denormals() -> None:
-    inputs = peers.draw(shapes.QUICK[0], torch.float32, "contiguous")
+    inputs = baselines.draw(shapes.QUICK[0], torch.float32, "contiguous")
     with torch.inference_mode():
-        contender = peers.forward("fused_inplace", inputs, threads=1)
+        variant = baselines.forward("fused_inplace", inputs, threads=1)
         for _ in range(timing.CALLS_BETWEEN_RESTORES):
-            x = contender.call()
+            x = variant.call()
     assert isinstance(x, torch.Tensor)
     magnitude = x.abs()
     assert magnitude[magnitude > 0].min() > 1e-15 > torch.finfo(torch.float32).tiny
@@ -109,7 +110,7 @@ def test_calls_in_place_do_not_reach_denormals() -> None:
 
 def test_rounds_are_interleaved_and_ratios_are_within_a_round() -> None:
     clock, order = FakeClock(), []
-    speed = itertools.cycle([1, 1, 1, 5])  # the machine slows down now and then, for both
+    speed = itertools.cycle([1, 1, 1, 5])  # now and then the machine slows down, for both
 
     def work(name: str, ns: int) -> Callable[[], None]:
         def call() -> None:
@@ -119,20 +120,20 @@ def test_rounds_are_interleaved_and_ratios_are_within_a_round() -> None:
         return call
 
     slowness = [1]
-    contenders = [Contender("a", work("a", 6_000_000)), Contender("b", work("b", 12_000_000))]
+    variants = [Variant("a", work("a", 6_000_000)), Variant("b", work("b", 12_000_000))]
     rests = itertools.count()
 
     def rest() -> None:
         if next(rests) % 2 == 0:
             slowness[0] = next(speed)
 
-    times = timing.measure(contenders, budget_s=1, clock=clock, rest=rest)
+    times = timing.measure(variants, budget_s=1, clock=clock, rest=rest)
     assert len(times["a"]) == len(times["b"]) > timing.MIN_ROUNDS
     assert timing.ratio(times, "b", "a") == pytest.approx(2)
     assert timing.ratio(times, "a", "b") == pytest.approx(1 / 2)
     assert timing.spread(times["a"]).p50 == pytest.approx(6_000)
     assert max(times["a"]) == pytest.approx(30_000)
-    # After the first calls of both, a round is two calls (one to warm up, one timed) of each contender.
+    # After the first calls of both, a round is two calls (one to warm up, one timed) of each variant.
     rounds = [order[i] for i in range(len(order) - 4 * len(times["a"]), len(order), 2)]
     assert all({first, second} == {"a", "b"} for first, second in zip(rounds[::2], rounds[1::2], strict=True))
     assert {"a", "b"} == set(rounds[::2])
@@ -140,10 +141,10 @@ def test_rounds_are_interleaved_and_ratios_are_within_a_round() -> None:
 
 def test_a_batch_lasts_and_the_budget_ends() -> None:
     clock = FakeClock()
-    fast = Contender("fast", clock.work(1_000))
+    fast = Variant("fast", clock.work(1_000))
     assert timing.calls_per_batch(fast, clock) == timing.BATCH_NS // 1_000
-    assert timing.calls_per_batch(Contender("slow", clock.work(10**9)), clock) == 1
-    times = timing.measure([Contender("slow", clock.work(10**9))], budget_s=0, clock=clock, rest=lambda: None)
+    assert timing.calls_per_batch(Variant("slow", clock.work(10**9)), clock) == 1
+    times = timing.measure([Variant("slow", clock.work(10**9))], budget_s=0, clock=clock, rest=lambda: None)
     assert times == {"slow": [1e6] * timing.MIN_ROUNDS}
 
 
@@ -159,7 +160,7 @@ def test_restoring_is_not_timed() -> None:
         calls.append("restore")
         clock.now += 10**9
 
-    assert timing.run_batch(Contender("x", call, restore=restore), 20, clock) == 20 * 100
+    assert timing.run_batch(Variant("x", call, restore=restore), 20, clock) == 20 * 100
     chunks = [len(list(group)) for key, group in itertools.groupby(calls) if key == "call"]
     assert chunks == [8, 8, 4]
 
@@ -169,7 +170,7 @@ def test_percentiles() -> None:
 
 
 def test_rest_ends_and_a_busy_process_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a clock of its own: whether a spinning thread gets a core is the machine's affair."""
+    """The test has its own clock, because the machine decides whether a spinning thread gets a core."""
     now, busy = [0.0], [True]
 
     def sleep(seconds: float) -> None:
@@ -193,14 +194,15 @@ def test_rest_ends_and_a_busy_process_is_an_error(monkeypatch: pytest.MonkeyPatc
 
 def test_variants_compute_the_same_and_differ_in_what_they_call() -> None:
     model, x = zoo.build("timm:mobilenetv3_small_100").eval(), torch.randn(1, 3, 64, 64)
-    variants = {contender: compiled.variant(model, contender) for contender in compiled.CONTENDERS}
-    variants["in place"] = networks.variant(model, "in place")
+    variants = {variant: compiled.build_variant(model, variant) for variant in compiled.VARIANTS}
+    variants["in place"] = networks.build_variant(model, "in place")
     with torch.no_grad():
         wanted = model(x)
-        for contender, other in variants.items():
+        for variant, other in variants.items():
+            # Wide, because the rounding of float32 piles up over a whole network.
             torch.testing.assert_close(other(x), wanted, rtol=1e-4, atol=1e-5)
             calls = sum(isinstance(module, compiled.Call) for module in other.modules())
-            assert calls == (9 if contender in ("formula", "operator") else 0)
+            assert calls == (9 if variant in ("formula", "operator") else 0)
 
 
 def test_a_wrong_network_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The builder: what a build is named by, what it compiles for, how it fails, and that one library serves every CPU."""
+"""The builder: the key of a build, its targets, its failures, and one library that runs on every CPU."""
 
 import os
 import subprocess

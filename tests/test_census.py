@@ -1,5 +1,7 @@
-"""Every kind of SE layer in the packages that the tests have: replaced, it gives the original's numbers and gradients;
-and what is refused runs as it did, bit for bit."""
+"""Replaces every kind of SE layer in the installed packages and compares numbers and gradients with the original's.
+
+A model without a layer to replace must run as it did, bit for bit.
+"""
 
 import copy
 import math
@@ -17,7 +19,7 @@ pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings(
 # Elements of the largest map that is compared: 56 x 56 positions of 64 channels.
 _ELEMENTS = 200_000
 
-# What the record says of each model; `benchmarks/coverage.py` writes it.
+# The record of each model, which `benchmarks/coverage.py` writes.
 RECORD = {f"{row['library']}:{row['model']}": row for row in report.read(coverage.RECORD)}
 
 
@@ -50,7 +52,7 @@ def se_fused_in(layer: nn.Module) -> bool:
 
 
 def compare(original: nn.Module, layer: nn.Module, found: Recognised) -> None:
-    """On a map of realistic size, in eval and train mode; both on real memory, with the same random weights."""
+    """Compare both layers on a map of realistic size, in both modes, on real memory with the same random weights."""
     for each in (original, layer):
         each.to_empty(device="cpu").double()
         generator = torch.Generator().manual_seed(1)
@@ -66,7 +68,7 @@ def compare(original: nn.Module, layer: nn.Module, found: Recognised) -> None:
             y = each(given)
             results.append([y.detach(), *torch.autograd.grad(y, [given, *each.parameters()], g)])
         for got, wanted in zip(results[1], results[0], strict=True):
-            # F.hardsigmoid's backward takes 1/6 from float32.
+            # As wide as `equivalence` allows for gradients, because F.hardsigmoid's backward uses a float32 1/6.
             torch.testing.assert_close(got, wanted, rtol=1e-7, atol=1e-7 * float(wanted.abs().max()))
 
 

@@ -1,4 +1,4 @@
-"""Whatever is done to the inside of a layer after `replace`, it computes what the original would."""
+"""A replaced layer computes what the original would, whatever is done to its inside afterwards."""
 
 import contextlib
 import copy
@@ -205,7 +205,7 @@ def noted(m):
     m.note = "read by nobody"
 
 
-# Each with whether the call is still fused afterwards.
+# Each change, with whether the call is still fused afterwards.
 CHANGES = {
     **dict.fromkeys(
         (
@@ -237,13 +237,14 @@ def digest(m):
 def assert_same(before, after):
     try:
         wanted = digest(before)
-    except Exception as error:  # two changes that do not go together
+    except Exception as error:  # the two changes exclude each other
         with pytest.raises(type(error)):
             digest(after)
         return
     for a, b in zip(wanted, digest(after), strict=True):
         assert (a is None) == (b is None)
         if a is not None:
+            # float64, with room for the rounding of a few sums, as in `equivalence`.
             torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-12)
 
 
@@ -275,7 +276,7 @@ def test_changes_in_any_order(changes, then):
     before, after = pair()
     for change in changes:
         for m in (before, after):
-            # Some cannot follow another: a parameter that is gone, a class that is not Linear any more.
+            # Some changes cannot follow others: a parameter is gone, or a class is no longer Linear.
             with contextlib.suppress(Exception):
                 change(m)
         assert_same(before, after)
@@ -350,6 +351,7 @@ def test_casts_in_the_original_are_its_own(x_dtype, dtype):
     assert len(se_fused.replace(after).replaced) == 1
     got, wanted = after(X.to(x_dtype)), before(X.to(x_dtype))
     assert got.dtype is wanted.dtype
+    # bfloat16 keeps 8 significant bits: some 4 roundings of 2**-9, in a sum over h.
     torch.testing.assert_close(got, wanted, rtol=2**-6, atol=2**-6)
     assert fused_calls(after.to(torch.float64)) == 1
 

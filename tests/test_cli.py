@@ -1,4 +1,4 @@
-"""The command line: what each command prints, and that an error is one line and exit code 2."""
+"""The command line: the output of each command; an error is one line with exit code 2."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import se_fused
 from se_fused import __main__ as cli
-from se_fused import verify
+from se_fused import cases, verify
 
 MODEL = """
 import torch
@@ -104,7 +104,7 @@ def assert_refused(result, text):
 
 @pytest.fixture
 def models(tmp_path, monkeypatch):
-    """A module of models that can be imported by the name it returns."""
+    """The name of a module of models that can be imported."""
     name = f"models_{tmp_path.name.replace('-', '_')}"
     (tmp_path / f"{name}.py").write_text(MODEL)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -113,8 +113,8 @@ def models(tmp_path, monkeypatch):
 
 @pytest.fixture
 def few_cases(monkeypatch):
-    calls = [{"options": {"act": "silu"}}, {"shape": (2, 10, 3, 5, 4), "r": 3}]
-    monkeypatch.setattr(verify, "_CALLS", calls)
+    calls = [{"options": {"act": "silu"}}, {"n": 2, "c": 10, "r": 3, "spatial": (3, 5, 4)}]
+    monkeypatch.setattr(cases, "GRID_CALLS", calls)
 
 
 def test_info(native, monkeypatch, tmp_path):
@@ -146,7 +146,7 @@ def test_info_says_why_there_is_no_compiled_part(monkeypatch):
 
 
 def test_verify_passes_on_the_grid(native, monkeypatch):
-    monkeypatch.setattr(verify, "LAYOUTS", ("strided",))
+    monkeypatch.setattr(cases, "GRID_LAYOUTS", ("every_second",))
     result = run("verify")
     assert result.exit_code == 0, result.output
     assert "served by the cpu backend" in result.stdout
@@ -172,8 +172,7 @@ def test_verify_sees_a_wrong_gradient(few_cases, monkeypatch):
         return right(x, *weights, **options)
 
     monkeypatch.setattr(verify, "squeeze_excite", wrong)
-    case = verify.Case("float32", "contiguous")
-    assert verify.error(case)[1] == "dx"
+    assert verify.error(cases.Case())[1] == "dx"
     assert run("verify").exit_code == 1
 
 
@@ -183,9 +182,9 @@ def test_verify_refuses_what_is_not_there(few_cases):
         assert_refused(run("verify"), "cuda")
 
 
-def test_strided_layout_is_neither_contiguous_nor_channels_last():
+def test_layouts_of_the_grid_have_their_strides():
     t = torch.arange(120.0).reshape(2, 3, 4, 5)
-    strided, last = verify._laid_out(t, "strided"), verify._laid_out(t, "channels_last")
+    strided, last = (cases.LAYOUTS[name](t) for name in ("every_second", "channels_last"))
     assert torch.equal(strided, t)
     assert torch.equal(last, t)
     assert strided.stride() == (120, 40, 10, 2)

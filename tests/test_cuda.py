@@ -1,4 +1,4 @@
-"""The CUDA backend on a GPU, where there is one: numbers, bits, streams, graphs, devices, memory."""
+"""The CUDA backend on a GPU, if there is one: numbers, bits, streams, graphs, devices, memory."""
 
 import re
 import subprocess
@@ -12,6 +12,7 @@ from cases import LAYOUTS, Case, assert_close, call, truth
 import se_fused
 from benchmarks.shapes import GPU
 from se_fused import backends, verify
+from se_fused.cases import PRECISIONS, TOLERANCE, grid
 
 CUDA = torch.device("cuda")
 pytestmark = [
@@ -22,18 +23,18 @@ pytestmark = [
 
 @pytest.fixture(autouse=True, params=["", "two_pass"])
 def backend(request):
-    """Every test by the plan that the planner chooses, and by the one that serves everything."""
+    """Every test runs with the plan that the planner chooses, and with the one that handles every call."""
     with se_fused.use_backend("cuda", request.param):
         assert (reason := backends.CUDA.why_not(CUDA)) is None, reason
         yield request.param
 
 
-@pytest.mark.parametrize("precision", verify.PRECISIONS)
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_the_grid_against_float64(precision):
-    for seed, case in enumerate(verify.cases()):
+    for seed, case in enumerate(grid()):
         if case.precision == precision:
             error, worst = verify.error(case, "cuda", seed)
-            assert error <= verify.tolerance(precision), (str(case), worst)
+            assert error <= TOLERANCE[case.dtype], (str(case), worst)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "offset", "every_second", "transposed"])
@@ -173,7 +174,7 @@ def test_more_than_2_to_the_31_elements():
 
 
 def test_layouts_reach_the_device_as_they_are():
-    """A copy to the GPU packs a strided tensor: what is tested there must be laid out there."""
+    """A copy to the GPU packs a strided tensor, so tensors must be laid out on the GPU."""
     tensors = {layout: Case(layout=layout).tensors(CUDA)["x"] for layout in LAYOUTS}
     assert tensors["offset"].data_ptr() % 16 == 4
     assert not any(tensors[name].is_contiguous() for name in LAYOUTS if name not in ("contiguous", "offset"))

@@ -1,4 +1,4 @@
-"""Builds that are damaged, each in its own way: none is loaded, and each is built anew."""
+"""Damaged builds, each damaged in its own way, are not loaded but built anew."""
 
 import json
 import os

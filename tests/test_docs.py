@@ -1,4 +1,4 @@
-"""Prose is executed: the README's Python runs, and every path and name it and the documents mention exists."""
+"""Checks the documents: the README's Python runs, and every path and name in them exists."""
 
 import contextlib
 import csv
@@ -28,13 +28,13 @@ def test_the_readmes_python_prints_what_it_says():
     assert len(programs) == 3
     output, names = io.StringIO(), {}
     with contextlib.redirect_stdout(output):
-        for program in programs:  # one after the other, as a reader types them
+        for program in programs:  # in order, as a reader types them
             exec(compile(program, "README.md", "exec"), names)
     assert output.getvalue() == "".join(expected)
 
 
 def minor(version: str) -> str:
-    """3.11 of 3.11.7, 2.13 of 2.13.0+cpu."""
+    """The minor version: 3.11 for 3.11.7, 2.13 for 2.13.0+cpu."""
     return ".".join(version.split(".")[:2])
 
 
@@ -86,5 +86,5 @@ def test_the_glossary_names_every_launch_and_every_kernel():
     assert set(known) == launches
     with (ROOT / "csrc/cuda/registers.csv").open(newline="") as file:
         compiled = {re.match(r"\w+", kernel)[0] for kernel, *_ in list(csv.reader(file))[1:]}
-    compiled.remove("occupant")  # which is never launched: a device is asked how many clusters of it can run
+    compiled.remove("occupant")  # never launched: it only serves to ask a device how many of its clusters can run
     assert set(re.findall(r"`(\w+)`", text)) - {"StoredSqueeze", "StoredGateGradient"} == compiled

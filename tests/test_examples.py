@@ -1,4 +1,4 @@
-"""The examples: SE stands where the paper puts it, both layers give one network, the demo shows what it says."""
+"""The examples: SE stands where the paper puts it, both layers give equal networks, and the demo shows its numbers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from examples.se_resnet import ReferenceSqueezeExcite, SEResidualBlock, SEResNet
 from se_fused import SqueezeExcite
 
 matplotlib.use("Agg")
-EXACT = {"rtol": 1e-10, "atol": 1e-12}  # in float64, whose rounding steps are 2e-16
+EXACT = {"rtol": 1e-10, "atol": 1e-12}  # for float64 after several training steps; its rounding steps are 2e-16
 
 
 def excite(layer, u):
@@ -51,7 +51,7 @@ def test_se_inception_excites_the_whole_block():
 
 @pytest.mark.parametrize("network", [SEResNet, SEInception])
 def test_both_layers_train_one_network(network):
-    """Float32 training magnifies rounding, so the equality is shown in float64."""
+    """Training in float32 magnifies rounding, so the networks are compared in float64."""
     images, labels, *_ = demo_digits.digits()
     losses = []
     for model in pair(network, widths=(8, 16)):
@@ -98,12 +98,12 @@ def test_digits_part(tmp_path, monkeypatch):
     reference, fused, control = runs
     assert [run.layer for run in runs] == ["reference", "fused", "control"]
     assert {str(run) for run in runs} == {"SE-ResNet, squeeze = max"}
-    # The first step sees the same weights: only the rounding of one forward pass apart.
+    # At the first step the weights are the same, so only the rounding of one forward pass differs.
     assert fused.losses[0] == pytest.approx(reference.losses[0], rel=1e-6)
     assert not torch.equal(control.model.classify.bias, reference.model.classify.bias)
     for run in runs:
         assert len(run.losses) == len(run.seconds) == 3 * 21
-        assert run.accuracy > 0.5  # guessing gives 0.1, three epochs 0.98
+        assert run.accuracy > 0.5  # guessing gives 0.1, and three epochs give 0.98
     console.print(demo_digits.table(runs))
     assert f"{fused.accuracy:.2%}" in console.file.getvalue()
     demo_digits.plot_losses(runs, tmp_path / "losses.png")
@@ -114,7 +114,7 @@ def test_digits_part(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def swapped():
-    """SE-ResNet-50 on small crops."""
+    """SE-ResNet-50 with its layers replaced, and the small crops that it runs on."""
     batch = demo_photographs.batch_of_eight(demo_photographs.photographs()[1], 48)
     return demo_photographs.swap("SE-ResNet-50", demo_photographs.MODELS["SE-ResNet-50"], batch, 1), batch
 
@@ -124,7 +124,7 @@ def test_photographs_part(swapped, tmp_path):
     assert (found.replaced, found.skipped) == (16, 0)
     assert found.magnitude > 0.1
     for side in ("fused", "fused in place"):
-        # 50 layers of float32 rounding, 1e-7 each; a wrong gate would move the output by its own size.
+        # Rounding in float32 is 1e-7 in each of 50 layers; a wrong gate would move the output by its own size.
         assert 0 < found.differences[side] < 1e-4 * found.magnitude
     assert found.seconds.keys() == {1, 8}
     console = Console(file=io.StringIO(), width=100)
@@ -138,7 +138,7 @@ def test_pictured_maps_are_u_and_s_times_u(swapped):
     found, batch = swapped
     u, s, y = demo_photographs.maps_and_gates(found, batch)
     torch.testing.assert_close(y, u * s[:, :, None, None])
-    assert s.std() > 0.01  # fresh biases alone would leave every photograph the same gates
+    assert s.std() > 0.01  # with fresh biases alone every photograph would have the same gates
     assert s.std(0).mean() > 0.01
 
 

@@ -45,11 +45,11 @@ def test_in_place_writes_the_same_over_x(case):
     ("n", "c", "r", "spatial"),
     [
         (1, 16, 1, (7, 7)),  # rows of 49, R = 1
-        (3, 54, 8, (2, 14, 14)),  # C no multiple of 4
-        (2, 440, 110, (7, 7)),  # weights outweigh the maps: several samples for one pass over them
-        (9, 308, 77, (3, 3)),  # an odd number of samples over two threads
-        (1, 96, 4, (56, 56)),  # one sample shared by the threads
-        (4, 24, 6, (33, 31)),  # a sample for each thread
+        (3, 54, 8, (2, 14, 14)),  # C is no multiple of 4
+        (2, 440, 110, (7, 7)),  # weights are larger than the maps: several samples share one pass over them
+        (9, 308, 77, (3, 3)),  # an odd number of samples for two threads
+        (1, 96, 4, (56, 56)),  # the threads share one sample
+        (4, 24, 6, (33, 31)),  # one sample per thread
         (1, 4920, 13, (1, 1)),  # L = 1, more channels than a block
     ],
 )
@@ -66,7 +66,7 @@ def test_real_and_odd_shapes(dtype, squeeze, n, c, r, spatial, layout):
 @pytest.mark.parametrize("name", ACTIVATIONS)
 @pytest.mark.parametrize("place", ["act", "pre_act", "post_act"])
 def test_special_values_stay_in_their_sample(place, name, squeeze, layout):
-    """NaN, infinities, signed zeros and extreme magnitudes behave as in eager PyTorch."""
+    """NaN, infinities, signed zeros and extreme magnitudes give what they give in eager PyTorch."""
     specials = [float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e38, -1e38, 1e-40]
     case = Case(n=len(specials) + 1, c=9, r=3, layout=layout, options={place: name, "squeeze": squeeze})
     tensors = case.tensors()
@@ -75,7 +75,7 @@ def test_special_values_stay_in_their_sample(place, name, squeeze, layout):
     with torch.no_grad():
         y = call(se_fused.squeeze_excite, tensors, case.options)
         expected = in_pytorch(tensors, case.options)
-    for sample in range(case.n):  # each on its own, for the largest value sets the tolerance
+    for sample in range(case.n):  # each by itself, because the largest value sets the tolerance
         assert_close(y[sample], expected[sample].double(), torch.float32, f"sample {sample}")
 
 

@@ -1,4 +1,4 @@
-"""`make gpu-check` without a GPU: with the CPU as its device, its arguments, its document, and what it needs."""
+"""`make gpu-check` without a GPU: on the CPU as its device, its arguments, its document and its requirements."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from benchmarks import gpu_check
 from se_fused import native
 
 ROOT = Path(__file__).resolve().parents[1]
-# What a machine with a GPU may lack, or what only some commands need.
+# Packages that a machine with a GPU may lack, or that only some commands need.
 OPTIONAL = (
     "filelock", "hypothesis", "ninja", "numpy", "platformdirs", "pybind11", "pynvml", "pytest", "rich", "timm",
     "torchvision", "triton", "typer",
@@ -134,7 +134,10 @@ def test_nothing_optional_is_imported_before_it_is_needed() -> None:
         gpu_check.main()
     """
     command = [sys.executable, "-c", textwrap.dedent(program)]
-    environment = {**os.environ, "SE_FUSED_CACHE": str(native.library("cpu").parent.parent)}  # built, wherever it is
+    environment = {
+        **os.environ,
+        "SE_FUSED_CACHE": str(native.library("cpu").parent.parent),
+    }  # where it is built
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "cpu\nusage: gpu-check" in done.stdout

@@ -1,4 +1,4 @@
-"""What the parts of gpu-check measure, as far as it shows without a GPU, and that they fit into six minutes."""
+"""The parts of gpu-check measure the right things, as far as that shows without a GPU, and fit into six minutes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ import se_fused
 from benchmarks import gpu_check
 from benchmarks.gpu import calls, layer, models, plans, smoke, triton_sample
 from benchmarks.shapes import Shape
-from se_fused import native, verify
+from se_fused import native
+from se_fused.cases import PRECISIONS
 
 CPU = torch.device("cpu")
 
@@ -80,7 +81,7 @@ def test_a_replay_is_whole_turns_over_its_buffers_and_not_too_short() -> None:
         assert count * row.bytes() / 4.5e6 > 30, "microseconds, at a speed that no GPU here has"
 
 
-def test_within_a_round_every_contender_runs_once() -> None:
+def test_within_a_round_every_variant_runs_once() -> None:
     order: list[str] = []
     times = calls.interleaved({name: lambda name=name: order.append(name) or 1.0 for name in "abc"}, rounds=20)
     assert all(set(order[i : i + 3]) == set("abc") for i in range(0, len(order), 3))
@@ -92,22 +93,21 @@ def test_the_smoke_calls_have_every_plan_layout_and_precision() -> None:
     cases = list(smoke.cases(smoke.PLANS))
     kinds = {(plan, case.precision, case.layout) for plan, case in cases}
     layouts = ("contiguous", "channels_last")
-    assert kinds >= set(itertools.product(smoke.PLANS, [p for p in verify.PRECISIONS if p != "float64"], layouts))
+    assert kinds >= set(itertools.product(smoke.PLANS, [p for p in PRECISIONS if p != "float64"], layouts))
     assert kinds >= set(itertools.product(["", "two_pass"], ["float64"], layouts))
-    assert {case.precision for _, case in cases if case.layout == "strided"} == set(verify.PRECISIONS)
+    assert {case.precision for _, case in cases if case.layout == "every_second"} == set(PRECISIONS)
     watched = {(plan, case.precision) for plan, case in cases[:: gpu_check.SANITIZED_STEP]}
     assert watched == {(plan, case.precision) for plan, case in cases}, "the sanitizer sees each plan and type"
 
 
 def test_every_plan_serves_most_of_its_smoke_calls() -> None:
-    """By the planner itself, for an H200: a refusal is no comparison."""
+    """The planner decides, for an H200. A refused call compares nothing."""
     facts = native.load_extension()
     served: Counter[str] = Counter()
     refused: Counter[str] = Counter()
     for plan, case in smoke.cases(smoke.PLANS):
-        n, c, *spatial = case.shape
-        maps, _ = verify.PRECISIONS[case.precision]
-        call = {"n": n, "c": c, "r": case.r or 0, "l": math.prod(spatial), "dtype": str(maps)[6:], "forced": plan}
+        call = {"n": case.n, "c": case.c, "r": case.r or 0, "l": math.prod(case.spatial), "forced": plan}
+        call["dtype"] = str(case.dtype).removeprefix("torch.")
         try:
             for backward in (False, True):
                 facts.plan(facts.preset("H200"), **call, channels_last=case.layout != "contiguous", backward=backward)
@@ -123,7 +123,7 @@ def test_the_smoke_plans_have_clusters_of_every_size_and_blocks_of_both_lengths(
     assert {"", "two_pass"} < set(smoke.PLANS)
     assert {f"cluster size={size}" for size in (1, 2, 4, 8, 16)} < set(smoke.PLANS)
     assert "cluster size=2 threads=512" in smoke.PLANS
-    rows = [math.prod(call["shape"][2:]) for call in smoke.CALLS]
+    rows = [math.prod(call["spatial"]) for call in smoke.CALLS]
     assert any(row % 2 for row in rows), "rows that go through shared memory in pieces of one element"
     assert any(row % 8 == 4 for row in rows), "and of 8 bytes"
 
@@ -158,13 +158,13 @@ def test_rows_that_do_not_fit_into_memory_are_no_success(tmp_path: Path, monkeyp
     assert end.value.code == 1
 
 
-# Seconds, measured on an H200 machine of 16 cores with a prebuilt library, unless something else is said.
-START = 7  # of a process: import torch, create a context
+# Seconds, measured on an H200 machine of 16 cores with a prebuilt library, except where a comment says otherwise.
+START = 7  # of a process, to import torch and create a context
 SMOKE_CASE = 0.02
 LAYER_ROW, COMPILED_ROW, TRAINING_CASE, INFERENCE_CASE = 0.4, 1.8, 8, 1.8
 SWEEP_ROW, MICROBENCHMARKS, GPU_TESTS, MEMCHECK, INSTRUCTION_SETS = 0.7, 15, 48, 17, 22
-TRITON_KERNEL = 1.0  # of one core, here
-CORES = 12  # that Triton's processes take, of 16
+TRITON_KERNEL = 1.0  # on one core of the development machine
+CORES = 12  # of 16, used by Triton's processes
 
 
 def test_what_is_compiled_and_measured_fits_into_six_minutes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -180,7 +180,7 @@ def test_what_is_compiled_and_measured_fits_into_six_minutes(capsys: pytest.Capt
         "tests": max(GPU_TESTS, MEMCHECK, INSTRUCTION_SETS),
         "microbenchmarks": MICROBENCHMARKS,
         "sweep": START + SWEEP_ROW * len(plans.rows()),
-        "triton": 2 * START + kernels * TRITON_KERNEL / CORES,  # without its times
+        "triton": 2 * START + kernels * TRITON_KERNEL / CORES,  # without timing
     }
     stages = gpu_check.stages(part for part in gpu_check.PARTS if part.default)
     given = {stage[0].name: max(part.seconds for part in stage) for stage in stages}
@@ -190,7 +190,7 @@ def test_what_is_compiled_and_measured_fits_into_six_minutes(capsys: pytest.Capt
             print(f"  {name}: {seconds:.0f} / {given[name]:.0f}")
     assert given.keys() == wanted.keys()
     assert sum(given.values()) == 360
-    # What measures until its time is over may want more, but not what is asked of it first.
+    # A part that measures until its time is over may want more time, but its first rows must fit.
     assert given["layer"] >= START + 72 * LAYER_ROW, "the headline"
     assert START + INFERENCE_CASE * 2 * cases + TRAINING_CASE * len(models.MODELS) <= given["models"]
     assert given["sweep"] >= START + SWEEP_ROW * 24, "each shape and layout at two batches"
@@ -199,24 +199,22 @@ def test_what_is_compiled_and_measured_fits_into_six_minutes(capsys: pytest.Capt
 
 
 def triton_kernels() -> int:
-    """How many kernels the sample of Triton cases compiles: each kind of argument makes another."""
+    """How many kernels the sample of Triton cases compiles: one per combination of kinds of arguments."""
     found = set()
     for case in triton_sample.sample():
-        maps, _ = verify.PRECISIONS[case.precision]
         options = {"act": "relu", "gate": "sigmoid", "squeeze": "mean", "pre_act": None, "post_act": None}
-        n, c, *spatial = case.shape
         last = case.layout == "channels_last"
         for kernel, args, kwargs in triton_targets.record(
-            n, c, case.r, tuple(spatial), maps, last, options | case.options, case.residual is not None
+            case.n, case.c, case.r, case.spatial, case.dtype, last, options | case.options, case.residual != "none"
         ):
             key = (kernel.__name__, *map(specialised, args), *sorted((name, str(v)) for name, v in kwargs.items()))
-            # Inference launches the forward kernels again, without what training saves.
+            # Inference launches the forward kernels again, compiled without the outputs that training saves.
             found |= {(*key, saves) for saves in ((True, False) if "forward" in kernel.fn.__module__ else (True,))}
     return len(found)
 
 
 def specialised(argument: object) -> str:
-    """What of an argument Triton compiles for: a tensor's type; None and 1; whether a number is a multiple of 16."""
+    """The property of an argument that Triton compiles for: a dtype, None, 1, or whether 16 divides a number."""
     if isinstance(argument, torch.Tensor):
         return str(argument.dtype)
     if type(argument) is int and argument != 1:

@@ -1,4 +1,4 @@
-"""The tables of a GPU's run."""
+"""The tables that are made from the files of a GPU run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The runner of gpu-check: parts that fail in every way that one can, each costing itself alone."""
+"""The runner of gpu-check: a part that fails, in whatever way, costs only itself."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_what_python_says_as_it_ends_is_no_failure(part) -> None:
 
 
 def test_no_process_outlives_the_run(tmp_path: Path) -> None:
-    """A machine's own time limit ends gpu-check by SIGTERM."""
+    """SIGTERM must end every process, because a machine's own time limit sends it to gpu-check."""
     program = f"""
         import dataclasses, signal, sys
         from benchmarks import gpu_check

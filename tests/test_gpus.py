@@ -1,4 +1,4 @@
-"""Which GPUs are here, and what the CUDA kernels are compiled for."""
+"""Finding the GPUs of a machine, and the architectures that the CUDA kernels are compiled for."""
 
 import inspect
 import re

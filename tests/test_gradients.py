@@ -1,4 +1,4 @@
-"""The gradients against the reference in float64, against finite differences, and in every mode of differentiation."""
+"""Gradients against the reference in float64 and finite differences, and in every mode of differentiation."""
 
 import pytest
 import torch
@@ -36,11 +36,11 @@ def compare(case):
     assert actual.keys() == expected.keys()
     for name, grad in actual.items():
         assert grad.dtype == tensors[name].dtype
-        # A gradient is a sum of products of results, each with its own rounding: of N L terms for the weights.
+        # A gradient is a sum of products of rounded results; for the weights the sum has N L terms.
         assert_close(grad, expected[name], grad.dtype, f"gradient of {name}", factor=4)
 
 
-# Where rounding u can change which element is the largest, float64 and float32 rightly have different gradients; these
+# If rounding u can change which element is the largest, float64 and float32 rightly have different gradients. These
 # activations keep the order and the ties of x.
 ORDER_KEEPING = (None, "identity", "relu", "leaky_relu")
 
@@ -48,7 +48,7 @@ ORDER_KEEPING = (None, "identity", "relu", "leaky_relu")
 @given(cases(dtypes=(torch.float64,)))
 @settings(max_examples=300)
 def test_every_option_in_float64(case):
-    # PyTorch's own activations give equal elements of a map different bits at its end, where its vectors do not fit.
+    # At the end of a map, where a vector does not fit, PyTorch's activations give equal elements different bits.
     assume(case.layout != "expanded" or case.options["pre_act"] in ORDER_KEEPING)
     compare(case)
 
@@ -70,7 +70,7 @@ def test_real_and_odd_shapes(n, c, r, spatial, layout, squeeze):
 
 
 def small(residual="none", r=2, **options):
-    """Inputs for finite differences: away from kinks with high probability, and no equal maxima."""
+    """A case for finite differences: with high probability away from kinks, and without equal maxima."""
     case = Case(n=2, c=2, r=r, spatial=(3,), dtype=torch.float64, residual=residual, seed=7, options=options)
     tensors = {name: t if t is None else t.requires_grad_() for name, t in case.tensors().items()}
     inputs = [t for name, t in tensors.items() if t is not None and not (name == "residual" and residual == "x")]
@@ -160,7 +160,7 @@ def test_the_result_may_be_changed_before_backward():
 
 
 def functional(function, options):
-    """Of x and w1 alone, for torch.func."""
+    """A function of x and w1 alone, for torch.func."""
     tensors = Case(n=2, c=3, r=2, spatial=(2, 2), dtype=torch.float64).tensors()
 
     def f(x, w1):

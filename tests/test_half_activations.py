@@ -1,7 +1,7 @@
-"""The fast arithmetic for half-precision maps on every float16 and bfloat16 there is.
+"""Checks the fast arithmetic for half-precision maps on every float16 and bfloat16 number.
 
-The special function unit is taken at its worst, in each combination of directions (tests/emulator/cuda_runtime.h).
-Before it is rounded to the map's type, a result may be off by a quarter of that type's step.
+The emulated special function unit errs by its worst, in each combination of directions (tests/emulator/cuda_runtime.h).
+Before a result is rounded to the map's type, it may be off by a quarter of that type's step.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ DIRECTIONS = range(4)
 
 
 class Library:
-    """csrc/cuda/activations.cuh of the checkout at `root`, compiled by the host's compiler."""
+    """csrc/cuda/activations.cuh of the checkout at `root`, compiled with the host's compiler."""
 
     def __init__(self, root: Path, folder: Path) -> None:
         path = folder / "libhalf_activations.so"
@@ -62,14 +62,14 @@ def truth(name: str, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def step(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Between the two numbers of `dtype` around each value."""
+    """The distance between the two numbers of `dtype` around each value."""
     info = torch.finfo(dtype)
     exponent = value.abs().clamp(min=info.tiny).frexp().exponent - 1
     return torch.full_like(value, info.eps).ldexp(exponent)
 
 
 def errors(library: Library, dtype: torch.dtype) -> Iterator[tuple[str, float]]:
-    """What is measured, and its largest error in units of what is allowed."""
+    """Names of results, each with its largest error in units of the allowed one."""
     x = finite(dtype)
     v = x.double()
     for name, directions in itertools.product(NAMES, DIRECTIONS):
@@ -77,8 +77,8 @@ def errors(library: Library, dtype: torch.dtype) -> Iterator[tuple[str, float]]:
         for what, result, exact in zip(("", "'"), results, expected, strict=True):
             allowed = step(exact, dtype) / 4
             if (name, what) == ("silu", "'"):
-                # Where it is 0 its terms of 0.2 cancel, and any float32 arithmetic errs by units in their last place.
-                # Four float16 lie so near: they may be off by the smallest float16. No bfloat16 does.
+                # Where the slope is 0 its terms of 0.2 cancel, and any float32 arithmetic errs by units in their last
+                # place. Four float16 numbers lie so near and may be off by the smallest float16; no bfloat16 does.
                 allowed = torch.where((v + 1.27846).abs() < 2**-9, 2**-24, allowed)
             error = ((result.double() - exact).abs() / allowed).nan_to_num(torch.inf)
             yield f"{name}{what} of {x[error.argmax()]}, directions {directions}", error.max().item()
@@ -108,14 +108,14 @@ def test_nan_and_infinities_are_as_in_pytorch(half, dtype, name, directions):
     expected = ACTIVATIONS[name](leaf)
     (expected_slope,) = torch.autograd.grad(expected.sum(), leaf)
     if name == "hardswish":
-        expected_slope[0] = torch.nan  # PyTorch's is NaN in a vector and what comes from above at a row's end
+        expected_slope[0] = torch.nan  # PyTorch gives NaN in a vector, but the incoming gradient at a row's end
     torch.testing.assert_close(y, expected.detach(), equal_nan=True)
     torch.testing.assert_close(slope, expected_slope, equal_nan=True)
     zero = expected.detach() == 0
     assert torch.equal(y[zero].signbit(), expected.detach()[zero].signbit())
 
 
-# Name: file, what stands there once, what replaces it, the type that shows it.
+# Name: a file, the text that stands there once, its replacement, and the type that shows the error.
 FAULTS = {
     "a reciprocal off by a thousandth": (f"{DEVICE}/cuda_runtime.h", "1 / double{v}", "1.001 / double{v}", *DTYPES),
     "an exponential off by a thousandth": (f"{DEVICE}/cuda_runtime.h", "std::exp2(", "1.001 * std::exp2(", *DTYPES),

@@ -1,4 +1,4 @@
-"""What a call on a GPU costs the host: counted by host_cost.cpp, which also tries the cache of plans."""
+"""Counts what a call on a GPU costs the host: host_cost.cpp counts, and also tests the cache of plans."""
 
 import json
 import os
@@ -7,16 +7,17 @@ import subprocess
 import emulator
 import pytest
 
-ATTRIBUTES = 3  # of a kernel in clusters
-# Of torch: seven facts of each of six tensors, and its end; the device's index, its guard, the guard's end, the stream.
+ATTRIBUTES = 3  # of a kernel that runs in clusters
+# Calls of torch: seven facts of each of six tensors, and the release of each; the device's index, its guard, the end of
+# the guard, and the stream.
 TORCH = 6 * 8 + 4
-SCRATCH = 5  # its dtype, the kind of its device, itself, its address, its end
+SCRATCH = 5  # calls for its dtype, the kind of its device, its creation, its address and its release
 
 
 @pytest.fixture(scope="module")
 def costs(tmp_path_factory):
     program = tmp_path_factory.mktemp("host_cost") / "host_cost"
-    built = emulator.library().parent  # where sources that are gone have left objects
+    built = emulator.library().parent  # which also holds objects of sources that no longer exist
     kernels = [built / f"{path.stem}.o" for path in emulator.sources(emulator.ROOT) if path.stem != "binding"]
     sources = [emulator.ROOT / "tests/host_cost.cpp", emulator.ROOT / "csrc/cuda/binding.cpp"]
     flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", *os.environ.get("SE_FUSED_CXXFLAGS", "").split()]

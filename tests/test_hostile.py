@@ -1,7 +1,7 @@
-"""Calls that nobody means to make: odd shapes, strides, values, dtypes, aliases and wrong arguments, drawn by a seed.
+"""Draws calls that nobody means to make: odd shapes, strides, values, dtypes, aliases and wrong arguments.
 
-Each is refused in the name of an argument, with nothing changed, or gives the result and the gradients of `truth`,
-which is written here once more, in NumPy and float64, and shares no line with the package.
+Each call must be refused in the name of an argument, with nothing changed, or give the result and the gradients of
+`truth`. That is a second implementation in NumPy and float64, which shares no line with the package.
 """
 
 import math
@@ -46,7 +46,7 @@ def gelu_tanh_slope(v):
     return (1 + t) / 2 + v / 2 * (1 - t * t) * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * v * v)
 
 
-# Each activation f(v), and its backward b(v, g).
+# Each activation f(v) with its backward b(v, g).
 ACTIVATIONS = {
     "identity": (lambda v: v, lambda v, g: g),
     "relu": (lambda v: np.where(v < 0, 0, v), lambda v, g: np.where(v <= 0, 0, g)),
@@ -86,7 +86,7 @@ def activation(name):
 
 
 def truth(tensors, options, g):
-    """y and every gradient; all of residual's in that of x where residual is x."""
+    """y and every gradient. Where residual is x, its gradient is part of that of x."""
     x, w1, b1, w2, b2, residual, g = (
         None if t is None else t.detach().double().resolve_neg().numpy() for t in (*tensors.values(), g)
     )
@@ -143,9 +143,9 @@ class Call:
     options: dict
     g: torch.Tensor
     inplace: object = False
-    wanted: tuple = ()  # which gradients
-    blamed: tuple = ()  # arguments in whose name it must be refused
-    named: list = field(default_factory=list)  # what is hostile in it
+    wanted: tuple = ()  # the names of the gradients
+    blamed: tuple = ()  # arguments, one of which a refusal must name
+    named: list = field(default_factory=list)  # the hostile parts of the call
 
 
 def expanded(t):
@@ -195,7 +195,7 @@ class Draw:
         return self.rng.choice(choices)
 
     def hostile(self, name, p):
-        """Whether the call gets what is so named."""
+        """Whether the call gets the hostile part of this name."""
         drawn = self.chance(p)
         if drawn:
             self.named.append(name)
@@ -248,9 +248,9 @@ def draw(seed):
     }
     squeeze = d.one("mean", "max", "mean_max")
     empty = 0 in spatial
-    # An empty map is PyTorch's to compute, whose backward of these at NaN depends on where in a row they stand.
+    # PyTorch computes an empty map, and its backward of these at NaN depends on their position in a row.
     names = [name for name in ACTIVATIONS if not (empty and name in ("relu6", "hardswish"))]
-    # Where u is rounded, another element may be the largest; these keep the order of x.
+    # If u is rounded, another element may be the largest. These activations keep the order of x.
     pre_acts = (None, *names) if squeeze == "mean" or dtype is torch.float64 else ORDER_KEEPING
     options = {
         "act": d.one(*names),
@@ -314,8 +314,7 @@ def in_place(d, call):
 
 
 def wrong(d, call, present):
-    """One argument becomes what is not taken; the call must be refused in its name, or in that of what it then
-    contradicts."""
+    """Make one argument invalid. The refusal must name it, or an argument that it then contradicts."""
     tensors, x = call.tensors, call.tensors["x"]
     others = tuple(name for name in ("w1", "b1", "w2", "b2", "residual") if tensors[name] is not None)
     kind = d.one("type", "shape", "dtype", "device", "layout", "option", "form")
@@ -336,7 +335,7 @@ def wrong(d, call, present):
         else:
             call.blamed += (option,)
         return
-    if kind == "form":  # the one-FC form and the other mixed up
+    if kind == "form":  # the one-FC and two-FC forms are mixed up
         if tensors["w1"] is None:
             tensors["b1"] = torch.zeros(2, dtype=tensors["w2"].dtype)
             call.blamed += ("b1",)
@@ -446,7 +445,7 @@ def describe(call):
 
 
 def test_hostile_calls(one_thread):
-    """SE_FUSED_SEEDS=0,100000 takes the seeds of a range."""
+    """SE_FUSED_SEEDS=0,100000 chooses a range of seeds."""
     first, last = map(int, os.environ.get("SE_FUSED_SEEDS", "0,6000").split(","))
     failures = []
     for seed in range(first, last):

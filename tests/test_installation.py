@@ -1,4 +1,4 @@
-"""Ways to break an installation, each with what then serves and what is said. The import goes on in all of them."""
+"""Breaks an installation in many ways, and checks the backend and the message. No way makes the import fail."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def test_a_first_import_compiles_into_the_cache_and_says_so(place):
     assert place.linked() == 1
 
 
-# What cannot be built: the environment, packages that are missing, and words of the one line that is said.
+# Builds that fail: the environment, the missing packages, and words of the one line that is printed.
 HOPELESS = {
     "no compiler": ({"CXX": "", "PATH": ""}, [], "no C++ compiler: g++ is not on the PATH; install one"),
     "a compiler that is not there": ({"CXX": "c+++"}, [], "no C++ compiler: c+++ is not on the PATH"),
@@ -79,7 +79,7 @@ def test_a_package_without_sources(place):
 def test_the_package_may_lie_in_a_folder_of_any_name(place, name):
     site = place.site.rename(place.folder / name)
     code = USE
-    if ":" in name:  # PYTHONPATH has no way to say this
+    if ":" in name:  # PYTHONPATH cannot express such a path
         place.environment["PYTHONPATH"], code = "", f"import sys; sys.path[:0] = [{str(site)!r}]\n{USE}"
     else:
         place.environment["PYTHONPATH"] = str(site)
@@ -155,7 +155,7 @@ def test_an_import_that_is_killed_leaves_no_compiler_and_the_next_builds(place, 
     process = place.start()
     wait_for(lambda: "started" in place.log.read_text())
     another = place.start()
-    time.sleep(3)  # it waits by now, or will find what is left
+    time.sleep(3)  # by now it waits; otherwise it will find what is left
     process.send_signal(kill)
     process.communicate(timeout=60)
     assert process.returncode != 0

@@ -1,6 +1,8 @@
-"""Ways to install, from a copy of the checkout into an environment of its own: each ends with native code that serves
-without a compiler, or fails and says what mends it. The compiler gives what is there (installation.py), but for the
-wheel's."""
+"""Installs a copy of the checkout in many ways, each into its own environment.
+
+Each way ends with native code that runs without a compiler, or fails and says how to mend it. The compiler gives out
+what is built already (installation.py), except for the wheel.
+"""
 
 import json
 import os
@@ -27,7 +29,7 @@ _NOT_COPIED = (
 
 
 def environment(folder: Path, without: tuple[str, ...] = ()) -> Path:
-    """The Python of a new environment, which has all packages of this one but se_fused and those of `without`."""
+    """The Python of a new environment that has all packages of this one except se_fused and those of `without`."""
     packages = folder / "packages"
     packages.mkdir(parents=True)
     for path in Path(sysconfig.get_paths()["purelib"]).iterdir():
@@ -48,14 +50,14 @@ class Place:
         del self.environment["PYTHONPATH"]
 
     def run(self, line: str, **more: str) -> subprocess.CompletedProcess[str]:
-        """Shell, in the checkout; $PY is the environment's Python."""
+        """Run shell code in the checkout; $PY is the environment's Python."""
         variables = {**self.environment, "PY": str(self.python), **more}
         return subprocess.run(
             line, shell=True, cwd=self.checkout, env=variables, capture_output=True, text=True, check=False, timeout=900
         )
 
     def served(self, **more: str) -> tuple[str, str]:
-        """Who serves where there is no compiler, no cache and no checkout, and what is said."""
+        """The backend without a compiler, a cache and the checkout, and what is printed."""
         nothing = {"CXX": "c+++", "PATH": "/nowhere", "SE_FUSED_CACHE": "/proc/se_fused"}
         done = subprocess.run(
             [self.python, "-c", USE], cwd=self.tools.folder, env={**self.environment, **nothing, **more}, text=True,
@@ -100,7 +102,7 @@ def test_an_installation_has_native_code(place, way):
         assert len(list(native.iterdir())) == 1, "nothing of an earlier build, and no lock"
 
 
-# The environment, and what the error says.
+# The environment variables, and the text of the error.
 FAILURES = {
     "no compiler": ({"CXX": "c+++"}, "no C++ compiler: c+++ is not on the PATH; install one (apt install g++"),
     "a compiler that fails": ({"CXX": "false"}, "false gives no reason"),
@@ -170,7 +172,7 @@ def test_the_sdist_is_complete(place):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """What `make wheel` makes, by the true compilers; of CUDA for one architecture."""
+    """The wheel that `make wheel` makes with the real compilers, with CUDA for one architecture."""
     folder = tmp_path_factory.mktemp("wheel")
     checkout = shutil.copytree(ROOT, folder / "checkout", ignore=shutil.ignore_patterns(*_NOT_COPIED))
     names = ("CXX", "SE_FUSED_CXXFLAGS", "SE_FUSED_BUILD", "PYTHONPATH")
@@ -197,7 +199,7 @@ def test_the_wheel(wheel, place):
         names = file.namelist()
     assert {f"se_fused/csrc/{path.relative_to(ROOT / 'csrc')}" for path in recipe.SOURCES.rglob("*.h")} <= set(names)
     assert not [name for name in names if "/.lock" in name or name.startswith(("tests/", "benchmarks/"))]
-    # Into an environment that has neither compiler nor ninja nor nvcc.
+    # It is installed into an environment that has neither compiler nor ninja nor nvcc.
     place.python = environment(place.tools.folder / "bare", without=("ninja", "pybind11"))
     assert place.run(f"$PY -m pip install --no-deps {wheel}").returncode == 0
     assert place.served() == ("cpu", "")

@@ -1,4 +1,4 @@
-"""What looks like SE and is not: by its gradients, at some sizes, in some modes, by what a call leaves behind."""
+"""Layers that look like SE but differ in gradients, at some sizes, in some modes, or in what a call leaves behind."""
 
 import copy
 import random

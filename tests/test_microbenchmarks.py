@@ -1,4 +1,4 @@
-"""The GPU microbenchmarks on the emulator: right under any schedule, and each planted fault is caught."""
+"""The GPU microbenchmarks on the emulator: they are right under any schedule, and each planted fault is caught."""
 
 import re
 from pathlib import Path
@@ -53,7 +53,7 @@ def test_slabs(device, seed, blocks, sixteens, chunks):
 
 
 def test_measure_gives_every_row(monkeypatch):
-    """With a device that computes by PyTorch: each microbenchmark is called, checked and timed."""
+    """Each microbenchmark is called, checked and timed, on a device that computes with PyTorch."""
 
     class Device:
         def exchange(self, out, size, rounds, *, by_push):
@@ -68,7 +68,7 @@ def test_measure_gives_every_row(monkeypatch):
     clusters = {1: 132, 2: 66, 4: 32, 8: 15, 16: 0}
     times = lambda call: 2.0 if call.args[2:] == (65,) else 1.0  # noqa: E731
     rows = list(microbenchmarks.measure(Device(), times, clusters, 100 << 10))
-    assert len(rows) == 3 * 3 * 2 + 3 * 5  # no clusters of 16 blocks, no slab of 200 KB
+    assert len(rows) == 3 * 3 * 2 + 3 * 5  # without clusters of 16 blocks and a slab of 200 KB
     assert ("exchange by push", "8 blocks, 64 numbers", 1 / 64, "us") in rows
     assert list(microbenchmarks.measure(Device(), lambda call: 1.0, dict.fromkeys(clusters, 0), 64 << 10)) == []
     monkeypatch.setattr(Device, "exchange", lambda self, out, *_, **__: out.zero_())
@@ -76,7 +76,7 @@ def test_measure_gives_every_row(monkeypatch):
         next(microbenchmarks.measure(Device(), lambda call: 1.0, clusters, 0))
 
 
-# Name: what stands once in microbenchmarks.cu, what replaces it, what must be said.
+# Name: the text that stands once in microbenchmarks.cu, its replacement, and what must be reported.
 FAULTS = {
     "a push before the peer's mbarrier is ready": (
         "    arrived[0].init(1);\n    arrived[1].init(1);\n  }\n  cluster.sync();\n",
@@ -152,7 +152,7 @@ FAULTS = {
 
 
 def use(device):
-    """What a faulty library has to survive."""
+    """Run everything that a faulty library must fail."""
     for seed in range(4):
         exchange(device, seed, 4, 40, 5, by_push=True)
         exchange(device, seed, 2, 3, 9, by_push=True)

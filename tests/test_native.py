@@ -1,4 +1,4 @@
-"""Which build serves a process: found in the package or the cache, built anew where none loads."""
+"""The build that a process uses: found in the package or the cache, or built anew if none loads."""
 
 import sys
 
@@ -18,12 +18,12 @@ def places(monkeypatch, tmp_path):
     monkeypatch.setattr(gpus, "here", lambda: [90])
     monkeypatch.setenv("SE_FUSED_CACHE", str(cached))
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path))  # where no nvcc is
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))  # a folder without nvcc
     return packaged, cached
 
 
 def made(folder, name, content=b"a library"):
-    """A build, as the builder leaves it."""
+    """Make a build, as the builder leaves it."""
     group = "cuda" if "cuda" in name else "cpu"
     files = [recipe.file_name(library) for library in recipe.GROUPS[group]]
     folder.mkdir(exist_ok=True)
@@ -145,7 +145,7 @@ def test_a_user_without_a_home_is_told_so(monkeypatch):
 
 
 def test_ninja_is_found_on_the_path_where_its_package_does_not_know_it(monkeypatch, tmp_path):
-    """As in pip's isolated builds, which are in no environment of their own."""
+    """pip's isolated builds need this, because they do not run in an environment of their own."""
     import ninja
 
     monkeypatch.setattr(ninja, "BIN_DIR", "")

@@ -1,4 +1,4 @@
-"""Which modules that are no SE layer to replace are named all the same, for which reason, and which are not."""
+"""Modules that cannot be replaced as SE layers: which of them are named as near misses, and for which reason."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class MBConvBlock(nn.Module):
-    """As in efficientnet_pytorch: SE on the expanded map, its two layers beside the others."""
+    """SE on the expanded map, its two layers beside the others, as in efficientnet_pytorch."""
 
     def __init__(self, c: int = 8, expand: int = 4) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class MBConvBlock(nn.Module):
 
 
 class SEBasicBlock(nn.Module):
-    """SE in the forward of a residual block, the layers in a Sequential."""
+    """SE in the forward of a residual block, with its layers in a Sequential."""
 
     def __init__(self, c: int = 32, stride: int = 1) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class SEBasicBlock(nn.Module):
 
 
 class SEFirst(nn.Module):
-    """The product is of x itself, and the block goes on behind it."""
+    """SE on the input of a block, which goes on after it."""
 
     def __init__(self, c: int = 32) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class SEFirst(nn.Module):
 
 
 class SE3d(nn.Module):
-    """A volume block, in place, with one layer."""
+    """SE with one layer on volumes, which multiplies in place."""
 
     def __init__(self, c: int = 12) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class SE3d(nn.Module):
 
 
 class Gate(nn.Module):
-    """A channel attention that its parent multiplies by, as CBAM is often copied."""
+    """Channel attention whose parent does the multiplication, as in frequent copies of CBAM."""
 
     def __init__(self, c: int = 32) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ class ScSE(Convolutional):
 
 
 class Tokens(nn.Module):
-    """[B, L, C]"""
+    """SE on tokens [B, L, C]."""
 
     def __init__(self, c: int = 32) -> None:
         super().__init__()
@@ -254,7 +254,7 @@ class Bottleneck(nn.Module):
 
 
 class Added(Convolutional):
-    """A context that is added, as in GCNet."""
+    """Adds the context instead of multiplying by it, as GCNet does."""
 
     def scale(self, x: Tensor, s: Tensor) -> Tensor:
         return x + s
@@ -270,7 +270,7 @@ class SpatialGate(nn.Module):
 
 
 class RmsMlp(nn.Module):
-    """The mean over the channels of [B, L, C] is of B * L numbers, and multiplies the map."""
+    """Multiplies the map [B, L, C] by its mean over the channels, which has B * L numbers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -372,7 +372,7 @@ def test_leaves_no_trace() -> None:
     block.register_forward_pre_hook(fail)
 
     def own(cls: type) -> dict[str, object]:
-        # Python itself notes these names on a class when an object of it is copied.
+        # Python itself sets these names on a class when it copies an object of it.
         return {name: value for name, value in vars(cls).items() if name != "__slotnames__"}
 
     classes = {name: (type(m), own(type(m)), vars(m).keys()) for name, m in block.named_modules()}

@@ -1,4 +1,4 @@
-"""The options: their names, their numbers, and what keeps them."""
+"""The options: their names and numbers, and the objects that hold them."""
 
 import copy
 import pickle

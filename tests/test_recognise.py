@@ -1,4 +1,4 @@
-"""Which layers are recognised, as what, and which are refused for which reason."""
+"""The layers that are recognised, with their formulas, and those that are refused, with the reasons."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What compilers, tracers and exporters get: plain PyTorch that gives the same numbers and can be trained."""
+"""Compilers, tracers and exporters get plain PyTorch that gives the same numbers and can be trained."""
 
 import io
 import logging
@@ -66,14 +66,14 @@ def test_onnx_gives_plain_operators_and_the_same_numbers(dynamo):
 def test_openvino_converts_by_example():
     openvino = pytest.importorskip("openvino")
     model = network().eval()
-    in_float = {"INFERENCE_PRECISION_HINT": "f32"}  # not in bfloat16, where the CPU has it
+    in_float = {"INFERENCE_PRECISION_HINT": "f32"}  # a CPU with bfloat16 would use that
     compiled = openvino.compile_model(openvino.convert_model(model, example_input=X), "CPU", in_float)
     torch.testing.assert_close(torch.from_numpy(compiled(X.numpy())[0]), model(X).detach(), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("backend", ["auto", "cpu"])
 def test_a_program_exported_without_gradients_is_trained(backend, native):
-    """Under "cpu", which is forced, by the inference operator; else by plain PyTorch."""
+    """With "cpu" forced, the program has the inference operator; otherwise it is plain PyTorch."""
     grads = []
     for replaced in (False, True):
         model = network(replaced)

@@ -1,4 +1,4 @@
-"""The files of record, and what is made of them: each table and figure is a function of its files."""
+"""The files of record: each table and figure is a function of its files."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from benchmarks import (
+    baselines,
     call_overhead,
     compiled,
     coverage,
@@ -24,7 +25,6 @@ from benchmarks import (
     layer_cpu_report,
     models,
     networks,
-    peers,
     report,
     shapes,
     timing,
@@ -34,7 +34,7 @@ from examples import zoo
 
 def test_the_bars_that_the_records_must_keep() -> None:
     """Compiled and replaced networks lose nothing, and a call with nothing to compute costs no more than before."""
-    rows = {(row["network"], row["n"], row["contender"]): row for row in report.read(compiled.RECORD)}
+    rows = {(row["network"], row["n"], row["variant"]): row for row in report.read(compiled.RECORD)}
     replaced = {key: float(row["original_by_this"]) for key, row in rows.items() if key[2] == "replaced"}
     assert len(replaced) == 4
     assert min(replaced.values()) >= 0.98, replaced
@@ -45,15 +45,15 @@ def test_the_bars_that_the_records_must_keep() -> None:
 
 @pytest.fixture
 def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A CSV of all cases with made-up times in microseconds: a copy 1, in place 1, fused 2, eager 3, others 4."""
+    """A CSV of all contests with made-up times: copy and in place take 1 us, fused 2, eager 3, the others 4."""
     microseconds = {"copy": 1.0, "multiply": 0.5, "fused_inplace": 1.0, "fused": 2.0, "eager": 3.0}
 
-    def run_case(case: layer_cpu.Case, threads: int, until: float) -> timing.Times:
-        return {name: [microseconds.get(name, 4.0)] * 5 for name in (*case.contenders, *case.floors)}
+    def run_contest(contest: layer_cpu.Contest, threads: int, until: float) -> timing.Times:
+        return {name: [microseconds.get(name, 4.0)] * 5 for name in (*contest.variants, *contest.passes)}
 
-    monkeypatch.setattr(layer_cpu, "run_case", run_case)
+    monkeypatch.setattr(layer_cpu, "run_contest", run_contest)
     file = tmp_path / "layer_cpu.csv"
-    planned = layer_cpu.cases(shapes.LAYER, tuple(peers.PEERS), layer_cpu.DTYPES, layer_cpu.DIRECTIONS)
+    planned = layer_cpu.contests(shapes.LAYER, tuple(baselines.BASELINES), layer_cpu.DTYPES, layer_cpu.DIRECTIONS)
     with file.open("w", newline="") as stream:
         layer_cpu.run(planned, stream, torch.get_num_threads(), minutes=1, console=Console(file=io.StringIO()))
     return file
@@ -72,22 +72,22 @@ def edit(file: Path, change: Callable[[dict[str, str]], None]) -> None:
 def test_every_shape_is_measured_in_every_format(record: Path) -> None:
     lines = report.read(record)
     assert list(lines[0]) == [field.name for field in dataclasses.fields(layer_cpu.Row)]
-    for dtype, layout, direction, contenders in (
-        ("float32", "contiguous", "forward", {*peers.FUSED, *peers.PEERS, *peers.FLOORS}),
-        ("float32", "channels_last", "forward", {*peers.FUSED, "eager", "compile", *peers.FLOORS}),
-        ("bfloat16", "contiguous", "forward", {*peers.FUSED, "eager", "compile", *peers.FLOORS}),
+    for dtype, layout, direction, variants in (
+        ("float32", "contiguous", "forward", {*baselines.FUSED, *baselines.BASELINES, *baselines.PASSES}),
+        ("float32", "channels_last", "forward", {*baselines.FUSED, "eager", "compile", *baselines.PASSES}),
+        ("bfloat16", "contiguous", "forward", {*baselines.FUSED, "eager", "compile", *baselines.PASSES}),
         ("float32", "contiguous", "backward", {"fused", "eager", "copy"}),
         ("float32", "contiguous", "forward_backward", {"fused", "eager", "copy"}),
     ):
         cells = layer_cpu_report.select(lines, dtype, layout, direction)
-        assert all(set(cells[str(shape)]) == contenders for shape in shapes.LAYER)
+        assert all(set(cells[str(shape)]) == variants for shape in shapes.LAYER)
 
 
-def test_floor_and_bytes(record: Path) -> None:
+def test_copy_and_bytes(record: Path) -> None:
     for direction, maps in layer_cpu.MAPS_MOVED.items():
         line = layer_cpu_report.select(report.read(record), "float32", "contiguous", direction)["1x72x28x28"]["fused"]
         assert int(line["bytes"]) == maps * 72 * 28 * 28 * 4
-        assert float(line["floor_us"]) == maps / 2  # a copy, which moves two maps, takes 1
+        assert float(line["copy_us"]) == maps / 2  # a copy, which moves two maps, takes 1
 
 
 def test_the_table_is_a_function_of_the_csv(record: Path) -> None:
@@ -100,7 +100,7 @@ def test_the_table_is_a_function_of_the_csv(record: Path) -> None:
     assert "**" not in text
 
     def slower_at_one_shape(line: dict[str, str]) -> None:
-        if line["shape"] == "16x2048x7x7" and line["contender"] == "eager":
+        if line["shape"] == "16x2048x7x7" and line["variant"] == "eager":
             line["ratio_to_fused"] = "0.900"
 
     edit(record, slower_at_one_shape)
@@ -205,7 +205,7 @@ def test_the_headline_is_a_function_of_the_records(record: Path, networks_record
         (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
     found = report.read_headline(tmp_path)
     for name, wanted in {
-        "layer_eager": "1.5", "layer_peer": "2.0", "in_place_eager": "3.0", "in_place_peer": "4.0",
+        "layer_eager": "1.5", "layer_best": "2.0", "in_place_eager": "3.0", "in_place_best": "4.0",
         "training_eager": "1.5", "models": "4", "models_batches": "1 and 16", "models_replaced": "1.50 to 1.50",
         "models_in_place": "0.75 to 0.75", "coverage_libraries": "timm, torchvision and transformers",
     }.items():  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a user does with a layer or model after `replace`."""
+"""Operations of users on a layer or model after `replace`."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Masked(SEModule):
         return super().forward(x if mask is None else x * mask)
 
 
-def test_other_calls_than_the_proven_one_compute_as_before() -> None:
+def test_other_calls_than_the_checked_one_compute_as_before() -> None:
     torch.manual_seed(0)
     layer = Masked(16)
     x, mask = torch.randn(2, 16, 5, 4), torch.rand(2, 1, 5, 4)
@@ -65,7 +65,7 @@ def test_other_calls_than_the_proven_one_compute_as_before() -> None:
     assert all(
         torch.equal(a, b) for a, b in zip((layer(x, mask), layer(x, mask=mask), layer(x=x)), wanted, strict=True)
     )
-    # Unbatched [C, H, W] with H = C: as a batch of 1-D maps it would pass for [N, C, L].
+    # An unbatched [C, H, W] with H = C would pass for [N, C, L], a batch of 1-D maps.
     unbatched = SqueezeExcitation(16, 4)
     x = torch.randn(16, 16, 5)
     wanted = unbatched(x)
@@ -74,7 +74,7 @@ def test_other_calls_than_the_proven_one_compute_as_before() -> None:
 
 
 def test_weights_are_followed() -> None:
-    """Through every way of changing them: in place, by assignment or conversion, by a new module or parametrisation."""
+    """Weights change in place, by assignment or conversion, by a new module or by a parametrisation."""
     x = torch.randn(2, 3, 64, 48)
     torch.manual_seed(1)
     other = se_model().state_dict()
@@ -179,7 +179,7 @@ def test_autocast_keeps_the_dtype_of_the_output() -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             got, wanted = fused(x), plain(x)
         assert got.dtype == wanted.dtype == dtype
-        # The original rounds z, h and s to bfloat16, of 8 significant bits: some 4 roundings of 2**-9, in a sum over h.
+        # The original rounds z, h and s to bfloat16, which has 8 significant bits: some 4 roundings of 2**-9.
         torch.testing.assert_close(got, wanted, rtol=2**-6, atol=2**-6)
 
 

@@ -1,4 +1,4 @@
-"""What the report of `replace` says, as text."""
+"""The text of the report that `replace` returns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who may write where: caches of others, no home, read-only folders, a full disk. The import goes on in all of them."""
+"""Caches of others, no home, read-only folders, a full disk: none of them makes the import fail."""
 
 import os
 import subprocess
@@ -43,8 +43,8 @@ def test_a_cache_of_another_user_is_refused(place, what):
 
 @pytest.fixture
 def as_nobody(place):
-    """A command that runs another as a user whom the system does not know, who may read all and write little."""
-    rights = "-all,+dac_read_search"  # this Python may lie where only root can read
+    """A command that runs another as a user unknown to the system, who may read everything and write little."""
+    rights = "-all,+dac_read_search"  # this Python may lie in a folder that only root can read
     command = ["setpriv", f"--reuid={NOBODY}", "--clear-groups", f"--inh-caps={rights}", f"--ambient-caps={rights}"]
     try:
         subprocess.run([*command, "true"], check=True, capture_output=True)

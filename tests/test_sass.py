@@ -1,9 +1,9 @@
-"""What the compile gate reads off machine code, on machine code written by hand."""
+"""Tests the compile gate's reading of machine code on machine code written by hand."""
 
 import sass
 
-# A loop over vectors that chooses by a jump table between nothing and a call; code out of line that branches backward;
-# a loop over single elements.
+# A loop over vectors, in which a jump table chooses between nothing and a call; out-of-line code that branches
+# backward; a loop over single elements.
 SCALE = """
 .text.scale:
         /*0000*/                   MOV R20, RZ ;
@@ -34,7 +34,7 @@ SCALE = """
 .L_x_6:
         /*0130*/                   BRA `(.L_x_6);
 """
-# A loop around a loop; in the inner one a branch back from its middle as well.
+# A loop around a loop. The inner one also branches back from its middle.
 COPY = """
 .text.copy:
 .L_x_7:
@@ -69,9 +69,9 @@ def test_a_turn_takes_the_shortest_way_and_its_body_is_all():
 
 def test_loads_in_flight_are_those_before_the_first_use():
     assert loop(SCALE).in_flight == 2
-    # Used only in the next turn.
+    # It is used only in the next turn.
     assert loop(SCALE.replace("R4.reuse", "RZ").replace("], R4", "], R30")).in_flight == 3
-    # The last register of four.
+    # The last one of four registers.
     assert loop(SCALE.replace("FMUL R4, R4.reuse", "FMUL R4, R11")).in_flight == 2
     assert loop(SCALE.replace("[R3] ;", "[R7] ;", 1)).in_flight == 2
     assert loop(SCALE.replace("[R2+0x10]", "[R7]", 1)).in_flight == 1

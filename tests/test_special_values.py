@@ -1,5 +1,7 @@
-"""NaN, infinities, zeros, denormals and the kinks of activations: every backend has NaN, infinity and 0 where eager
-PyTorch has them in the same dtype, forward and backward."""
+"""NaN, infinities, zeros, denormals and the kinks of activations.
+
+Every backend has NaN, infinity and 0 where eager PyTorch has them in the same dtype, forward and backward.
+"""
 
 import math
 import os
@@ -15,12 +17,12 @@ import se_fused
 from se_fused import HardSigmoid, reference
 from se_fused.options import ACTIVATIONS, SQUEEZES
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in Triton's interpreter
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # from NumPy, in Triton's interpreter
 
 NAN, INF = math.nan, math.inf
 VALUES = (NAN, INF, -INF, 0.0, -0.0, 1.0, -1.0, 3.0, -3.0, 6.0, 20.0, -20.0, 200.0, -200.0, 1e30, -1e30, 1e-40)
 UPSTREAM = (1.0, 0.0, -2.0, NAN, INF, -INF, 1e30)
-BACKENDS = ("cpu", "T4", "H200", "triton")  # T4, H200: the CUDA kernels run on the CPU, in two passes and in clusters
+BACKENDS = ("cpu", "T4", "H200", "triton")  # T4, H200: the emulated CUDA kernels, in two passes and in clusters
 
 
 @pytest.fixture(params=BACKENDS)
@@ -38,13 +40,13 @@ def backend(request):
 
 
 def pairs(name, dtype):
-    """Every value with every gradient from above, but where PyTorch contradicts itself."""
+    """Every value with every incoming gradient, except where PyTorch contradicts itself."""
 
     def sure(v, g):
         if name == "hardswish" and dtype is torch.float64:
-            # The reference composes it there, which multiplies what comes from above by 0; PyTorch's own selects.
+            # The reference composes it there and multiplies the incoming gradient by 0; PyTorch's own kernel selects.
             return math.isfinite(v) and math.isfinite(g)
-        # In a vector NaN makes relu6's gradient 0 and hardswish's NaN; at a row's end it lets g through.
+        # In a vector, NaN makes the gradient of relu6 0 and that of hardswish NaN; at a row's end both pass g on.
         return not (name in ("relu6", "hardswish") and math.isnan(v))
 
     kept = [(v, g) for v in VALUES for g in UPSTREAM if sure(v, g)]
@@ -58,7 +60,7 @@ def assert_same(actual, expected, what):
 
 
 def both(tensors, options, g, wanted):
-    """The result and the gradient of one input: actual, expected."""
+    """The result and the gradient of one input, by the backend and by eager PyTorch."""
     for function in (se_fused.squeeze_excite, reference.squeeze_excite):
         with torch.backends.mkldnn.flags(enabled=False), torch.no_grad():
             y = call(function, tensors, options)
@@ -66,7 +68,7 @@ def both(tensors, options, g, wanted):
 
 
 def elementwise(place, name, dtype):
-    """A call in which `wanted`'s gradient is g activation'(v) for each pair of them, and nothing else."""
+    """A call in which the gradient of `wanted` is just g activation'(v), for each pair of g and v."""
     v, g = pairs(name, dtype)
     k, ones = len(v), torch.ones
     tensors = dict.fromkeys(NAMES)
@@ -80,7 +82,7 @@ def elementwise(place, name, dtype):
     if place == "post_act":
         tensors |= {"w2": torch.zeros(1, 1), "x": torch.zeros(1, 1, k), "residual": v[None, None]}
         return tensors, options, g[None, None], "residual"
-    # A saturated gate: nothing comes back through it.
+    # The gate is saturated, so no gradient comes back through it.
     tensors |= {"w2": ones(1, 1), "b2": torch.tensor([1000.0]), "x": v[:, None, None]}
     return tensors, options | {"gate": HardSigmoid(1, 0)}, g[:, None, None], "x"
 
@@ -132,7 +134,7 @@ def draw(seed):
     return case, tensors, g
 
 
-# How many of `draw`'s calls; SE_FUSED_SEEDS=0,100000 takes those of a range.
+# The seeds of `draw`; SE_FUSED_SEEDS=0,100000 chooses a range.
 SEEDS = {"cpu": 400, "T4": 150, "H200": 150, "triton": 30}
 
 
@@ -147,7 +149,7 @@ def test_special_values_anywhere(backend):
                 results.append({"y": y, **gradients(function, tensors, case.options, g)})
         actual, expected = results
         for name, t in actual.items():
-            # Values are other tests' matter: here a large one hides the rounding of others.
+            # The bound is wide because other tests check values: here a large one hides the rounding of others.
             finite = expected[name][expected[name].isfinite()]
             atol = 1e-2 * (1 + finite.abs().amax().item()) if finite.numel() else 0
             torch.testing.assert_close(

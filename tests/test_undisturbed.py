@@ -23,7 +23,7 @@ pytestmark = [
 
 
 def world(model: nn.Module) -> dict:
-    """Everything reachable that examination could change, by value or identity."""
+    """Everything reachable that an examination could change, by value or by identity."""
     seen = {}
     for name, module in model.named_modules():
         seen[name] = (module, type(module), {key: _value(value) for key, value in vars(module).items()})

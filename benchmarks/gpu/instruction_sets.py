@@ -15,10 +15,10 @@ CHECK = """
 import torch
 torch.set_num_threads(2)
 import se_fused
-from se_fused import verify
+from se_fused import cases, verify
 with se_fused.use_backend("cpu"):
     for case, error, worst in verify.run():
-        if not error <= verify.tolerance(case.precision):
+        if not error <= cases.TOLERANCE[case.dtype]:
             print(f"wrong: {case}: {worst} is off by {error:.1e}")
 """
 

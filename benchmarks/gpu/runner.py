@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from .. import ROOT
+
 FILES = ("smoke.csv", "layer_gpu.csv", "models_gpu.csv", "plans_gpu.csv", "run.json", "log.txt")
 # The exit status of a worker that cannot run here, automake's of a test that was skipped; how it announces a case.
 NOT_RUN = 77

@@ -10,6 +10,7 @@ import torch
 
 import se_fused
 from se_fused import backends, verify
+from se_fused.cases import GRID_LAYOUTS, PRECISIONS, TOLERANCE, Case
 
 from .plans import SIZES
 from .worker import Rows, Worker, run_part
@@ -21,26 +22,26 @@ PLANS = (
 )  # fmt: skip
 # Whole vectors; rows of odd length with every option; rows of 49; three dimensions; the one-FC form; a large map.
 CALLS = (
-    {"shape": (5, 64, 14, 14), "r": 16},
-    {"shape": (3, 20, 7, 9), "r": 5, "residual": "other",
+    {"n": 5, "c": 64, "spatial": (14, 14), "r": 16},
+    {"n": 3, "c": 20, "spatial": (7, 9), "r": 5, "residual": "map",
      "options": {"squeeze": "mean_max", "pre_act": "silu", "post_act": "relu"}},
-    {"shape": (9, 192, 7, 7), "r": 48, "residual": "x", "options": {"gate": "hard_sigmoid", "act": "silu"}},
-    {"shape": (2, 160, 3, 5, 4), "r": 3, "options": {"squeeze": "max", "pre_act": "hardswish"}},
-    {"shape": (2, 264, 6, 5), "r": None, "bias": False, "options": {"pre_act": "relu", "gate": "tanh"}},
-    {"shape": (2, 256, 28, 28), "r": 4, "options": {"act": "gelu"}},
+    {"n": 9, "c": 192, "spatial": (7, 7), "r": 48, "residual": "x", "options": {"gate": "hard_sigmoid", "act": "silu"}},
+    {"n": 2, "c": 160, "spatial": (3, 5, 4), "r": 3, "options": {"squeeze": "max", "pre_act": "hardswish"}},
+    {"n": 2, "c": 264, "spatial": (6, 5), "r": None, "bias": False, "options": {"pre_act": "relu", "gate": "tanh"}},
+    {"n": 2, "c": 256, "spatial": (28, 28), "r": 4, "options": {"act": "gelu"}},
 )  # fmt: skip
 # How the planner begins a refusal of a cluster (csrc/plan/cluster.cpp).
 REFUSAL = "se_fused: no plan: cluster: "
 
 
-def cases(plans: tuple[str, ...]) -> Iterator[tuple[str, verify.Case]]:
+def cases(plans: tuple[str, ...]) -> Iterator[tuple[str, Case]]:
     """Every plan in one precision, then the next; without clusters in float64, which are none."""
-    for precision, plan, layout, call in itertools.product(verify.PRECISIONS, plans, verify.LAYOUTS, CALLS):
-        if layout == "strided" and plan:  # it is copied before any plan is made
+    for precision, plan, layout, call in itertools.product(PRECISIONS, plans, GRID_LAYOUTS, CALLS):
+        if layout == "every_second" and plan:  # it is copied before any plan is made
             continue
         if plan.startswith("cluster") and precision == "float64":
             continue
-        yield plan, verify.Case(precision, layout, **call)
+        yield plan, Case(**PRECISIONS[precision] | {"layout": layout} | call)
 
 
 def main() -> None:
@@ -53,7 +54,7 @@ def main() -> None:
     served: Counter[str] = Counter()
     refused: Counter[str] = Counter()
     for number, (plan, case) in worker.each(cases(plans), lambda one: f"plan {one[0]!r}, {one[1]}"):
-        row = {"plan": plan or "planner's", "case": str(case), "tolerance": f"{verify.tolerance(case.precision):.1e}"}
+        row = {"plan": plan or "planner's", "case": str(case), "tolerance": f"{TOLERANCE[case.dtype]:.1e}"}
         try:
             with se_fused.use_backend(worker.backend, plan):
                 error, worst = verify.error(case, worker.device.type, number)
@@ -64,7 +65,7 @@ def main() -> None:
             refused[plan] += 1
             rows.write({**row, "outcome": f"refused: {reason.removeprefix(REFUSAL)}"})
             continue
-        right = error <= verify.tolerance(case.precision)
+        right = error <= TOLERANCE[case.dtype]
         if not right:
             worker.wrong(f"plan {plan!r}, {case}: {worst} is off by {error:.1e}")
         rows.write({**row, "error": f"{error:.1e}", "of": worst, "outcome": "right" if right else "wrong"})

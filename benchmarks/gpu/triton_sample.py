@@ -7,6 +7,7 @@ import os
 
 import se_fused
 from se_fused import backends, verify
+from se_fused.cases import TOLERANCE, Case, grid
 
 from . import layer
 from .worker import Worker, run_part
@@ -14,11 +15,11 @@ from .worker import Worker, run_part
 STEP = 17  # prime to the numbers of calls, layouts and precisions, so that each is among the cases
 
 
-def sample() -> list[verify.Case]:
-    return verify.cases()[::STEP]
+def sample() -> list[Case]:
+    return grid()[::STEP]
 
 
-def check(case: verify.Case, device: str, seed: int) -> tuple[float, str]:
+def check(case: Case, device: str, seed: int) -> tuple[float, str]:
     with se_fused.use_backend("triton"):
         return verify.error(case, device, seed)
 
@@ -30,7 +31,7 @@ def main() -> None:
         begun = [pool.apply_async(check, (case, worker.device.type, i)) for i, case in enumerate(sample())]
         for number, case in worker.each(sample()):
             error, worst = begun[number].get()
-            if not error <= verify.tolerance(case.precision):
+            if not error <= TOLERANCE[case.dtype]:
                 worker.wrong(f"{case}: {worst} is off by {error:.1e}")
     worker.say(f"{len(begun)} cases by {processes} processes")
     if (reason := backends.CUDA.why_not(worker.device)) is None:

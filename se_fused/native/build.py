@@ -29,6 +29,8 @@ _LONGEST = 10  # of one file
 # ends the compilers.
 _NOT_AN_ORPHAN = 'exec 3<&0; (read _ <&3 || kill $$) >/dev/null 2>&1 & exec "$@" 3<&- </dev/null'
 
+WAITING = "se_fused: waiting for another process, which compiles in the same folder"
+
 
 class Watcher:
     """Is told how a build proceeds; this base class ignores it."""

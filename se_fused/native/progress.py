@@ -24,7 +24,7 @@ class Progress(build.Watcher, contextlib.ExitStack):
         self._bar: rich.progress.Progress | None = None
 
     def waits(self) -> None:
-        _log.warning("se_fused: waiting for another process, which compiles in the same folder")
+        _log.warning(build.WAITING)
 
     def begins(self) -> None:
         what = f"se_fused: compiling the {self._group.upper()} kernels, once; "

@@ -1,4 +1,4 @@
-"""The contenders: the fused layer and its peers, on the same input with the same weights and number of threads."""
+"""The fused layer and its baselines, on the same input with the same weights and number of threads."""
 
 from __future__ import annotations
 
@@ -12,25 +12,23 @@ import torch
 from torch import Tensor, nn
 
 import se_fused
+from se_fused.cases import LAYOUTS, TOLERANCE
 
 from .shapes import Shape
-from .timing import Contender
+from .timing import Variant
 
-# Largest error over the largest value of the truth. Seen at worst at the shapes of shapes.LAYER: 1.4e-6 in float32 (a
-# gradient), 5.3e-3 in bfloat16 (eager, which rounds z, h, s and y); three times that is allowed.
-TOLERANCE = {torch.float32: 4.2e-6, torch.bfloat16: 1.6e-2}
-MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+MEMORY_FORMATS = ("contiguous", "channels_last")
 
 
 class WrongResult(RuntimeError):
-    """A contender does not compute what the reference computes, so its time means nothing."""
+    """A variant differs from the reference, so its time means nothing."""
 
 
 class ClassicSE(nn.Module):
     """The layer as it is commonly written (Hu et al., section 3): pooling, two linear layers, ReLU, sigmoid, product.
 
-    The product broadcasts. `expand_as`, which means the same, would put an Expand into the ONNX graph, and ONNX Runtime
-    writes what it expands: 1.0 to 2.2 times the time at four shapes, seen on a busy machine.
+    The product broadcasts. `expand_as` means the same, but it would put an Expand into the ONNX graph, and ONNX Runtime
+    writes what it expands, which took 1.0 to 2.2 times as long at four shapes, on a busy machine.
     """
 
     def __init__(self, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> None:
@@ -66,13 +64,12 @@ class Inputs:
 
 def draw(shape: Shape, dtype: torch.dtype, layout: str, seed: int = 0) -> Inputs:
     """Inputs from `seed`. The channels of x differ in mean, so that the gates differ and a wrong squeeze shows."""
-    n, c, h, w, r = shape.n, shape.c, shape.h, shape.w, shape.r
-    random = functools.partial(torch.randn, generator=torch.Generator().manual_seed(seed))
-    x, g = random(n, c, h, w).add_(random(n, c, 1, 1)), random(n, c, h, w)
-    w1, b1, w2, b2 = random(r, c) / math.sqrt(c), random(r) / 2, random(c, r) / math.sqrt(r), random(c) / 2
-    return Inputs(
-        *(t.to(dtype, memory_format=MEMORY_FORMATS[layout]) for t in (x, g)), *(t.to(dtype) for t in (w1, b1, w2, b2))
-    )
+    generator = torch.Generator().manual_seed(seed)
+    case = shape.case(dtype, layout)
+    drawn = {name: t for name, t in case.draw(generator).items() if t is not None}
+    drawn["x"] += torch.randn(*case.shape[:2], 1, 1, generator=generator)
+    g = LAYOUTS[layout](torch.randn(case.shape, generator=generator).to(dtype))
+    return Inputs(**drawn, g=g)
 
 
 def fused_layer(i: Inputs) -> se_fused.SqueezeExcite:
@@ -82,23 +79,23 @@ def fused_layer(i: Inputs) -> se_fused.SqueezeExcite:
     return layer
 
 
-def _fused(i: Inputs, threads: int) -> Contender:
-    return Contender("fused", functools.partial(se_fused.squeeze_excite, i.x, *i.weights))
+def _fused(i: Inputs, threads: int) -> Variant:
+    return Variant("fused", functools.partial(se_fused.squeeze_excite, i.x, *i.weights))
 
 
-def _fused_inplace(i: Inputs, threads: int) -> Contender:
+def _fused_inplace(i: Inputs, threads: int) -> Variant:
     x = i.x.clone()
     call = functools.partial(se_fused.squeeze_excite, x, *i.weights, inplace=True)
-    return Contender("fused_inplace", call, restore=functools.partial(x.copy_, i.x))
+    return Variant("fused_inplace", call, restore=functools.partial(x.copy_, i.x))
 
 
-def _eager(i: Inputs, threads: int) -> Contender:
-    return Contender("eager", functools.partial(ClassicSE(*i.weights), i.x))
+def _eager(i: Inputs, threads: int) -> Variant:
+    return Variant("eager", functools.partial(ClassicSE(*i.weights), i.x))
 
 
-def _compile(i: Inputs, threads: int) -> Contender:
+def _compile(i: Inputs, threads: int) -> Variant:
     torch._dynamo.reset()
-    return Contender("compile", functools.partial(torch.compile(ClassicSE(*i.weights), dynamic=False), i.x))
+    return Variant("compile", functools.partial(torch.compile(ClassicSE(*i.weights), dynamic=False), i.x))
 
 
 @functools.lru_cache(maxsize=1)
@@ -113,7 +110,7 @@ def onnx_model(i: Inputs) -> bytes:
     return model
 
 
-def _onnxruntime(i: Inputs, threads: int) -> Contender:
+def _onnxruntime(i: Inputs, threads: int) -> Variant:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -124,10 +121,10 @@ def _onnxruntime(i: Inputs, threads: int) -> Contender:
     binding = session.io_binding()
     for bind, name, t in ((binding.bind_input, "x", i.x), (binding.bind_output, "y", y)):
         bind(name, "cpu", 0, t.numpy().dtype, list(t.shape), t.data_ptr())
-    return Contender("onnxruntime", functools.partial(session.run_with_iobinding, binding), outputs=(y,))
+    return Variant("onnxruntime", functools.partial(session.run_with_iobinding, binding), outputs=(y,))
 
 
-def _openvino(i: Inputs, threads: int) -> Contender:
+def _openvino(i: Inputs, threads: int) -> Variant:
     import openvino
 
     core = openvino.Core()
@@ -135,20 +132,20 @@ def _openvino(i: Inputs, threads: int) -> Contender:
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": threads,
         "INFERENCE_PRECISION_HINT": "f32",
-        # Mostly faster unpinned: 0.51 to 1.05 of the time, 0.80 in the geometric mean of two runs at four shapes. Both
-        # runs were on a busy machine, which may favour it.
+        # Threads that are not pinned are mostly faster: 0.51 to 1.05 of the time, in the geometric mean 0.80, over two
+        # runs at four shapes. Both runs were on a busy machine, which may favour them.
         "ENABLE_CPU_PINNING": False,
     }
     request = core.compile_model(core.read_model(onnx_model(i)), "CPU", config).create_infer_request()
     y = torch.full_like(i.x, math.nan)
     request.set_input_tensor(openvino.Tensor(i.x.numpy(), shared_memory=True))
     request.set_output_tensor(openvino.Tensor(y.numpy(), shared_memory=True))
-    # Without share_outputs the Python binding copies y once more.
-    return Contender("openvino", functools.partial(request.infer, share_inputs=True, share_outputs=True), outputs=(y,))
+    # Without share_outputs the Python binding would copy y once more.
+    return Variant("openvino", functools.partial(request.infer, share_inputs=True, share_outputs=True), outputs=(y,))
 
 
-FUSED: dict[str, Callable[[Inputs, int], Contender]] = {"fused": _fused, "fused_inplace": _fused_inplace}
-PEERS: dict[str, Callable[[Inputs, int], Contender]] = {
+FUSED: dict[str, Callable[[Inputs, int], Variant]] = {"fused": _fused, "fused_inplace": _fused_inplace}
+BASELINES: dict[str, Callable[[Inputs, int], Variant]] = {
     "eager": _eager,
     "compile": _compile,
     "onnxruntime": _onnxruntime,
@@ -156,62 +153,65 @@ PEERS: dict[str, Callable[[Inputs, int], Contender]] = {
 }
 
 
-def forward(name: str, i: Inputs, threads: int) -> Contender:
-    """Contender `name` for y, to be called in inference mode; `threads` for those that do not take torch's number."""
-    return {**FUSED, **PEERS}[name](i, threads)
+def forward(name: str, i: Inputs, threads: int) -> Variant:
+    """Variant `name` of the forward pass, for inference mode; `threads` is for those that do not use torch's number."""
+    return {**FUSED, **BASELINES}[name](i, threads)
 
 
-def backward(name: str, i: Inputs, *, with_forward: bool) -> Contender:
-    """ "fused" or "eager" for the gradients of x, w1, b1, w2, b2, on a graph built once or built anew in each call."""
+def backward(name: str, i: Inputs, *, with_forward: bool) -> Variant:
+    """The gradients of x, w1, b1, w2, b2 by "fused" or "eager", on a graph built once, or built by each call."""
     layer: nn.Module = fused_layer(i) if name == "fused" else ClassicSE(*i.weights)
     parameters = dict(layer.named_parameters())
     names = ("w1", "b1", "w2", "b2") if name == "fused" else ("fc.0.weight", "fc.0.bias", "fc.2.weight", "fc.2.bias")
     x = i.x.clone().requires_grad_()
     inputs = [x, *(parameters[n] for n in names)]
     if with_forward:
-        return Contender(name, lambda: torch.autograd.grad(layer(x), inputs, i.g))
+        return Variant(name, lambda: torch.autograd.grad(layer(x), inputs, i.g))
     y = layer(x)
-    return Contender(name, lambda: torch.autograd.grad(y, inputs, i.g, retain_graph=True))
+    return Variant(name, lambda: torch.autograd.grad(y, inputs, i.g, retain_graph=True))
 
 
-def copy(i: Inputs) -> Contender:
-    """One read and one write of the map: the speed that the floor is made of."""
+def copy(i: Inputs) -> Variant:
+    """One read and one write of the map: the column copy_us is made of its speed."""
     y = torch.empty_like(i.x)
-    return Contender("copy", functools.partial(y.copy_, i.x))
+    return Variant("copy", functools.partial(y.copy_, i.x))
 
 
-def multiply(i: Inputs) -> Contender:
-    """The least that any layer in place must do: read the map and write it back, once."""
-    return Contender("multiply", functools.partial(i.x.clone().mul_, 1.0))
+def multiply(i: Inputs) -> Variant:
+    """The least that any layer in place must do: read the map once and write it back."""
+    return Variant("multiply", functools.partial(i.x.clone().mul_, 1.0))
 
 
-FLOORS: dict[str, Callable[[Inputs], Contender]] = {"copy": copy, "multiply": multiply}
+# What one pass over the map takes, out of place and in place.
+PASSES: dict[str, Callable[[Inputs], Variant]] = {"copy": copy, "multiply": multiply}
 
 
 def truth(i: Inputs, *, gradients: bool) -> tuple[Tensor, ...]:
-    """(y,), or the gradients of x, w1, b1, w2, b2, by the reference in float64."""
+    """(y,) or the gradients of x, w1, b1, w2, b2, computed by the reference in float64."""
     inputs = [t.double().requires_grad_(gradients) for t in (i.x, *i.weights)]
     y = se_fused.reference.squeeze_excite(*inputs)
     return torch.autograd.grad(y, inputs, i.g.double()) if gradients else (y,)
 
 
-def check(contender: Contender, want: Sequence[Tensor]) -> float:
-    """The largest error of one call, over the largest value of the truth. Raises WrongResult above TOLERANCE."""
-    if contender.restore is not None:
-        contender.restore()
-    returned = contender.call()
-    if contender.outputs is not None:
-        got: Sequence[Tensor] = contender.outputs
+def check(variant: Variant, want: Sequence[Tensor]) -> float:
+    """The largest error of one call, relative to the largest value of the truth. Raises WrongResult above TOLERANCE."""
+    if variant.restore is not None:
+        variant.restore()
+    returned = variant.call()
+    if variant.outputs is not None:
+        got: Sequence[Tensor] = variant.outputs
     else:
         got = (returned,) if isinstance(returned, Tensor) else tuple(returned)  # type: ignore[arg-type]
     worst = 0.0
     for a, b in zip(got, want, strict=True):
         if a.shape != b.shape:
-            raise WrongResult(f"{contender.name}: shape {list(a.shape)}; the reference gives {list(b.shape)}")
+            raise WrongResult(f"{variant.name}: shape {list(a.shape)}; the reference gives {list(b.shape)}")
         error = float((a.double() - b).abs().max() / b.abs().max())
+        # At the shapes of shapes.LAYER, the largest were 1.4e-6 in float32 (a gradient) and 5.3e-3 in bfloat16 (eager,
+        # which rounds z, h, s and y). Both are about a third of what is allowed.
         if not error <= TOLERANCE[a.dtype]:
             raise WrongResult(
-                f"{contender.name}: off by {error:.1e} of the largest value; at most {TOLERANCE[a.dtype]:.1e}"
+                f"{variant.name}: off by {error:.1e} of the largest value; at most {TOLERANCE[a.dtype]:.1e}"
             )
         worst = max(worst, error)
     return worst

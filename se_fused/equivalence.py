@@ -1,4 +1,7 @@
-"""The proof that a layer computes what it was recognised as: results and gradients, in every mode, at several sizes."""
+"""Checks by numbers that a layer computes what it was recognised as.
+
+Results and gradients of layer and formula are compared in both modes at several sizes, on drawn maps.
+"""
 
 from __future__ import annotations
 
@@ -7,33 +10,37 @@ import math
 import torch
 from torch import Tensor, nn
 
-from . import reference, sizes, tracing
+from . import invariance, reference, tracing
 from .recognised import Recognised
 from .undisturbed import are_equal, random_states
 
-# Relative, in float64, where rounding stays below 2e-15 up to C = 4920 and R = 768. The two closest activations,
-# gelu's forms, differ by 1e-5 of the grid's end.
+# Relative, in float64. It is not `cases.TOLERANCE`, because it separates formulas instead of bounding rounding, which
+# stays below 2e-15 up to C = 4920 and R = 768. The two closest activations, the two forms of gelu, differ by 1e-5 of
+# the end of the grid.
 TOLERANCE = 1e-10
-# PyTorch's own hard sigmoid multiplies by a float32 1/6 in backward, which is off by 3e-8.
+# Wider, because PyTorch's hard sigmoid multiplies by a float32 1/6 in backward, which is off by 3e-8.
 _GRADIENT_TOLERANCE = 1e-7
-# Elements of the largest map that is computed: 90 x 90 positions of 64 channels, 32 x 32 of 512.
+# Elements of the largest map that is computed: 90 x 90 positions of 64 channels, or 32 x 32 positions of 512.
 _REALISTIC = 2**19
 
 
 def same(got: Tensor, wanted: Tensor) -> bool:
-    """Whether the numbers agree, up to dimensions of size 1."""
+    """Whether the numbers agree; dimensions of size 1 do not matter."""
     return got.numel() == wanted.numel() and error_of(got.reshape(-1), wanted.reshape(-1)) <= TOLERANCE
 
 
 def error_of(got: Tensor, wanted: Tensor) -> float:
-    """The largest difference, relative to the largest number of `wanted`; infinite if one is NaN."""
+    """The largest difference, relative to the largest number of `wanted`; infinite if any difference is NaN."""
     error = float((got - wanted).abs().max() / wanted.abs().max().clamp_min(1e-300))
     return math.inf if math.isnan(error) else error
 
 
-def disproof(bare: nn.Module, meta: nn.Module, recognised: Recognised, dims: int) -> str | None:
-    """Why layer and formula differ on maps of `dims` dimensions; None if they agree in both modes at two sizes, at one
-    of realistic size, in all gradients, and use the same operators at every size."""
+def mismatch(bare: nn.Module, meta: nn.Module, recognised: Recognised, dims: int) -> str | None:
+    """How layer and formula differ on maps of `dims` dimensions; None if they do not.
+
+    They must agree in results and all gradients, in both modes at two small sizes and in eval mode at a realistic one,
+    and in results on extreme numbers. The layer must also run the same operators at every size.
+    """
     c = recognised.channels
     for n, *spatial in ((2, 4, 3, 2), (3, 2, 3, 5)):
         shape = (n, c, *spatial[: dims - 2])
@@ -44,13 +51,13 @@ def disproof(bare: nn.Module, meta: nn.Module, recognised: Recognised, dims: int
     if found is not None:
         return found
     side = max(4, round((_REALISTIC / c) ** (1 / (dims - 2))))
-    return _difference(bare, recognised, (1, c, side + 3, *(side,) * (dims - 3)), "eval") or sizes.dependence(
+    return _difference(bare, recognised, (1, c, side + 3, *(side,) * (dims - 3)), "eval") or invariance.violation(
         meta, c, dims
     )
 
 
 def _difference(bare: nn.Module, recognised: Recognised, shape: tuple[int, ...], mode: str) -> str | None:
-    """How result or gradients of layer and formula differ on a random map."""
+    """How the results or gradients of layer and formula differ on a random map; None if they do not."""
     bare.train(mode == "train")
     x, g = tracing.random_map(*shape), tracing.numbers(*shape)
     leaves = {"x": x.clone().requires_grad_(), **dict(bare.named_parameters())}
@@ -88,7 +95,7 @@ def _difference(bare: nn.Module, recognised: Recognised, shape: tuple[int, ...],
 
 
 def _on_extremes(bare: nn.Module, recognised: Recognised, dims: int) -> str | None:
-    """Whether the result differs where numbers are huge, tiny, 0 or NaN."""
+    """How the results differ where numbers are huge, tiny, 0 or NaN; None if they do not."""
     x = tracing.random_map(6, recognised.channels, *(4, 3, 2)[: dims - 2])
     for sample, factor in zip(x, (1e8, 1e-8, 0.0), strict=False):
         sample *= factor
@@ -97,14 +104,14 @@ def _on_extremes(bare: nn.Module, recognised: Recognised, dims: int) -> str | No
     residual = x if recognised.residual else None
     wanted = reference.compute(x, *recognised.weights(bare), residual, recognised.options())
     got = bare(x.clone())
-    # A sum of huge numbers is only as exact as those: 1e-16 of 1e8, which an identity gate multiplies by another.
+    # Rounding grows with the numbers that are added: 1e-16 of 1e8, which an identity gate multiplies by 1e8 again.
     if torch.allclose(got, wanted, rtol=1e-6, atol=1e-30, equal_nan=True):
         return None
     return "its output differs from the formula where numbers are huge, tiny, 0 or NaN"
 
 
 def _leaves(y: Tensor) -> set[int]:
-    """The ids of the tensors that gradients of y reach."""
+    """The ids of the leaf tensors that a gradient of y reaches."""
     found, todo, seen = set(), [y.grad_fn], set()
     while todo:
         node = todo.pop()

@@ -1,6 +1,7 @@
-"""Whether a layer does the same to every map, told from its operators alone: they run on maps without memory.
+"""Checks that a layer runs the same operators on every map, whatever its size, mode, dtype and strides.
 
-Numbers can only be compared at sizes that are affordable; pooling over a window of 384 positions would not be noticed.
+The layer runs on the meta device, which computes no numbers, so large maps cost nothing. A comparison of numbers is
+limited to affordable sizes: it would not notice pooling over a window of 384 positions.
 """
 
 from __future__ import annotations
@@ -16,18 +17,18 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# Batch and longest side. Not a batch of 1, in which einsum takes other operators.
+# Batch and longest side. There is no batch of 1, for which einsum chooses other operators.
 _SIZES = ((2, 7), (3, 1), (5, 28), (4, 56), (2, 160), (8, 224), (16, 512), (64, 1024))
 
 
-def dependence(layer: nn.Module, c: int, dims: int) -> str | None:
-    """Why `layer`, on the meta device, is not the same for every map [N, C, *spatial] of `dims` dimensions, in every
-    mode and dtype; None if it is."""
-    # Square and not: with the sides s, s, s and s + 2, s + 1, s.
+def violation(layer: nn.Module, c: int, dims: int) -> str | None:
+    """How the operators of `layer`, on the meta device, depend on the map [N, C, *spatial] of `dims` dimensions, on the
+    mode or on the dtype; None if they do not."""
+    # Each size twice: with the sides s, s, s and with s + 2, s + 1, s.
     shapes = [(n, c, *(s + i * k for i in reversed(range(dims - 2)))) for n, s in _SIZES for k in (0, 1)]
     half = [copy.deepcopy(layer).to(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
     try:
-        # All sizes in one mode with gradients and in the other without.
+        # All sizes in train mode with gradients, and below in eval mode without; the other two see two sizes.
         for training, grad, some in ((True, True, shapes), (True, False, shapes[-2:]), (False, True, shapes[-2:])):
             layer.train(training)
             first = _Run(layer, shapes[0], grad)
@@ -58,7 +59,7 @@ def _difference(run: _Run, first: _Run) -> str | None:
 
 
 class _Run(TorchDispatchMode):
-    """The operators of one run, each with its arguments that are no tensors."""
+    """One run of a layer: its operators, each with its arguments other than tensors."""
 
     def __init__(
         self, layer: nn.Module, shape: tuple[int, ...], grad: bool = False, channels_last: bool = False
@@ -83,7 +84,7 @@ class _Run(TorchDispatchMode):
         given = tree_leaves((args, kwargs))
         self.calls.append((str(func), [leaf for leaf in given if not isinstance(leaf, Tensor)]))
         tensors = {id(leaf) for leaf in given if isinstance(leaf, Tensor)}
-        # What torch.tensor makes comes by this operator.
+        # torch.tensor makes a new tensor through lift_fresh, so that one is no stranger.
         self.stranger |= "lift_fresh" not in str(func) and not tensors <= self._known
         made = [t for t in tree_leaves(out) if isinstance(t, Tensor) and id(t) not in tensors]
         self._known |= {id(t) for t in made}
@@ -91,11 +92,11 @@ class _Run(TorchDispatchMode):
         return out
 
     def outlived(self) -> bool:
-        """Whether someone holds a tensor that the run made."""
+        """Whether anyone still holds a tensor that the run made."""
         return any(made() is not None for made in self._made)
 
     def equals(self, other: _Run) -> bool:
-        """Whether operators and numbers are the same, but for dtypes, and for sizes and their products."""
+        """Whether both runs have the same operators and arguments. Dtypes, sizes and products of sizes may differ."""
         pairs = set(zip(_products(self.shape), _products(other.shape), strict=True))
 
         def same(a: Any, b: Any) -> bool:
