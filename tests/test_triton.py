@@ -197,8 +197,8 @@ def test_nothing_outside_the_tensors_is_read_or_written(n, c, r, l, channels_las
     inputs = [tensors[name] for name in ("x", "w1", "b1", "w2", "b2", "residual")]
     options = {"act": "silu", "gate": "sigmoid", "squeeze": squeeze, "pre_act": "relu", "post_act": "silu"}
     encoded = Options.of(**options)
-    scratch = launch._Problem.scratch
-    monkeypatch.setattr(launch._Problem, "scratch", lambda self, *shape: guarded(scratch(self, *shape), fill=False))
+    scratch = launch.Problem.scratch
+    monkeypatch.setattr(launch.Problem, "scratch", lambda self, *shape: guarded(scratch(self, *shape), fill=False))
     saved = [guarded(t, fill=False) for t in (torch.empty(n, c), torch.empty(n, r or 0), torch.empty(n, c))]
     y = guarded(inputs[0], fill=False)
     g = guarded(torch.randn_like(inputs[0]))

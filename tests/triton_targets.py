@@ -137,7 +137,7 @@ def main(name: str) -> None:
     on_amd = name.startswith("gfx")
     target = GPUTarget("hip", name, 64) if on_amd else GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
     if on_amd:  # as launch.py sets them with PyTorch for ROCm
-        launch._ORDERED, launch._REGISTERS = False, {}
+        launch.ORDERED, launch.REGISTERS = False, {}
     for call in HALVES.get(name, CALLS):
         for kernel, args, kwargs in record(*call):
             what, options = source(kernel, args, kwargs)

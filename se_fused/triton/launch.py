@@ -15,12 +15,12 @@ from .tiles import MAP, MEAN, MEAN_MAX, NO_RESIDUAL, X_ITSELF
 
 # Whether a barrier in a program orders its stores to global memory. Not on AMD, where Triton's barrier waits for shared
 # memory only (`s_waitcnt lgkmcnt(0)`).
-_ORDERED = torch.version.hip is None
+ORDERED = torch.version.hip is None
 # Without this limit, ptxas spills a few registers to reach the next step of occupancy.
-_REGISTERS = {} if torch.version.hip else {"maxnreg": 255}
+REGISTERS = {} if torch.version.hip else {"maxnreg": 255}
 
 
-class _Problem:
+class Problem:
     """One call, forward or backward: its sizes, its plan, and the arguments that several kernels have in common."""
 
     def __init__(
@@ -37,7 +37,7 @@ class _Problem:
         self.options = options
         self.squeeze = Options(*options).squeeze
         self.plan = p = plan(
-            self.n, self.c, self.r, self.l, channels_last, x.element_size(), backward=backward, ordered=_ORDERED
+            self.n, self.c, self.r, self.l, channels_last, x.element_size(), backward=backward, ordered=ORDERED
         )
         kind = NO_RESIDUAL
         if residual is not None:
@@ -51,7 +51,7 @@ class _Problem:
         self.sample_args = {"BLOCK_R": p.block_r, "BLOCK_K1": p.block_k1, "BLOCK_K2": p.block_k2}
         # With a maximum there are no fused multiply-adds: they can round u differently in two kernels, and then no
         # position would equal the maximum.
-        self.launch_args = {"num_warps": p.warps, "enable_fp_fusion": self.squeeze == MEAN.value, **_REGISTERS}
+        self.launch_args = {"num_warps": p.warps, "enable_fp_fusion": self.squeeze == MEAN.value, **REGISTERS}
 
     def scratch(self, *shape: int) -> Tensor:
         return self.x.new_empty(shape, dtype=self.dtype)
@@ -85,7 +85,7 @@ def forward_out(
 ) -> None:  # fmt: skip
     """Writes y, which may be x, and those of z, p1 and p2 that are given. `Forward` in csrc/se.h describes them."""
     options = (act, gate, slope, offset, squeeze, pre_act, post_act)
-    p = _Problem(x, w1, residual, options, channels_last, backward=False)
+    p = Problem(x, w1, residual, options, channels_last, backward=False)
     n, c, l, tiling = p.n, p.c, p.l, p.plan
     r = max(p.r, 1)
     partial = p.partial(2 if squeeze == MEAN_MAX.value else 1)
@@ -122,7 +122,7 @@ def backward_out(
 ) -> None:  # fmt: skip
     """Writes the gradients that are not None. `Backward` in csrc/se.h describes them."""
     options = (act, gate, slope, offset, squeeze, pre_act, post_act)
-    p = _Problem(x, w1, residual, options, channels_last, backward=True)
+    p = Problem(x, w1, residual, options, channels_last, backward=True)
     n, c, l, tiling = p.n, p.c, p.l, p.plan
     r = max(p.r, 1)
     p1, dp1 = (None, None) if w1 is None else (saved_p1, p.scratch(n, r))
@@ -156,5 +156,5 @@ def backward_out(
             tiles1 = 0 if dw1 is None and db1 is None else _divide_up(r, block_i) * _divide_up(c, block_j)
             weights.weight_gradients_kernel[(tiles2 + tiles1,)](
                 dp1, dp2, z, p1, dw1, db1, dw2, db2, tiles2, n, c, r, options,
-                BLOCK_N=block_n, BLOCK_I=block_i, BLOCK_J=block_j, **_REGISTERS,
+                BLOCK_N=block_n, BLOCK_I=block_i, BLOCK_J=block_j, **REGISTERS,
             )  # fmt: skip
