@@ -41,6 +41,7 @@ LONGEST = (
     "backward_cluster",
 )  # first, so that no core ends long before another
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+HOT = "(squeeze|scale|backward_reduce|backward_apply|forward_cluster|backward_cluster)_kernel"  # moves maps
 
 Code = dict[tuple[str, str], list[sass.Instruction]]  # of each kernel on each architecture
 
@@ -142,23 +143,23 @@ def compare_instructions(loops: dict[tuple[str, str], list[sass.Loop]], update: 
 
 def is_hot(name: str, sm: str) -> bool:
     """Whether it moves maps in accesses of 16 bytes."""
-    if "double" in name or not re.match(r"(scale|distribute|reduce)_|\w+_in_cluster", name):
+    if "double" in name or not re.match(HOT, name):
         return False
-    if "in_cluster" in name and int(sm) < 90:
+    if "_cluster_kernel" in name and int(sm) < 90:
         return False  # empty
-    width = re.search(r"PositionShare<\w+, (\d+)|^reduce_\w+<(\d+)", name)
+    width = re.search(r"PositionShare<\w+, (\d+)|\b(?:Row|Position)Reduction<(\d+)", name)
     element = 2 if re.search("__half|__nv_bfloat16", name) else 4
     return not width or int(width[1] or width[2]) * element >= 16
 
 
 def faults(name: str, sm: str, code: Sequence[sass.Instruction], loops: Sequence[sass.Loop]) -> list[str]:
     """What makes a hot kernel slow."""
-    cluster = "in_cluster" in name
-    wanted = {"LDGSTS", "STG"} if cluster else {"LDG"} if name.startswith("reduce_") else {"LDG", "STG"}
-    if name.startswith("reduce_staged") and int(sm) >= 80:
+    cluster, reduces = "_cluster_kernel" in name, "Reduction<" in name
+    wanted = {"LDGSTS", "STG"} if cluster else {"LDG"} if reduces else {"LDG", "STG"}
+    if "StagedRowReduction<" in name and int(sm) >= 80:
         wanted = {"LDGSTS"}  # which sm_75 does not have
-    if name.startswith("backward_in_cluster"):
-        wanted.add("LDG")  # forward_in_cluster may have no residual
+    if name.startswith("backward_cluster"):
+        wanted.add("LDG")  # forward_cluster may have no residual
     missing = sorted(wanted - {one.kind for one in code})
     return [f"no {kind}.128" for kind in missing] + (sass.pieces(code, loops) if cluster else [])
 

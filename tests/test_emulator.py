@@ -105,7 +105,7 @@ FAULTS = {
         "plan/two_pass.cpp",
         "(kSamples * (kTile + kColumns)",
         "(kSamples * (3 * kTile + kColumns)",
-        "kernel hidden_gradient: invalid argument",
+        "kernel backward_hidden: invalid argument",
     ),
     "a barrier that publishes nothing before a peer reads": (
         run_kernels,

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import itertools
 import math
 import re
 import statistics
@@ -14,10 +15,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import se_fused
 from se_fused import backends, launch, native
 from se_fused.options import Options
 
+ROOT = Path(__file__).resolve().parents[1]
 C = native.load_facts()
 H200 = C.preset("H200")
 DEVICES = C.device_presets()
@@ -56,12 +57,26 @@ def test_the_widest_access_that_every_row_allows(call, width):
         ({}, ["squeeze", "scale"]),  # W1 of 4096 weights: each block reads it
         ({"c": 960, "r": 240, "l": 49}, ["squeeze", "hidden", "scale"]),
         ({"r": 0}, ["squeeze", "scale"]),
-        ({"backward": True}, ["reduce", "hidden_gradient", "distribute", "weight_gradients"]),
-        ({"backward": True, "r": 0}, ["reduce", "distribute", "weight_gradients"]),
+        ({"backward": True}, ["backward_reduce", "backward_hidden", "backward_apply", "weight_gradients"]),
+        ({"backward": True, "r": 0}, ["backward_reduce", "backward_apply", "weight_gradients"]),
     ],
 )
 def test_the_launches(call, names):
     assert [name for name, *_ in plan(**call).launches] == names
+
+
+def test_every_kernel_has_the_name_of_its_launch():
+    """So that a profiler's timeline can be read beside `explain`."""
+    launches = {
+        name
+        for backward, forced, r in itertools.product((False, True), ("two_pass", "cluster"), (64, 512))
+        for name, *_ in plan(l=49, r=r, backward=backward, forced=forced).launches
+    }
+    sources = "".join(path.read_text() for path in (ROOT / "csrc/cuda").glob("*.cu*"))
+    kernels = re.findall(r"__global__ void(?: __launch_bounds__\([^()]*\))?\s+(\w+)\(", sources)
+    assert len(kernels) == sources.count("__global__")
+    # No plan launches `occupant`: a device is asked how many clusters of it can run.
+    assert sorted(kernels) == sorted(["occupant", *(f"{name}_kernel" for name in launches)])
 
 
 def test_one_row_is_split_until_the_gpu_is_full():
@@ -421,7 +436,7 @@ def test_explain_prints_the_plan_of_the_device_with_its_prediction(monkeypatch):
         assert re.search(f"predicted: {PREDICTED}", text)
 
 
-MEASURED = Path(se_fused.__file__).parents[1] / "benchmarks/results/h200/plans_gpu.csv"
+MEASURED = ROOT / "benchmarks/results/h200/plans_gpu.csv"
 
 
 def measured_forward(file=MEASURED):

@@ -168,7 +168,7 @@ struct GateGradientOperation {
   }
 };
 
-// What `distribute` needs to know of each channel of its block, in shared memory.
+// What `backward_apply` needs to know of each channel of its block, in shared memory.
 template <class A>
 struct Channels {
   A *s, *mean_share;   // mean_share: dz / L, to be added at every position
@@ -190,7 +190,7 @@ struct Channels {
 
 // dx and dresidual of a share's elements (elementwise.cuh).
 template <class T, class M, bool kPlain>
-struct DistributeOperation {
+struct ApplyOperation {
   using A = Accumulator<T>;
   static constexpr int kAhead = kPlain ? 3 : 1;
   template <int V>

@@ -29,8 +29,8 @@ struct MaybeSlab {
 
 template <class T, class Share, bool kPlain, class A = Accumulator<T>>
 __global__ void __launch_bounds__(kMostBackwardThreads, 1)
-    backward_in_cluster(const __grid_constant__ Backward f, A* ds, A* dp1, Elementwise e, Divisor by,
-                        Residence residence, Reduction reduction) {
+    backward_cluster_kernel(const __grid_constant__ Backward f, A* ds, A* dp1, Elementwise e, Divisor by,
+                            Residence residence, Reduction reduction) {
 #ifdef SE_FUSED_HAS_CLUSTERS
   using X = std::conditional_t<kPlain, Global<T>, MaybeSlab<T>>;
   using M = Maps<T, Slab<T>, X, kPlain, const Backward&>;
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kMostBackwardThreads, 1)
                  max ? channels.max_share[i] : A(0));
   }
   __syncthreads();
-  share.walk(DistributeOperation<T, M, kPlain>{maps, channels});
+  share.walk(ApplyOperation<T, M, kPlain>{maps, channels});
   cluster.wait();
 #else
   __trap();  // device_limits() says that there are no clusters
@@ -117,8 +117,8 @@ void backward_cluster(const Backward& f, const Plan& plan, void* scratch, void* 
       with_cluster_share<T>(plan.call, [&](auto* share) {
         using Share = std::remove_pointer_t<decltype(share)>;
         with_form<T>(is_plain(f), [&](auto plain) {
-          launch(plan, "backward", stream, backward_in_cluster<T, Share, plain.value>, f, ds, dp1, plan.elementwise,
-                 Divisor(f.l), plan.residence, plan.reduction);
+          launch(plan, "backward_cluster", stream, backward_cluster_kernel<T, Share, plain.value>, f, ds, dp1,
+                 plan.elementwise, Divisor(f.l), plan.residence, plan.reduction);
         });
       });
       if (dw) launch_weight_gradients(f, plan, Partial<A>{ds, nullptr, nullptr, 1}, static_cast<const A*>(dp1), stream);

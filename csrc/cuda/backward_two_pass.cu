@@ -3,7 +3,8 @@
 //           ds = sum_l dv u        dp2 = ds gate'(p2)      dh = dp2 W2    dp1 = dh act'(p1)
 //           dz = dp1 W1            du = dv s + dz / L (mean), or dz / ties where u is the maximum
 //           dx = du pre_act'(x)
-// Grid:   reduce (reduce.cuh); hidden_gradient: 32 columns of W2 for kSamples samples a block; distribute: a share of
+// Grid:   backward_reduce (reduce.cuh); backward_hidden: 32 columns of W2 for kSamples samples a block; backward_apply:
+// a share of
 //         one sample's map a block, which first computes s and dz of its channels; the weights' in weight_gradients.cu.
 // Bytes:  reads g and x twice (x once, where dx does not depend on it), writes dx once.
 // Needs:  nothing: any shape, alignment and device.
@@ -43,9 +44,14 @@ struct StoredGateGradient : GateGradientOperation<T, GlobalMaps<T, kPlain>, kPla
   }
 };
 
+template <class Body>
+__global__ void __launch_bounds__(kThreads, Body::kBlocks) backward_reduce_kernel(const __grid_constant__ Body body) {
+  body.run();
+}
+
 template <class T, class A = Accumulator<T>>
 __global__ void __launch_bounds__(kThreads, kBackwardBlocks<true, A>)
-    hidden_gradient(const __grid_constant__ Backward f, Partial<A> partial, A* dp1) {
+    backward_hidden_kernel(const __grid_constant__ Backward f, Partial<A> partial, A* dp1) {
   const auto column_blocks = static_cast<unsigned>((f.r + kColumns - 1) / kColumns);
   const int64_t r0 = int64_t{blockIdx.x % column_blocks} * kColumns;
   const int64_t n0 = int64_t{blockIdx.x / column_blocks} * kSamples;
@@ -87,11 +93,11 @@ __device__ Channels<A> excite_backward(const Backward& f, const Partial<A>& part
 // In reverse: what the reduction has read last is still in the L2.
 template <class T, class Share, bool kPlain, class A = Accumulator<T>>
 __global__ void __launch_bounds__(kThreads, kBackwardBlocks<kPlain, A>)
-    distribute_share(const __grid_constant__ GlobalMaps<T, kPlain> maps, Partial<A> partial, const A* dp1,
-                     Elementwise e, Divisor by) {
+    backward_apply_kernel(const __grid_constant__ GlobalMaps<T, kPlain> maps, Partial<A> partial, const A* dp1,
+                          Elementwise e, Divisor by) {
   const Share share(maps.f, e, by, gridDim.x - 1 - blockIdx.x);
   const Channels<A> channels = excite_backward<T>(maps.f, partial, dp1, share);
-  share.walk(DistributeOperation<T, GlobalMaps<T, kPlain>, kPlain>{maps, channels});
+  share.walk(ApplyOperation<T, GlobalMaps<T, kPlain>, kPlain>{maps, channels});
 }
 
 }  // namespace
@@ -113,13 +119,14 @@ void backward_two_pass(const Backward& f, const Plan& plan, void* scratch, void*
       constexpr bool kPlain = plain.value;
       const GlobalMaps<T, kPlain> maps{
           f, {static_cast<const T*>(f.g)}, {static_cast<const T*>(f.x)}, {static_cast<const T*>(f.residual)}};
-      launch_reduction<T>(plan, "reduce", stream, StoredGateGradient<T, kPlain>{{maps}, partial});
-      if (f.r) launch(plan, "hidden_gradient", stream, hidden_gradient<T>, f, partial, dp1);
+      launch_reduction<T>(plan, "backward_reduce", stream, StoredGateGradient<T, kPlain>{{maps}, partial},
+                          [](const auto& body) { return backward_reduce_kernel<std::decay_t<decltype(body)>>; });
+      if (f.r) launch(plan, "backward_hidden", stream, backward_hidden_kernel<T>, f, partial, dp1);
       if (!f.dx && !f.dresidual) return;
       with_share<T>(plan.call, plan.elementwise, [&](auto* share) {
         using Share = std::remove_pointer_t<decltype(share)>;
-        launch(plan, "distribute", stream, distribute_share<T, Share, kPlain>, maps, partial, dp1, plan.elementwise,
-               Divisor(f.l));
+        launch(plan, "backward_apply", stream, backward_apply_kernel<T, Share, kPlain>, maps, partial, dp1,
+               plan.elementwise, Divisor(f.l));
       });
     });
     if (f.dw1 || f.db1 || f.dw2 || f.db2) launch_weight_gradients(f, plan, partial, dp1, stream);

@@ -65,7 +65,7 @@ struct RowShare {
   }
 
   // kRun: so many elements from each border of as many lie in one channel. W takes 42 instructions for 512 bytes, W / 2
-  // 58, 1 takes 68 (instructions.csv: forward_in_cluster of half precision, plain, sm_90).
+  // 58, 1 takes 68 (instructions.csv: forward_cluster_kernel of half precision, plain, sm_90).
   template <int W, int kRun, class Operation>
   __device__ void finish(const Operation& operation, unsigned e,
                          const typename Operation::template Fetched<W>& fetched) const {

@@ -15,8 +15,8 @@ namespace {
 
 template <class T, class Share, bool kPlain, class A = Accumulator<T>>
 __global__ void __launch_bounds__(kMostForwardThreads, 1)
-    forward_in_cluster(const __grid_constant__ Forward f, Elementwise e, Divisor by, Residence residence,
-                       Reduction reduction) {
+    forward_cluster_kernel(const __grid_constant__ Forward f, Elementwise e, Divisor by, Residence residence,
+                           Reduction reduction) {
 #ifdef SE_FUSED_HAS_CLUSTERS
   const Share share(f, e, by, blockIdx.x);
   const Cluster cluster(residence.size);
@@ -83,8 +83,8 @@ void forward_cluster(const Forward& f, const Plan& plan, void* stream) {
       with_cluster_share<T>(plan.call, [&](auto* share) {
         using Share = std::remove_pointer_t<decltype(share)>;
         with_form<T>(is_plain(f), [&](auto plain) {
-          launch(plan, "forward", stream, forward_in_cluster<T, Share, plain.value>, f, plan.elementwise, Divisor(f.l),
-                 plan.residence, plan.reduction);
+          launch(plan, "forward_cluster", stream, forward_cluster_kernel<T, Share, plain.value>, f, plan.elementwise,
+                 Divisor(f.l), plan.residence, plan.reduction);
         });
       });
     }

@@ -34,6 +34,11 @@ struct StoredSqueeze : SqueezeOperation<T, Global<T>, kPlain> {
   }
 };
 
+template <class Body>
+__global__ void __launch_bounds__(kThreads, Body::kBlocks) squeeze_kernel(const __grid_constant__ Body body) {
+  body.run();
+}
+
 // z of one channel, from the partial results in their order.
 template <class A>
 struct Squeezed {
@@ -71,7 +76,7 @@ __device__ auto squeezed_source(const Forward& f, const Squeezed<A>& z, int64_t 
 // p1, and z where it is wanted.
 template <class T, class A = Accumulator<T>>
 __global__ void __launch_bounds__(kThreads, kForwardBlocks<false, A>)
-    hidden(const __grid_constant__ Forward f, Squeezed<A> z) {
+    hidden_kernel(const __grid_constant__ Forward f, Squeezed<A> z) {
   const auto row_blocks = static_cast<unsigned>((f.r + kWarps - 1) / kWarps);
   const int64_t r0 = int64_t{blockIdx.x % row_blocks} * kWarps, n0 = int64_t{blockIdx.x / row_blocks} * kSamples;
   const int rows = static_cast<int>(f.r - r0 < kWarps ? f.r - r0 : kWarps);
@@ -122,7 +127,7 @@ __device__ const A* gates(const Forward& f, const Squeezed<A>& z, bool fused_hid
 // In reverse: what the squeeze has read last is still in the L2.
 template <class T, class Share, bool kPlain, class A = Accumulator<T>>
 __global__ void __launch_bounds__(kThreads, kForwardBlocks<kPlain, A>)
-    scale_share(const __grid_constant__ Forward f, Squeezed<A> z, bool fused_hidden, Elementwise e, Divisor by) {
+    scale_kernel(const __grid_constant__ Forward f, Squeezed<A> z, bool fused_hidden, Elementwise e, Divisor by) {
   const Share share(f, e, by, gridDim.x - 1 - blockIdx.x);
   const A* s = gates<T>(f, z, fused_hidden, share);
   share.walk(ScaleOperation<T, Streamed<T>, kPlain>{f, {static_cast<const T*>(f.x)}, s});
@@ -149,11 +154,12 @@ void forward_two_pass(const Forward& given, const Plan& plan, void* scratch, voi
     with_form<T>(is_plain(f), [&](auto plain) {
       using Operation = StoredSqueeze<T, plain.value>;
       launch_reduction<T>(plan, "squeeze", stream,
-                          Operation{{{static_cast<const T*>(f.x)}, f.options}, splits, sums, maxima, f});
-      if (has_hidden) launch(plan, "hidden", stream, hidden<T>, f, z);
+                          Operation{{{static_cast<const T*>(f.x)}, f.options}, splits, sums, maxima, f},
+                          [](const auto& body) { return squeeze_kernel<std::decay_t<decltype(body)>>; });
+      if (has_hidden) launch(plan, "hidden", stream, hidden_kernel<T>, f, z);
       with_share<T>(plan.call, plan.elementwise, [&](auto* share) {
         using Share = std::remove_pointer_t<decltype(share)>;
-        launch(plan, "scale", stream, scale_share<T, Share, plain.value>, f, z, plan.fused_hidden, plan.elementwise,
+        launch(plan, "scale", stream, scale_kernel<T, Share, plain.value>, f, z, plan.fused_hidden, plan.elementwise,
                Divisor(f.l));
       });
     });

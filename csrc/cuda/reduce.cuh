@@ -91,32 +91,47 @@ __device__ void reduce_positions_of(const Operation& op, int64_t row0, int chann
   }
 }
 
-// per_split: accesses of a row, or positions.
+// The bodies of the kernels that reduce: each is the one parameter of squeeze_kernel or backward_reduce_kernel, which
+// calls run(). per_split: accesses of a row, or positions.
 template <int V, class Operation>
-__global__ void __launch_bounds__(kThreads, Operation::kBlocks)
-    reduce_rows(const __grid_constant__ Operation op, int64_t rows, int64_t l, int lanes, unsigned splits,
-                unsigned per_split) {
-  const Groups groups(lanes);
-  const unsigned block = blockIdx.x / splits, split = blockIdx.x - block * splits;
-  const int64_t row = int64_t{block} * groups.count() + groups.group();
-  const unsigned begin = split * per_split, vectors = static_cast<unsigned>(l) / V, end = begin + per_split;
-  const auto part = reduce_row<V>(op, row < rows, row, {{row * l, 0}, V, 0}, begin, end < vectors ? end : vectors,
-                                  lanes, shared_memory<typename Operation::Part>());
-  if (row < rows && groups.lane() == 0) op.store(row, split, part);
-}
+struct RowReduction {
+  static constexpr int kBlocks = Operation::kBlocks;
+
+  Operation op;
+  int64_t rows, l;
+  int lanes;
+  unsigned splits, per_split;
+
+  __device__ void run() const {
+    const Groups groups(lanes);
+    const unsigned block = blockIdx.x / splits, split = blockIdx.x - block * splits;
+    const int64_t row = int64_t{block} * groups.count() + groups.group();
+    const unsigned begin = split * per_split, vectors = static_cast<unsigned>(l) / V, end = begin + per_split;
+    const auto part = reduce_row<V>(op, row < rows, row, {{row * l, 0}, V, 0}, begin, end < vectors ? end : vectors,
+                                    lanes, shared_memory<typename Operation::Part>());
+    if (row < rows && groups.lane() == 0) op.store(row, split, part);
+  }
+};
 
 template <int V, class Operation>
-__global__ void __launch_bounds__(kThreads, Operation::kBlocks)
-    reduce_positions(const __grid_constant__ Operation op, int64_t c, int64_t l, int lanes, unsigned chunks,
-                     unsigned splits, unsigned per_split) {
-  const unsigned split = blockIdx.x % splits, chunk = blockIdx.x / splits % chunks;
-  const int64_t n = blockIdx.x / splits / chunks;
-  const unsigned begin = split * per_split, end = begin + per_split, positions = static_cast<unsigned>(l);
-  reduce_positions_of<V>(
-      op, n * c, static_cast<int>(chunk * lanes * V), static_cast<int>(c), begin, end < positions ? end : positions,
-      lanes, shared_memory<typename Operation::Part>(),
-      [&](int channel) -> Line { return {{n * l * c + channel, 0}, c, 0}; },
-      [&](int channel, const auto& part) { op.store(n * c + channel, split, part); });
-}
+struct PositionReduction {
+  static constexpr int kBlocks = Operation::kBlocks;
+
+  Operation op;
+  int64_t c, l;
+  int lanes;
+  unsigned chunks, splits, per_split;
+
+  __device__ void run() const {
+    const unsigned split = blockIdx.x % splits, chunk = blockIdx.x / splits % chunks;
+    const int64_t n = blockIdx.x / splits / chunks;
+    const unsigned begin = split * per_split, end = begin + per_split, positions = static_cast<unsigned>(l);
+    reduce_positions_of<V>(
+        op, n * c, static_cast<int>(chunk * lanes * V), static_cast<int>(c), begin, end < positions ? end : positions,
+        lanes, shared_memory<typename Operation::Part>(),
+        [&](int channel) -> Line { return {{n * l * c + channel, 0}, c, 0}; },
+        [&](int channel, const auto& part) { op.store(n * c + channel, split, part); });
+  }
+};
 
 }  // namespace se::cuda

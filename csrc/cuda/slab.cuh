@@ -84,24 +84,33 @@ __device__ inline void await_copies() {
 // Rows that accesses of 16 bytes do not fit, by way of shared memory: a block takes whole channels of a sample. slabs:
 // [maps][slab_bytes], then the partial results.
 template <class T, class Operation>
-__global__ void __launch_bounds__(kThreads, Operation::kBlocks)
-    reduce_staged_rows(const __grid_constant__ Operation op, Elementwise e, Divisor by, Reduction r,
-                       int64_t slab_bytes) {
-  const RowShare<T> share(op.problem(), e, by, blockIdx.x);
-  unsigned char* free = shared_memory<unsigned char>();
-  const auto staged = op.staged([&](const void* map) {
-    T* memory = reinterpret_cast<T*>(free);
-    free += slab_bytes;
-    return copy_to_slab(share, map, memory);
-  });
-  await_copies();
-  reduce_share(share, staged, op.problem().c, r, reinterpret_cast<typename Operation::Part*>(free),
-               [&](int i, const auto& part) { op.store(share.n * op.problem().c + share.c0 + i, 0, part); });
-}
+struct StagedRowReduction {
+  static constexpr int kBlocks = Operation::kBlocks;
 
-template <class T, class Operation>
-void launch_reduction(const Plan& plan, const char* name, void* stream, const Operation& op) {
+  Operation op;
+  Elementwise e;
+  Divisor by;
+  Reduction r;
+
+  __device__ void run() const {
+    const RowShare<T> share(op.problem(), e, by, blockIdx.x);
+    unsigned char* free = shared_memory<unsigned char>();
+    const auto staged = op.staged([&](const void* map) {
+      T* memory = reinterpret_cast<T*>(free);
+      free += r.slab_bytes;
+      return copy_to_slab(share, map, memory);
+    });
+    await_copies();
+    reduce_share(share, staged, op.problem().c, r, reinterpret_cast<typename Operation::Part*>(free),
+                 [&](int i, const auto& part) { op.store(share.n * op.problem().c + share.c0 + i, 0, part); });
+  }
+};
+
+// kernel_of(body): the kernel that runs a body of this type.
+template <class T, class Operation, class KernelOf>
+void launch_reduction(const Plan& plan, const char* name, void* stream, const Operation& op, KernelOf&& kernel_of) {
   const Call& call = plan.call;
+  auto start = [&](const auto& body) { launch(plan, name, stream, kernel_of(body), body); };
   const Reduction& r = plan.reduction;
   auto per_split = [&](int64_t of) { return static_cast<unsigned>((of + r.splits - 1) / r.splits); };
   if (r.rows > 0) {
@@ -109,18 +118,18 @@ void launch_reduction(const Plan& plan, const char* name, void* stream, const Op
     e.width = 16;
     e.per_block = r.rows * call.l;
     e.ranges = (call.c + r.rows - 1) / r.rows;
-    launch(plan, name, stream, reduce_staged_rows<T, Operation>, op, e, Divisor(call.l), r, r.slab_bytes);
+    start(StagedRowReduction<T, Operation>{op, e, Divisor(call.l), r});
   } else if (call.channels_last) {
     with_width<T, false>(r.width, [&](auto width) {
       constexpr int V = decltype(width)::value;
-      launch(plan, name, stream, reduce_positions<V, Operation>, op, call.c, call.l, r.lanes, r.chunks, r.splits,
-             per_split(call.l));
+      start(PositionReduction<V, Operation>{op, call.c, call.l, r.lanes, static_cast<unsigned>(r.chunks),
+                                            static_cast<unsigned>(r.splits), per_split(call.l)});
     });
   } else {
     with_width<T, true>(r.width, [&](auto width) {
       constexpr int V = decltype(width)::value;
-      launch(plan, name, stream, reduce_rows<V, Operation>, op, call.n * call.c, call.l, r.lanes, r.splits,
-             per_split(call.l / V));
+      start(RowReduction<V, Operation>{op, call.n * call.c, call.l, r.lanes, static_cast<unsigned>(r.splits),
+                                       per_split(call.l / V)});
     });
   }
 }

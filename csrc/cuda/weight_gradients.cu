@@ -45,7 +45,7 @@ __device__ void outer_product(W* out, W* sums, int64_t samples, int64_t rows, in
 
 template <class T, class A = Accumulator<T>>
 __global__ void __launch_bounds__(kThreads, kBackwardBlocks<false, A>)
-    weight_gradients(const __grid_constant__ Backward f, Partial<A> partial, const A* dp1) {
+    weight_gradients_kernel(const __grid_constant__ Backward f, Partial<A> partial, const A* dp1) {
   auto z = [&](int64_t n, int64_t i) { return load_one(static_cast<const A*>(f.z) + n * f.c + i); };
   auto h = [&](int64_t n, int64_t i) {
     if (f.r == 0) return z(n, i);
@@ -81,7 +81,7 @@ void launch_weight_gradients(const Backward& f, const Plan& plan, const Partial<
   with_map_type(f.dtype, [&](auto type) {
     using T = decltype(type);
     if constexpr (std::is_same_v<Accumulator<T>, A>) {
-      launch(plan, "weight_gradients", stream, weight_gradients<T>, f, partial, dp1);
+      launch(plan, "weight_gradients", stream, weight_gradients_kernel<T>, f, partial, dp1);
     }
   });
 }

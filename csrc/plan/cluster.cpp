@@ -74,7 +74,7 @@ void add_launches(Plan& plan, int threads) {
   const Call& call = plan.call;
   const int size = plan.residence.size;
   plan.launch_count = 0;
-  plan.add(call.direction == Direction::kForward ? "forward" : "backward", call.n * size, shared_bytes(plan, threads),
+  plan.add(call.direction == Direction::kForward ? "forward_cluster" : "backward_cluster", call.n * size, shared_bytes(plan, threads),
            size, threads);
   if (call.direction == Direction::kBackward) add_weight_gradients(plan);
 }

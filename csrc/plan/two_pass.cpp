@@ -141,13 +141,13 @@ void plan_backward(Plan& plan) {
   const Call& call = plan.call;
   const int64_t a = accumulator_bytes(call.dtype), map = call.n * call.c * call.l * element_bytes(call.dtype);
   const int64_t parts = call.squeeze != Squeeze::kMean ? 3 : 1, groups = ceil_div(call.n, kSamples);
-  plan.add("reduce", reduction_blocks(call, plan.reduction), reduction_shared(plan, 3));
+  plan.add("backward_reduce", reduction_blocks(call, plan.reduction), reduction_shared(plan, 3));
   if (call.r > 0) {
-    plan.add("hidden_gradient", ceil_div(call.r, kColumns) * groups,
+    plan.add("backward_hidden", ceil_div(call.r, kColumns) * groups,
              (kSamples * (kTile + kColumns) + warp_sums(call)) * a);
   }
   if (writes_maps(call)) {
-    plan.add("distribute", call.n * plan.elementwise.chunks * plan.elementwise.ranges,
+    plan.add("backward_apply", call.n * plan.elementwise.chunks * plan.elementwise.ranges,
              (kTile + warp_sums(call) + 4 * plan.elementwise.channels) * a);
   }
   add_weight_gradients(plan);
