@@ -1,4 +1,4 @@
-// The plans of calls that come again, because finding one takes a fraction of the time of making it.
+// A cache of plans, because finding a plan takes a fraction of the time of making it.
 #pragma once
 
 #include <functional>
@@ -13,14 +13,15 @@
 
 namespace se {
 
-// For any number of threads.
+// Any number of threads may use it.
 class Plans {
  public:
-  // Calls of a device: a model has tens of layers, so a process has some hundred. Inputs whose sizes never come again
-  // would fill any number; with an emptied cache a call costs no more than its plan takes to make.
+  // The most calls per device. A model has tens of layers, so a process has some hundred different calls. Inputs whose
+  // sizes never recur would fill a cache of any size; after the cache is emptied, a call costs only the time to make
+  // its plan.
   static constexpr size_t kMost = 1024;
 
-  // limits: of the device with this index, asked once where it does not raise.
+  // limits(index) returns the limits of a device; it is called once for each device, unless it raises.
   explicit Plans(std::function<Device(int index)> limits) : limits_(std::move(limits)) {}
 
   const Device& device(int index) {
@@ -28,7 +29,7 @@ class Plans {
     return known(index).device;
   }
 
-  // As make_plan; shared, because another thread may empty the cache meanwhile.
+  // The result of make_plan. It is shared, because another thread may empty the cache while it is used.
   std::shared_ptr<const Plan> plan(const Call& call, int index) {
     const std::lock_guard<std::mutex> lock(mutex_);
     auto& [device, plans] = known(index);
@@ -39,7 +40,7 @@ class Plans {
     return plans.emplace(call, std::move(made)).first->second;
   }
 
-  // The plan of the calls that follow; "": none.
+  // Forces a plan for the calls that follow; "" forces none.
   void force(const std::string& text) {
     const std::lock_guard<std::mutex> lock(mutex_);
     forced_ = text;
@@ -69,7 +70,7 @@ class Plans {
   }
 
   std::function<Device(int index)> limits_;
-  std::mutex mutex_;  // of what follows
+  std::mutex mutex_;  // guards the members below
   std::string forced_;
   std::unordered_map<int, Known> known_;
 };
