@@ -1,4 +1,5 @@
-// The planner's model with any constants, called through ctypes. A call is planned once; a fit then predicts it many times.
+// The planner's model with any constants, called through ctypes. A call is planned once; a fit then predicts it many
+// times.
 #include <cstring>
 #include <exception>
 #include <vector>

@@ -69,7 +69,7 @@ __device__ int threads_along(int length) {
   return threads;
 }
 
-constexpr int kRotation = 19;  // rows
+constexpr int kRotation = 19;  // rows between the first rows of two consecutive rotations
 
 // sums[s][i] = sum_k m[i, k] v[s * stride + k] for i < rows, k < length; `more` adds to sums instead. Blocks with
 // different `rotation` begin at different rows, so that blocks that run at the same time do not all read the same part
@@ -79,8 +79,8 @@ __device__ void gemv(const Matrix<T>& m, int rows, int length, const A* v, int s
                      bool more = false) {
   with_weights(m, length, [&](const auto* data, auto weights) {
     constexpr int W = decltype(weights)::value, kMost = 16 / sizeof(A), kPart = W < kMost ? W : kMost;
-    constexpr int kAlong = kS == 1 ? 4 : 2;  // loads in flight per thread
-    const Groups groups(threads_along<kAlong * W>(length));
+    constexpr int kLoads = kS == 1 ? 4 : 2;  // loads in flight per thread
+    const Groups groups(threads_along<kLoads * W>(length));
     const int rank = groups.rank(), step = groups.size * W;
     const int first = static_cast<unsigned>(rotation) * kRotation % static_cast<unsigned>(rows);
 #pragma unroll 1
@@ -91,13 +91,13 @@ __device__ void gemv(const Matrix<T>& m, int rows, int length, const A* v, int s
       const decltype(data) first_of_row = data + row * m.stride;
       A partial[kS]{};
 #pragma unroll 1
-      for (int k0 = rank * W; k0 < length; k0 += kAlong * step) {
+      for (int k0 = rank * W; k0 < length; k0 += kLoads * step) {
         const decltype(data) from = first_of_row + k0;
-        decltype(load<W>(data)) raw[kAlong];
+        decltype(load<W>(data)) raw[kLoads];
 #pragma unroll
-        for (int j = 0; j < kAlong; ++j) raw[j] = load<W>(from + (k0 + j * step < length ? j * step : 0));
+        for (int j = 0; j < kLoads; ++j) raw[j] = load<W>(from + (k0 + j * step < length ? j * step : 0));
 #pragma unroll
-        for (int j = 0; j < kAlong; ++j) {
+        for (int j = 0; j < kLoads; ++j) {
           if (k0 + j * step >= length) continue;
           A weight[W];
           raw[j].unpack(weight);
@@ -174,7 +174,7 @@ __device__ void staged_gemv(const Matrix<T>& m, int rows, int64_t depth, int sam
   __syncthreads();
 }
 
-// The numbers in shared memory that gemv_t needs for all warps of kThreads.
+// The numbers in shared memory that gemv_t needs for the warps of a block of kThreads.
 template <class T>
 constexpr int kWarpSums = kWarps * kWarp * 16 / sizeof(T);
 
@@ -186,15 +186,15 @@ __device__ void gemv_t(const Matrix<T>& m, int depth, int columns, const A* v, i
   constexpr int kRows = kS == 1 ? 4 : 1;
   with_weights(m, columns, [&](const auto* data, auto weights) {
     constexpr int W = decltype(weights)::value;
-    const Groups along(threads_along<W>(columns));
-    const int rank = along.rank(), width = along.size * W, groups = along.count(), warp_count = threads() / kWarp;
+    const Groups by_row(threads_along<W>(columns));
+    const int rank = by_row.rank(), width = by_row.size * W, groups = by_row.count(), warp_count = threads() / kWarp;
 #pragma unroll 1
     for (int j0 = 0; j0 < columns; j0 += width) {
       const int column = j0 + rank * W;
       A partial[kS][W]{};
       if (column < columns) {
 #pragma unroll 1
-        for (int k0 = along.group(); k0 < depth; k0 += kRows * groups) {
+        for (int k0 = by_row.group(); k0 < depth; k0 += kRows * groups) {
           decltype(load<W>(data)) raw[kRows];
 #pragma unroll
           for (int j = 0; j < kRows; ++j) {
@@ -218,10 +218,10 @@ __device__ void gemv_t(const Matrix<T>& m, int depth, int columns, const A* v, i
       for (int s = 0; s < kS; ++s) {
 #pragma unroll
         for (int i = 0; i < W; ++i) {
-          for (int offset = kWarp / 2; offset >= along.size; offset /= 2) {
+          for (int offset = kWarp / 2; offset >= by_row.size; offset /= 2) {
             partial[s][i] += shuffle_xor(partial[s][i], offset);
           }
-          if (thread() % kWarp < along.size) warps[thread() / kWarp * width + rank * W + i] = partial[s][i];
+          if (thread() % kWarp < by_row.size) warps[thread() / kWarp * width + rank * W + i] = partial[s][i];
         }
         __syncthreads();
         for (int j = thread(); j < width && j0 + j < columns; j += threads()) {

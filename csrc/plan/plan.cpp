@@ -208,11 +208,11 @@ Plan make_plan(const Call& call, const Device& device, const std::string& forced
   }
   Plan plan{};
   plan.call = call;
-  const std::string why = overrides.algorithm == Algorithm::kTwoPass ? "two_pass was asked for"
+  const std::string why = overrides.algorithm == Algorithm::kTwoPass ? "two_pass is forced"
                                                                      : planning::plan_cluster(plan, device, overrides);
   if (!why.empty() && overrides.algorithm == Algorithm::kCluster) refuse("cluster: " + why);
   if (overrides.algorithm == Algorithm::kCluster) {
-    plan.other = "not two_pass: cluster was asked for";
+    plan.other = "not two_pass: cluster is forced";
   } else {
     Plan two_pass{};
     two_pass.call = call;

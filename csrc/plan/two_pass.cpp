@@ -14,8 +14,8 @@ constexpr int64_t kStagedBytes = 16 << 10, kLargestStagedBytes = 40 << 10;  // o
 constexpr int64_t kHalvedRows = 32;  // more staged rows than this are halved until there are enough blocks
 constexpr int64_t kRangeBytes = 64 << 10, kSmallestRangeBytes = 4 << 10;  // of a map, per block of the elementwise step
 constexpr int64_t kRangeChannels = 512;                                   // channels whose gates one block computes
-constexpr int64_t kFusedWeights = 4096,
-                  kFusedHidden = 256;  // W1 is read by each block up to this size, not by a launch
+// Up to these sizes each block reads W1 itself, which saves a launch.
+constexpr int64_t kFusedWeights = 4096, kFusedHidden = 256;
 
 // NCHW rows in global memory: 8 threads make up to 8 accesses each, a warp up to 16.
 int threads_per_global_row(const Call& call, const Reduction& reduction, const PlanOverrides& overrides) {
