@@ -97,7 +97,8 @@ __device__ void reduce_positions_of(const Operation& op, int64_t row0, int chann
   }
 }
 
-// The bodies of squeeze_kernel and backward_reduce_kernel, which are templates over the body. per_split: accesses of a
+// The bodies of squeeze_kernel and backward_reduce_kernel, which are templates over the body. The kernels take the
+// sizes as separate parameters, because nvcc compiles members of one struct to other code. per_split: accesses of a
 // row, or positions, per split.
 template <int V>
 struct RowReduction {
