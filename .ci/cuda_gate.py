@@ -1,8 +1,8 @@
-"""Compiles the CUDA kernels for every architecture, without a GPU, and fails on what would be slow or would not load.
+"""Compiles the CUDA kernels for every architecture, without a GPU, and fails if they would be slow or would not load.
 
-A warning, a register spill, static shared memory, other registers or instructions than the committed tables'
-(`--update` rewrites both), a hot kernel without 16-byte loads and stores, a vector loop that reads shared memory in
-pieces, a library that torch cannot load or that needs a symbol which torch 2.10 does not have.
+It fails on a warning, a register spill, static shared memory, registers or instructions that differ from the committed
+tables (`--update` rewrites both), a hot kernel without 16-byte loads and stores, a vector loop that reads shared memory
+in pieces, and a library that torch cannot load or that needs a symbol which torch 2.10 does not have.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ REGISTERS, INSTRUCTIONS = (ROOT / "csrc" / "cuda" / name for name in ("registers
 SYMBOLS = ROOT / "tests" / "torch_2_10_symbols.txt"
 MICROBENCHMARKS = ROOT / "benchmarks" / "microbenchmarks" / "microbenchmarks.cu"
 SASS_OF = "90"
-# Of 8.x only the step from PTX on differs; what precedes it is half the time.
+# Architectures 8.x are compiled together: they share the steps up to PTX, which take half the time.
 TOGETHER = [tuple(group) for _, group in groupby(gpus.ARCHITECTURES, lambda sm: sm[0] if sm[0] == "8" else sm)]
 LONGEST = (
     "forward_two_pass",
@@ -41,8 +41,9 @@ LONGEST = (
     "backward_cluster",
 )  # first, so that no core ends long before another
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+HOT = "(squeeze|scale|backward_reduce|backward_apply|forward_cluster|backward_cluster)_kernel"  # they move maps
 
-Code = dict[tuple[str, str], list[sass.Instruction]]  # of each kernel on each architecture
+Code = dict[tuple[str, str], list[sass.Instruction]]  # by kernel and architecture
 
 
 def run(*command: str | Path, folder: Path | None = None, **environment: str) -> str:
@@ -56,17 +57,18 @@ def run(*command: str | Path, folder: Path | None = None, **environment: str) ->
 
 
 def short(names: list[str]) -> list[str]:
-    """Demangled, without namespaces and parameters."""
+    """The demangled names, without namespaces, parameters and the reductions' pack of parameter types."""
     text = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
     short = []
     for name in text.splitlines():
         name = re.sub(r"\(anonymous namespace\)::|_GLOBAL__N__\w+::|se::cuda::|se::|^void ", "", name)
-        short.append(re.sub(r"\(.*", "", name).replace(" >", ">"))
+        name = re.sub(r"\(.*", "", name).replace(" >", ">")
+        short.append(re.sub(r"(Reduction<.*>), (long, long, int|Elementwise, Divisor)\b.*>$", r"\1>", name))
     return short
 
 
 def compile_one(source: Path, architectures: Sequence[str], folder: Path) -> dict[tuple[str, str], int]:
-    """The registers of each kernel on each architecture, all by the PTX of the first. The object stays in `folder`."""
+    """The registers of each kernel on each architecture. All use the PTX of the first. The object stays in `folder`."""
     first = architectures[0]
     kind = "-c" if SASS_OF in architectures else "-fatbin"
     code = f"-gencode=arch=compute_{first},code=[{','.join(f'sm_{sm}' for sm in architectures)}]"
@@ -88,7 +90,7 @@ def examine(folder: Path, job: tuple[Path, Sequence[str]]) -> tuple[dict[tuple[s
 
 
 def compare(table: Path, columns: Sequence[str], rows: list[list[str]], update: bool) -> list[str]:
-    """How the rows differ from the committed table; with `update`, the table is rewritten."""
+    """Return how the rows differ from the committed table; with `update`, rewrite the table."""
     version = re.search(r"release ([\d.]+)", run(toolchain.nvcc(), "--version"))
     assert version is not None
     header = [f"{table.stem}, nvcc {version[1]}", *columns]
@@ -130,7 +132,7 @@ def disassemble(binary: Path) -> Code:
 
 
 def compare_instructions(loops: dict[tuple[str, str], list[sass.Loop]], update: bool) -> list[str]:
-    """A row for each vector loop, and for all architectures on which it costs the same."""
+    """Compare one row per vector loop and per group of architectures on which the loop costs the same."""
     same: dict[tuple[str, int, tuple[str, ...]], list[str]] = defaultdict(list)
     for (name, sm), of in sorted(loops.items(), key=lambda item: gpus.ARCHITECTURES.index(item[0][1])):
         for number, loop in enumerate(of):
@@ -141,24 +143,24 @@ def compare_instructions(loops: dict[tuple[str, str], list[sass.Loop]], update: 
 
 
 def is_hot(name: str, sm: str) -> bool:
-    """Whether it moves maps in accesses of 16 bytes."""
-    if "double" in name or not re.match(r"(scale|distribute|reduce)_|\w+_in_cluster", name):
+    """Whether the kernel moves maps in 16-byte accesses."""
+    if "double" in name or not re.match(HOT, name):
         return False
-    if "in_cluster" in name and int(sm) < 90:
+    if "_cluster_kernel" in name and int(sm) < 90:
         return False  # empty
-    width = re.search(r"PositionShare<\w+, (\d+)|^reduce_\w+<(\d+)", name)
+    width = re.search(r"NhwcTile<\w+, (\d+)|\b(?:Row|Position)Reduction<(\d+)", name)
     element = 2 if re.search("__half|__nv_bfloat16", name) else 4
     return not width or int(width[1] or width[2]) * element >= 16
 
 
 def faults(name: str, sm: str, code: Sequence[sass.Instruction], loops: Sequence[sass.Loop]) -> list[str]:
-    """What makes a hot kernel slow."""
-    cluster = "in_cluster" in name
-    wanted = {"LDGSTS", "STG"} if cluster else {"LDG"} if name.startswith("reduce_") else {"LDG", "STG"}
-    if name.startswith("reduce_staged") and int(sm) >= 80:
-        wanted = {"LDGSTS"}  # which sm_75 does not have
-    if name.startswith("backward_in_cluster"):
-        wanted.add("LDG")  # forward_in_cluster may have no residual
+    """What would make a hot kernel slow."""
+    cluster, reduces = "_cluster_kernel" in name, "Reduction<" in name
+    wanted = {"LDGSTS", "STG"} if cluster else {"LDG"} if reduces else {"LDG", "STG"}
+    if "StagedRowReduction<" in name and int(sm) >= 80:
+        wanted = {"LDGSTS"}  # sm_75 does not have it
+    if name.startswith("backward_cluster"):
+        wanted.add("LDG")  # forward_cluster_kernel may have no residual
     missing = sorted(wanted - {one.kind for one in code})
     return [f"no {kind}.128" for kind in missing] + (sass.pieces(code, loops) if cluster else [])
 
@@ -195,7 +197,7 @@ def check_library(objects: list[Path], folder: Path, pool: Executor) -> None:
     cpu = native.library("cpu")
     sources, _ = recipe.of("cuda")
     objects = [*objects, *pool.map(compile_host, [name for name, (source, _) in sources.items() if ".cpp" in source])]
-    # As `make prebuild` leaves it; and then as a machine finds it that has the GPU and no compiler.
+    # The library is packaged as `make prebuild` does, and then loaded as on a machine with the GPU but no compiler.
     build.PREBUILT = folder / "packaged"
     library = build.PREBUILT / f"{recipe.key('cuda')}-{SASS_OF}" / "libse_fused_cuda.so"
     library.parent.mkdir(parents=True)

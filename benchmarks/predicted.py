@@ -1,8 +1,8 @@
-"""What the planner's model predicts for GPUs beside what a model of torch.compile does; nothing here is measured there.
+"""Compares the predictions of two models for several GPUs: the planner's and one of torch.compile. Nothing is measured.
 
-Ours is csrc/plan/model.cpp. torch.compile's has four constants, fitted to its times in the record of an H200: launches,
-a reading of x and a writing of y, a second reading of x, which is from the L2 where x takes less than half of it, and
-the products of the layers.
+The planner's model is csrc/plan/model.cpp. The model of torch.compile has four constants, fitted to its times in the
+record of an H200: the launches, one read of x and one write of y, a second read of x, which comes from the L2 if x
+takes less than half of it, and the products of the layers.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from .gpu_report import DIRECTIONS, mean_and_range
 from .layer_cpu_report import markdown
 
 GPUS = ("H200", "H100", "A100", "RTX 4090", "T4")
-# Channels, hidden units and positions along a side: SE layers of ResNets, MobileNetV3 and EfficientNet.
+# Channels, hidden units and side length of SE layers in ResNets, MobileNetV3 and EfficientNet.
 SHAPES = (
     (64, 4, 112), (96, 4, 112), (256, 16, 56), (512, 32, 28), (1024, 64, 14), (2048, 128, 7), (72, 24, 28),
     (960, 240, 7), (672, 168, 14),
 )  # fmt: skip
 BATCHES = (1, 32, 256)
-RESERVED = 1 << 10  # bytes of shared memory that the system takes for a block
+RESERVED = 1 << 10  # bytes of shared memory that the system takes per block
 LAYOUTS, DTYPES = ("contiguous", "channels_last"), ("float16", "float32")
 
 
@@ -62,15 +62,15 @@ class Call:
         return float(2 * self.map_bytes / self.gpu.bytes_per_us)
 
     def compile_terms(self) -> list[float]:
-        """What torch.compile's time is made of: launches, bytes from memory, bytes from the L2, products."""
+        """The terms of torch.compile's time: launches, bytes from memory, bytes from the L2, products."""
         x, speed = self.map_bytes, self.gpu.bytes_per_us
         near = x <= self.gpu.l2_bytes / 2
-        products = self.n * self.c * self.r / self.gpu.multiprocessors
+        products = self.n * self.c * self.r / self.gpu.sm_count
         return [1, (2 if near else 3) * x / speed, near * x / speed, products]
 
 
 def compile_model(record: Path) -> np.ndarray:
-    """The constants of `compile_terms`, by least squares of relative errors over the record's forward calls."""
+    """The factors of `compile_terms`, by least squares of relative errors over the record's forward calls."""
     gpu, terms, measured = native.load_extension().preset(refit.preset(record.name)), [], []
     for case in gpu_report.best_measured(gpu_report.read(record)):
         line = case.lines.get(("graph", "compile"))
@@ -85,7 +85,7 @@ def compile_model(record: Path) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a call takes, in microseconds, and why it may be slow."""
+    """The predicted microseconds of a call, and why it may be slow."""
 
     call: Call
     ours: float
@@ -102,7 +102,7 @@ class Prediction:
 
 
 def why(call: Call, plan: Any) -> str:
-    """What keeps a call from being faster."""
+    """The reason why a call is not faster."""
     (_, _, shared, size, _), *_ = plan.launches
     if not any(call.gpu.clusters):
         return "the GPU has no clusters: x is read twice, by several launches"
@@ -110,7 +110,7 @@ def why(call: Call, plan: Any) -> str:
         return "no cluster holds a sample, or none is faster: x is read twice, by several launches"
     if 2 * call.r > call.side**2:  # 2 C R weights, C L positions
         return "the weights outweigh a sample, and every cluster reads them again"
-    if 2 * (shared + RESERVED) > call.gpu.shared_per_multiprocessor:
+    if 2 * (shared + RESERVED) > call.gpu.shared_per_sm:
         return "a block fills its multiprocessor: nothing of its own overlaps"
     return "loads, exchange and layers of a cluster wait for one another"
 
@@ -131,11 +131,13 @@ def ratios(predictions: Sequence[Prediction]) -> str:
 
 
 def copies(predictions: Sequence[Prediction]) -> str:
-    return mean_and_range(each.of_copy for each in predictions).replace("**", "")  # no contender: never a loss
+    return mean_and_range(each.of_copy for each in predictions).replace(
+        "**", ""
+    )  # bold marks a loss, and a copy cannot lose
 
 
 def table(record: Path) -> str:
-    """Geometric means over the shapes, how many are predicted to lose, and why."""
+    """Geometric means over the shapes, the number of shapes that are predicted to lose, and the reasons."""
     constants = compile_model(record)
     rows, reasons = [], []
     for gpu in GPUS:
@@ -159,8 +161,8 @@ def table(record: Path) -> str:
 
 
 def predicted_us(row: refit.Row) -> float:
-    """What today's model predicts for a timed plan; for "planner's", for the plan that is chosen today. Forward and
-    backward is the sum of both."""
+    """The present model's prediction for a timed plan; for "planner's", the plan that is chosen today. The time of
+    "both" is the sum of both directions."""
     n, c, h, w = row.shape
     facts, forced = native.load_extension(), "" if row.plan == refit.PLANNERS else row.plan
     call = {"n": n, "c": c, "r": row.r, "l": h * w, "dtype": row.dtype, "channels_last": row.channels_last}
@@ -170,7 +172,7 @@ def predicted_us(row: refit.Row) -> float:
 
 
 def against(record: Path) -> str:
-    """The planner's choices, predicted and measured, and every call where another plan was faster by 5 %."""
+    """The predicted and measured times of the planner's choices, and every call where another plan was 5 % faster."""
     calls: dict[Any, dict[str, refit.Row]] = defaultdict(dict)
     for row in refit.read(record.name):
         calls[row.call][row.plan] = row

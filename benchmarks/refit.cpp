@@ -1,4 +1,5 @@
-// The planner's model with any constants, for ctypes: calls are planned once and predicted as often as a fit asks.
+// The planner's model with any constants, called through ctypes. A call is planned once; a fit then predicts it many
+// times.
 #include <cstring>
 #include <exception>
 #include <vector>
@@ -15,8 +16,8 @@ std::vector<Planned> planned;
 
 }  // namespace
 
-// The number of the call's forced plan, which must be one of a known device; -1 where there is none. Of every gradient,
-// where it is backward.
+// Makes the forced plan of a call on a known device and returns its number, or -1 if there is no such plan. Backward
+// computes every gradient.
 extern "C" int refit_plan(const char* device, bool backward, int64_t n, int64_t c, int64_t r, int64_t l,
                           bool channels_last, int dtype, const char* forced) try {
   se::Call call{};
@@ -36,12 +37,12 @@ extern "C" int refit_plan(const char* device, bool backward, int64_t n, int64_t 
   return -1;
 }
 
-// In microseconds.
+// The predicted time in microseconds.
 extern "C" double refit_predict(int plan, const se::planning::Constants* constants) {
   return se::planning::predict(planned[plan].plan, *planned[plan].device, *constants).us();
 }
 
-// Those of today, and how many doubles they are.
+// Writes the present constants and returns how many doubles they are.
 extern "C" int refit_constants(bool backward, se::planning::Constants* out) {
   *out = se::planning::constants(backward ? se::Direction::kBackward : se::Direction::kForward);
   return sizeof(*out) / sizeof(double);

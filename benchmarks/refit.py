@@ -1,5 +1,5 @@
-"""Fits the constants of the planner's model (csrc/plan/model.cpp) to plans that a GPU has timed (plans_gpu.csv), and
-prints them as that file has them.
+"""Fits the constants of the planner's model to plans that a GPU has timed (plans_gpu.csv), and prints them in the form
+of csrc/plan/model.cpp.
 
 python -m benchmarks.refit h200
 """
@@ -26,12 +26,12 @@ from se_fused import native
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results"
 PLANNERS = "planner's"
-PLAN = re.compile(rf"{PLANNERS}|two_pass|cluster size=\d+ threads=\d+")  # those of today
+PLAN = re.compile(rf"{PLANNERS}|two_pass|cluster size=\d+ threads=\d+")  # the plans that exist today
 DTYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}  # enum DType of csrc/se.h
-LINE = 5  # constants in a line
-# What no computer can exceed; the rest is positive.
-BOUNDS = {"cluster_share": (0.5, 1), "two_pass_share": (0.5, 1), "overlap": (1, 10), "tail": (0.1, 1)}
-STAY = 0.1  # how hard a constant is held to what it is: so that one which no plan depends on stays
+LINE = 5  # constants per line
+# Limits that no computer can exceed; all other constants are only positive.
+BOUNDS = {"cluster_efficiency": (0.5, 1), "two_pass_efficiency": (0.5, 1), "overlap": (1, 10), "tail": (0.1, 1)}
+STAY = 0.1  # weight that holds a constant to its present value, so that one on which no plan depends does not change
 
 
 class Model:
@@ -47,7 +47,7 @@ class Model:
         self._native.refit_predict.restype = ctypes.c_double
 
     def constants(self, backward: bool) -> np.ndarray:
-        """Those that are compiled in."""
+        """The constants that are compiled in."""
         values = (ctypes.c_double * 64)()
         return np.array(values[: self._native.refit_constants(backward, values)])
 
@@ -60,14 +60,14 @@ class Model:
         return None if number < 0 else number
 
     def predict(self, plans: list[int], constants: np.ndarray) -> np.ndarray:
-        """Microseconds of each plan."""
+        """The predicted microseconds of each plan."""
         values = (ctypes.c_double * len(constants))(*constants)
         return np.array([self._native.refit_predict(plan, values) for plan in plans])
 
 
 @dataclass(frozen=True)
 class Row:
-    """A plan of a call, timed."""
+    """The time of one plan of a call."""
 
     gpu: str
     shape: tuple[int, int, int, int]
@@ -84,7 +84,7 @@ class Row:
 
 
 def preset(folder: str) -> str:
-    """The name in csrc/plan/plan.cpp of the GPU whose record is in this folder: "RTX 4090" of rtx4090."""
+    """The name in csrc/plan/plan.cpp of the GPU whose record is in `folder`: "RTX 4090" for rtx4090."""
     names = {device.name.replace(" ", "").lower(): device.name for device in native.load_extension().device_presets()}
     if folder not in names:
         raise ValueError(f"refit: the GPU is {folder!r}; wanted one of {', '.join(names)}")
@@ -92,7 +92,7 @@ def preset(folder: str) -> str:
 
 
 def read(gpu: str) -> list[Row]:
-    """The plans of benchmarks/results/<gpu>/plans_gpu.csv that can still be forced, and the planner's own."""
+    """The rows of benchmarks/results/<gpu>/plans_gpu.csv whose plans can still be forced, and those of the planner."""
     name = preset(gpu)
     with (RESULTS / gpu / "plans_gpu.csv").open(newline="") as stream:
         return [
@@ -106,14 +106,14 @@ def read(gpu: str) -> list[Row]:
 
 
 def names() -> list[str]:
-    """Of the constants, in their order."""
+    """The names of the constants, in their order."""
     return re.findall(r"^  double (\w+);", (ROOT / "csrc/plan/model.h").read_text(), re.MULTILINE)
 
 
 def fit(
     predict: Callable[[np.ndarray], np.ndarray], measured: np.ndarray, weights: np.ndarray, first: np.ndarray
 ) -> np.ndarray:
-    """Constants near `first` whose predictions differ least from what was measured, in logarithms."""
+    """The constants near `first` whose predictions are nearest to the measured times, in logarithms."""
 
     def residuals(logs: np.ndarray) -> np.ndarray:
         off = weights * np.log(predict(np.exp(logs)) / measured)
@@ -128,7 +128,7 @@ def fit(
 
 @dataclass(frozen=True)
 class Timed:
-    """The rows of one direction, and the numbers of their plans. Forward and backward is the sum of both."""
+    """The rows of one direction, and the numbers of their plans. The time of "both" is the sum of both directions."""
 
     rows: list[Row]
     forward: list[int]
@@ -155,15 +155,15 @@ class Timed:
         return np.array([row.us for row in self.rows])
 
     def weights(self) -> np.ndarray:
-        """How near each plan is to the fastest of its call: one that is far off decides nothing."""
+        """Weights that are larger for plans near the fastest of their call, because other plans decide nothing."""
         fastest: dict[tuple[object, ...], float] = {}
         for row in self.rows:
             fastest[row.call] = min(row.us, fastest.get(row.call, row.us))
         return np.array([fastest[row.call] / row.us for row in self.rows]) ** 2
 
     def losses(self, predicted: np.ndarray) -> list[float]:
-        """By call, how much longer the plan takes that is predicted to be fastest than the one that is. Forward and
-        backward have the same plan here; the planner chooses one for each."""
+        """For each call, how much longer the plan with the fastest prediction takes than the fastest plan. Here forward
+        and backward have the same plan; the planner chooses one for each."""
         calls = defaultdict(list)
         for row, us in zip(self.rows, predicted, strict=True):
             calls[row.call].append((us, row.us))
@@ -179,7 +179,7 @@ class Timed:
 
 
 def text(title: str, constants: np.ndarray) -> str:
-    """As model.cpp has them."""
+    """The constants in the form of model.cpp."""
     lines = [f"constexpr Constants {title}{{"]
     for i in range(0, len(constants), LINE):
         values, known = constants[i : i + LINE], names()[i : i + LINE]
@@ -188,7 +188,7 @@ def text(title: str, constants: np.ndarray) -> str:
 
 
 def main(gpu: str) -> None:
-    """Fit the model to the plans timed on GPU, a folder of benchmarks/results."""
+    """Fit the model to the plans timed on GPU, the name of a folder of benchmarks/results."""
     model, rows = Model(), read(gpu)
     forward, backward = model.constants(False), model.constants(True)
     one, both = (Timed.of(model, rows, direction) for direction in ("forward", "both"))

@@ -1,5 +1,5 @@
-// The plan of a call on a GPU: which algorithm, which launches, and the bytes of the maps that they will move.
-// Pure host code without a CUDA header, so that the decisions are tested on any machine. Nothing else chooses.
+// The plan of a call on a GPU: its algorithm, its launches, and the bytes of the maps that they will move. All
+// decisions are made here, in host code without a CUDA header, so that they can be tested on any machine.
 #pragma once
 
 #include <algorithm>
@@ -14,28 +14,30 @@
 
 namespace se {
 
-constexpr int kThreads = 256;  // in a block of two_pass
-// Of a cluster on a multiprocessor, in blocks of 256 or 512: 80 and 128 registers each.
+constexpr int kThreads = 256;  // threads per block of two_pass
+// Most threads of cluster blocks per SM (streaming multiprocessor), in blocks of 256 or 512: they leave 80 and 128
+// registers per thread.
 constexpr int kMostForwardThreads = 768, kMostBackwardThreads = 512;
-constexpr int kTile = 1024;   // of a vector in shared memory while a matrix is multiplied by it
-constexpr int kSamples = 4;   // that share one reading of the weights, where any do
-constexpr int kColumns = 32;  // of a matrix that a warp takes; of a tile of weight gradients
+constexpr int kGemvChunk = 1024;  // elements of a vector that are staged in shared memory for a product with a matrix
+constexpr int kSamples = 4;       // samples for which one read of the weights is used, where several samples use it
+constexpr int kColumns = 32;      // columns of a matrix per warp, and of a tile of weight gradients
 
 #ifdef __CUDACC__
 #define SE_FUSED_BOTH __host__ __device__
 #else
 #define SE_FUSED_BOTH
 #endif
-// Where the next vector of numbers begins in shared memory, so that each can be read in 16 bytes.
+// The offset at which the next vector begins in shared memory, so that it can be read in 16-byte accesses.
 SE_FUSED_BOTH constexpr int64_t padded(int64_t numbers) { return (numbers + 3) / 4 * 4; }
 
-// Where the vectors of a cluster's block begin in shared memory, in numbers, after its slabs and what its steps need in
-// turn (`work`). The planner counts by it, and the kernels read and write by it.
-//            forward                     backward
-//   own      z of its channels           dp2 of its channels
-//   part     its part of W1 z            its part of W2^T dp2
-//   whole    h; where R = 0, z of all    dp1; where R = 0, dp2 of all
-//   gates    s of its channels           s and its share of dz of its channels; for the maximum two numbers more
+// The offsets, in numbers, of the vectors of a cluster's block in shared memory. They follow the staged tiles and the
+// memory that the steps use in turn (`work`). The planner counts shared memory by this layout, and the kernels use it.
+//            forward                                 backward
+//   own      z of the block's channels               dp2 of the block's channels
+//   part     the block's part of W1 z                the block's part of W2^T dp2
+//   whole    h; z of all channels where R = 0        dp1; dp2 of all channels where R = 0
+//   gates    s of the block's channels               s and dz / L of the block's channels; two numbers more per channel
+//                                                    for the maximum
 struct ClusterLayout {
   int64_t own, part, whole, gates;
 
@@ -47,43 +49,43 @@ struct ClusterLayout {
 struct Device {
   std::string name;
   int capability;  // 90 for sm_90
-  int multiprocessors;
-  int64_t shared_per_block, shared_per_multiprocessor;  // bytes: what a block can ask for; what all its blocks share
-  // How many clusters of 1, 2, 4, 8 and 16 blocks can run at once, each block alone on its multiprocessor: from sm_90.
+  int sm_count;
+  int64_t shared_per_block, shared_per_sm;  // bytes: the most that one block can have; what all blocks of an SM share
+  // How many clusters of 1, 2, 4, 8 and 16 blocks can run at once with one block per SM; clusters exist from sm_90 on.
   std::array<int, 5> clusters;
-  double bytes_per_us;  // of a copy, what is read and what is written
+  double bytes_per_us;  // bytes that a copy reads and writes per microsecond
   int64_t l2_bytes;
 };
-// Known GPUs. Numbers of clusters that nobody has measured are predicted.
+// Known GPUs. Where nobody has measured the numbers of clusters, they are predicted.
 const std::vector<Device>& device_presets();
 
 enum class Algorithm : int32_t { kTwoPass, kCluster };
 
 enum class Direction : int32_t { kForward, kBackward };
 
-// All that a plan depends on.
+// Everything about a call that its plan depends on.
 struct Call {
   Direction direction;
   int64_t n, c, r, l;  // r = 0: the one-FC form
   bool channels_last;
   DType dtype;
-  int alignment;    // the largest power of two, up to 16, that divides the address of every map
-  Squeeze squeeze;  //
-  bool pre_act;     // whether there is one; so are the following
-  bool post_act;    //
-  bool residual;    // a map of its own; x as its own residual is read only once
-  bool keeps;       // forward: p1 is wanted, so it needs no scratch
-  bool dx;          // backward: which gradients are wanted
-  bool dresidual;   //
-  bool dw;          // any of the weights' and biases'
+  int alignment;  // the largest power of two, up to 16, that divides the address of every map
+  Squeeze squeeze;
+  bool pre_act;    // whether there is an activation before the squeeze
+  bool post_act;   // whether there is an activation at the end
+  bool residual;   // whether the residual is a map of its own; if it is x, it is read only once
+  bool saves_p1;   // forward: p1 is an output, so it needs no scratch
+  bool dx;         // backward: whether dx is an output
+  bool dresidual;  // backward: whether dresidual is an output
+  bool dw;         // backward: whether any gradient of a weight or bias is an output
 };
 
-// Every member of a Call: with one more, this does not compile. Padding has no say.
+// Every member of a Call. The binding below does not compile if a Call has one more; padding is not compared.
 inline auto members(const Call& call) {
-  const auto& [direction, n, c, r, l, channels_last, dtype, alignment, squeeze, pre_act, post_act, residual, keeps, dx,
-               dresidual, dw] = call;
-  return std::tie(direction, n, c, r, l, channels_last, dtype, alignment, squeeze, pre_act, post_act, residual, keeps,
-                  dx, dresidual, dw);
+  const auto& [direction, n, c, r, l, channels_last, dtype, alignment, squeeze, pre_act, post_act, residual, saves_p1,
+               dx, dresidual, dw] = call;
+  return std::tie(direction, n, c, r, l, channels_last, dtype, alignment, squeeze, pre_act, post_act, residual,
+                  saves_p1, dx, dresidual, dw);
 }
 inline bool operator==(const Call& a, const Call& b) { return members(a) == members(b); }
 
@@ -92,51 +94,53 @@ Call call_of(const Backward& f);
 
 // A reduction over the positions of each (sample, channel), into `splits` partial results.
 struct Reduction {
-  int width;   // bytes of an access
-  int lanes;   // NCHW: threads along a row: 8, 32, 256; in shared memory 1 to 32. channels_last: along channels
-  int splits;  // parts that the positions are cut into
-  // NCHW: rows that a block copies to shared memory first, where accesses of 16 bytes do not fit them, or 0; and the
-  // bytes of that copy, for each map.
-  int64_t rows, slab_bytes;
-  int64_t chunks;  // channels_last: blocks side by side along the channels
+  int vec_bytes;  // bytes per access
+  // NCHW: threads per row of L positions: 8, 32 or 256; 1 to 32 for rows in shared memory. channels_last: threads per
+  // row of channels, which is one position.
+  int threads_per_row;
+  int splits;  // parts into which the positions are divided
+  // NCHW, for rows that are not a multiple of 16 bytes: the rows that a block first stages in shared memory, or 0, and
+  // the bytes of a staged tile of one map.
+  int64_t rows, staged_bytes;
+  int64_t channel_blocks;  // channels_last: blocks side by side along the channels
 };
 
-// What is done element by element, with the gates of its channels computed first by each block.
+// The elementwise step. Each block first computes the gates of its channels.
 struct Elementwise {
-  int width;          // bytes of an access
-  int64_t chunks;     // channels_last: blocks side by side along the channels
-  int64_t per_block;  // NCHW: elements of a sample; channels_last: positions
-  int64_t ranges;     // blocks per sample (and chunk)
-  int64_t channels;   // at most so many in a block
+  int vec_bytes;           // bytes per access
+  int64_t channel_blocks;  // channels_last: blocks side by side along the channels
+  int64_t per_block;       // NCHW: elements per block; channels_last: positions per block
+  int64_t ranges;          // blocks per sample; channels_last: blocks per sample and channel block
+  int64_t channels;        // the most channels per block
 };
 
 // How the blocks of a cluster hold a sample in shared memory.
-struct Residence {
-  int size;                      // blocks
-  int64_t channels;              // that each has and excites
-  int64_t slab_bytes;            // of its share of one map
-  int64_t work;                  // numbers that its steps need in turn
-  bool keeps_x, keeps_residual;  // backward: beside g
-  // Clusters that could begin together, and how much later than the one before each of them begins: while some wait for
-  // their own exchange and layers, others use the memory.
+struct ClusterConfig {
+  int size;                        // blocks per cluster
+  int64_t channels;                // channels per block
+  int64_t staged_bytes;            // bytes of a block's staged tile of one map
+  int64_t work;                    // numbers that the steps of a block need in turn
+  bool stages_x, stages_residual;  // backward: whether x and the residual are staged besides g
+  // The clusters that can begin together, and the delay between the starts of two of them: while some wait for their
+  // exchange and their layers, others use the memory.
   int64_t first_wave;
   unsigned stagger_ns;
 };
 
 struct Launch {
-  const char* name;
+  const char* name;  // the kernel is called <name>_kernel
   int64_t blocks;
   int64_t shared_bytes;
-  int cluster;  // blocks; 0: no cluster
-  int threads;  // in a block
+  int cluster;  // blocks per cluster; 0: no clusters
+  int threads;  // threads per block
 };
 
-// What a plan is predicted to take, in microseconds (plan/model.cpp).
+// The predicted time of a plan in microseconds (plan/model.cpp).
 struct Prediction {
-  double launches;  // starting them
+  double launches;  // starting the launches
   double memory;    // moving the bytes
-  double work;      // the instructions of the busiest multiprocessor
-  double waiting;   // for one thing after another: loads, exchanges, the layers
+  double work;      // the instructions of the busiest SM
+  double waiting;   // latency: loads, exchanges and layers that wait for one another
   double us() const { return launches + std::max(memory, work) + waiting; }
 };
 
@@ -145,10 +149,10 @@ struct Plan {
   Algorithm algorithm;
   Reduction reduction;
   Elementwise elementwise;
-  bool fused_hidden;         // two_pass: each block of the last launch computes h itself
-  Residence residence;       // cluster
-  int64_t shared_per_block;  // the limit of the device
-  std::string other;         // why no other algorithm
+  bool fused_hidden;             // two_pass: each block of the last launch computes h itself
+  ClusterConfig cluster_config;  // cluster
+  int64_t shared_per_block;      // the limit of the device
+  std::string other;             // why the plan uses no other algorithm
   Prediction predicted;
   int launch_count;
   std::array<Launch, 4> launches;
@@ -160,9 +164,10 @@ struct Plan {
   std::string text() const;
 };
 
-// Raises std::invalid_argument, naming the limit, where no plan serves the call. `forced`, for tests and experiments:
-// any of two_pass, width=, lanes=, splits=, per_block=, rows= and fused_hidden= (forward), or any of cluster, width=,
-// lanes=, size= and threads=, separated by spaces.
+// Raises std::invalid_argument, which names the limit, if no plan can run the call. `forced` overrides the planner, for
+// tests and experiments: words separated by spaces.
+//   two_pass: two_pass, vec_bytes=, threads_per_row=, splits=, per_block=, rows=, fused_hidden= (forward)
+//   cluster:  cluster, vec_bytes=, threads_per_row=, size=, threads=
 Plan make_plan(const Call& call, const Device& device, const std::string& forced = "");
 
 }  // namespace se

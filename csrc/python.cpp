@@ -88,13 +88,13 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<se::Device>(m, "Device", "The limits of a GPU that plans depend on.")
       .def(py::init<std::string, int, int, int64_t, int64_t, std::array<int, 5>, double, int64_t>(), py::arg("name"),
-           py::arg("capability"), py::arg("multiprocessors"), py::arg("shared_per_block"),
-           py::arg("shared_per_multiprocessor"), py::arg("clusters"), py::arg("bytes_per_us"), py::arg("l2_bytes"))
+           py::arg("capability"), py::arg("sm_count"), py::arg("shared_per_block"), py::arg("shared_per_sm"),
+           py::arg("clusters"), py::arg("bytes_per_us"), py::arg("l2_bytes"))
       .def_readonly("name", &se::Device::name)
       .def_readonly("capability", &se::Device::capability)
-      .def_readonly("multiprocessors", &se::Device::multiprocessors)
+      .def_readonly("sm_count", &se::Device::sm_count)
       .def_readonly("shared_per_block", &se::Device::shared_per_block)
-      .def_readonly("shared_per_multiprocessor", &se::Device::shared_per_multiprocessor)
+      .def_readonly("shared_per_sm", &se::Device::shared_per_sm)
       .def_readonly("clusters", &se::Device::clusters)
       .def_readonly("bytes_per_us", &se::Device::bytes_per_us)
       .def_readonly("l2_bytes", &se::Device::l2_bytes);
@@ -110,12 +110,12 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("map_bytes_read", &se::Plan::map_bytes_read)
       .def_readonly("map_bytes_written", &se::Plan::map_bytes_written)
       .def_readonly("scratch_bytes", &se::Plan::scratch_bytes)
-      .def_property_readonly("width", [](const se::Plan& p) { return p.reduction.width; })
-      .def_property_readonly("lanes", [](const se::Plan& p) { return p.reduction.lanes; })
+      .def_property_readonly("vec_bytes", [](const se::Plan& p) { return p.reduction.vec_bytes; })
+      .def_property_readonly("threads_per_row", [](const se::Plan& p) { return p.reduction.threads_per_row; })
       .def_property_readonly("splits", [](const se::Plan& p) { return p.reduction.splits; })
       .def_property_readonly("rows", [](const se::Plan& p) { return p.reduction.rows; })
-      .def_property_readonly("first_wave", [](const se::Plan& p) { return p.residence.first_wave; })
-      .def_property_readonly("stagger_ns", [](const se::Plan& p) { return p.residence.stagger_ns; })
+      .def_property_readonly("first_wave", [](const se::Plan& p) { return p.cluster_config.first_wave; })
+      .def_property_readonly("stagger_ns", [](const se::Plan& p) { return p.cluster_config.stagger_ns; })
       .def_property_readonly("predicted_us", [](const se::Plan& p) { return p.predicted.us(); })
       .def_property_readonly("per_block", [](const se::Plan& p) { return p.elementwise.per_block; });
   m.def("plan", &plan, py::arg("device"), py::kw_only(), py::arg("backward") = false, py::arg("n"), py::arg("c"),

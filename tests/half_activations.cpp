@@ -15,7 +15,7 @@ void apply(se::Activation activation, const T* x, float* y, float* slope, int64_
     float v[V], at[V], g[V];
     for (int j = 0; j < V; ++j) v[j] = at[j] = se::cuda::widen(x[i + j]), g[j] = 1;
     se::cuda::activate<T>(activation, se::Options{}, v);
-    se::cuda::chain<T>(activation, se::Options{}, at, g);
+    se::cuda::activation_backward<T>(activation, se::Options{}, at, g);
     std::memcpy(y + i, v, sizeof(v));
     std::memcpy(slope + i, g, sizeof(g));
   }

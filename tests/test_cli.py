@@ -77,7 +77,7 @@ def test_plan_prints_launches_and_bytes_for_a_gpu_that_is_not_here():
         (("32x256",), "SHAPE is '32x256'; wanted three to five sizes"),
         (("1x8x7x7", "--device", "V100"), "device is 'V100'; wanted one of T4"),
         (("1x8x7x7", "--dtype", "int8"), "dtype is 'int8'; wanted float32"),
-        (("1x8x7x7", "--forced", "width=16"), "width=16 with elements of 2 bytes, spans of 98 bytes"),
+        (("1x8x7x7", "--forced", "vec_bytes=16"), "vec_bytes=16 with elements of 2 bytes, spans of 98 bytes"),
         (("0x8x7x7",), "n is 0; wanted 1 or more"),
         (("1x8x-7x-7",), "SHAPE is '1x8x-7x-7'; wanted sizes of 1 or more"),
         (("9223372036854775808x8x7x7",), "SHAPE gives 9223372036854775808; wanted at most 2^63 - 1"),

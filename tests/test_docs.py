@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import io
-import itertools
 import re
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import pytest
 
 import se_fused
 from examples import zoo
-from se_fused import native
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", *(f"docs/{file.name}" for file in sorted((ROOT / "docs").glob("*.md")))]
@@ -70,21 +68,3 @@ def test_every_name_exists(name):
             value = getattr(value, part)
     for target in re.findall(r"(?:^|`)make (\w+)", text, re.MULTILINE):
         assert re.search(rf"^{target}\b.*:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
-
-
-def test_the_glossary_names_every_launch_and_every_kernel():
-    text = (ROOT / "docs/glossary.md").read_text().partition("| launch | kernel |")[2]
-    known = dict(re.findall(r"^\| (\w+) \| (`\w+`.*) \|$", text, re.MULTILINE))
-    facts = native.load_extension()
-    launches = {
-        name
-        for backward, forced, c in itertools.product((False, True), ("two_pass", "cluster"), (64, 256))
-        for name, *_ in facts.plan(
-            facts.preset("H200"), backward=backward, n=4, c=c, r=64, l=49, dtype="float16", forced=forced
-        ).launches
-    }
-    assert set(known) == launches
-    with (ROOT / "csrc/cuda/registers.csv").open(newline="") as file:
-        compiled = {re.match(r"\w+", kernel)[0] for kernel, *_ in list(csv.reader(file))[1:]}
-    compiled.remove("occupant")  # never launched: it only serves to ask a device how many of its clusters can run
-    assert set(re.findall(r"`(\w+)`", text)) - {"StoredSqueeze", "StoredGateGradient"} == compiled

@@ -1,4 +1,4 @@
-"""That tests/emulator can fail: planted faults, each of which it must catch, and how."""
+"""Faults planted in the kernels, each of which tests/emulator must catch with the right message."""
 
 import re
 import subprocess
@@ -7,8 +7,8 @@ import emulator
 import pytest
 from emulator import every_kernel
 
-PARTS_OF_OTHERS = "  if (f.r) transposed_multiply<1>(w2.from(c0, 0), own, depth, dp2, 0, work, hidden_part);\n"
-# Name: file under csrc/cuda, what stands there once, what replaces it, what must be said.
+PARTS_OF_OTHERS = "  if (f.r) gemv_t<1>(w2.from(c0, 0), own, depth, dp2, 0, work, hidden_part);\n"
+# By name: the file under csrc/cuda, a text that it has once, its replacement, and the message that must appear.
 FAULTS = {
     "a missing barrier": (
         "reduce.cuh",
@@ -25,8 +25,8 @@ FAULTS = {
     ),
     "a barrier that not all threads reach": (
         "reduce.cuh",
-        "warps[lane / kWarp] = part;\n    __syncthreads();\n",
-        "warps[lane / kWarp] = part;\n    if (lane >= kWarp) return part;\n    __syncthreads();\n",
+        "warps[rank / kWarp] = part;\n    __syncthreads();\n",
+        "warps[rank / kWarp] = part;\n    if (rank >= kWarp) return part;\n    __syncthreads();\n",
         "deadlock: .*has ended",
     ),
     "a wrong tail": (
@@ -50,14 +50,14 @@ FAULTS = {
     "a wrong shuffle mask": ("device.cuh", "0xffffffffu", "0x0000ffffu", "mask leaves out its own lane"),
     "an unwritten output": (
         "forward_two_pass.cu",
-        "if (f.p2 && share.owns(i)) store_one(",
-        "if (f.p2 && i > 0 && share.owns(i)) store_one(",
+        "if (f.p2 && tile.owns(i)) store_one(",
+        "if (f.p2 && i > 0 && tile.owns(i)) store_one(",
         "elements differ by more than",
     ),
     "an out-of-bounds read": (
         "reduce.cuh",
-        "begin + lane, end, lanes, parts",
-        "begin + lane, end + 1, lanes, parts",
+        "begin + rank, end, threads_per_row, parts",
+        "begin + rank, end + 1, threads_per_row, parts",
         "out of bounds, near",
     ),
     "a misaligned access": ("elementwise.cuh", "(V - first % V) % V", "(V - first % V) % V + 1", "not aligned"),
@@ -79,7 +79,7 @@ FAULTS = {
         "merge_splits(partial - f.c, splits + 1, f.c,",
         "elements differ by more than",
     ),
-    # The stand-in has no atomic addition of floats, so that none can enter.
+    # The emulator has no atomic addition of floats, so that no kernel can use one.
     "a float atomic": (
         "forward_two_pass.cu",
         "if (sums) store_one(sums + at, p.sum);",
@@ -117,66 +117,66 @@ FAULTS = {
         "an end without a wait at the cluster's last barrier",
     ),
     "a copy that is not waited for": (
-        "slab.cuh",
+        "staged_tile.cuh",
         "  __pipeline_wait_prior(0);\n",
         "",
         "elements differ by more than",
     ),
-    "a slab that is read before it is there": (
+    "a staged tile that is read before it is there": (
         "forward_cluster.cu",
         "  await_copies();\n",
         "  __syncthreads();\n",
         "elements differ by more than",
     ),
-    "a slab of gradients that is read before it is there": (
+    "a staged tile of gradients that is read before it is there": (
         "backward_cluster.cu",
         "  await_copies();\n",
         "  __syncthreads();\n",
         "elements differ by more than",
     ),
     "staged rows that are read before they are there": (
-        "slab.cuh",
-        "  await_copies();\n  reduce_share(share, staged,",
-        "  __syncthreads();\n  reduce_share(share, staged,",
+        "staged_tile.cuh",
+        "    await_copies();\n    reduce_tile(tile, staged,",
+        "    __syncthreads();\n    reduce_tile(tile, staged,",
         "elements differ by more than",
     ),
-    "a slab without the remainder of its address": (
-        "slab.cuh",
-        "share.wide ? share.first % V : 0",
+    "a staged tile without the remainder of its address": (
+        "staged_tile.cuh",
+        "tile.wide ? tile.first % V : 0",
         "0",
         "not aligned|elements differ by more than",
     ),
-    "a slab without what lies after its vectors": (
-        "slab.cuh",
+    "a staged tile without what lies after its vectors": (
+        "staged_tile.cuh",
         "const unsigned e = i < head ? i : i + vectors * V;",
         "const unsigned e = i;",
         "elements differ by more than",
     ),
-    "a slab that overlaps": (
+    "a staged tile that overlaps the next": (
         "backward_cluster.cu",
-        "free += residence.slab_bytes;",
-        "free += residence.slab_bytes - 64;",
+        "free += config.staged_bytes;",
+        "free += config.staged_bytes - 64;",
         "elements differ by more than",
     ),
-    "staged rows that overlap": (
-        "slab.cuh",
-        "    free += slab_bytes;",
-        "    free += slab_bytes - 64;",
+    "staged rows that overlap the next map": (
+        "staged_tile.cuh",
+        "    free += staged_bytes;",
+        "    free += staged_bytes - 64;",
         "elements differ by more than",
     ),
     "staged rows of which one is left out": (
-        "slab.cuh",
-        "i0 < share.channels; i0 += groups.count()) {",
-        "i0 < share.channels - 1; i0 += groups.count()) {",
+        "staged_tile.cuh",
+        "i0 < tile.channels; i0 += groups.count()) {",
+        "i0 < tile.channels - 1; i0 += groups.count()) {",
         "elements differ by more than",
     ),
     "staged rows stored for another channel": (
-        "slab.cuh",
-        "op.store(share.n * op.problem().c + share.c0 + i, 0, part)",
-        "op.store(share.n * op.problem().c + i, 0, part)",
+        "staged_tile.cuh",
+        "op.store(tile.n * op.problem().c + tile.c0 + i, 0, part)",
+        "op.store(tile.n * op.problem().c + i, 0, part)",
         "elements differ by more than",
     ),
-    "a share of a position that is packed too far apart": (
+    "channels of a position that are packed too far apart": (
         "elementwise.cuh",
         "position * static_cast<unsigned>(channels) + i}",
         "position * static_cast<unsigned>(channels + 8) + i}",
@@ -190,30 +190,30 @@ FAULTS = {
     ),
     "a map read twice": (
         "forward_cluster.cu",
-        "share.walk(ScaleOperation<T, Slab<T>, kPlain>{f, x, s});",
-        "share.walk(ScaleOperation<T, Streamed<T>, kPlain>{f, {static_cast<const T*>(f.x)}, s});",
+        "tile.for_each_vector(ScaleOperation<T, StagedTile<T>, kPlain>{f, x, s});",
+        "tile.for_each_vector(ScaleOperation<T, Streamed<T>, kPlain>{f, {static_cast<const T*>(f.x)}, s});",
         "bytes of maps read and .* written, where the plan says",
     ),
     "a wrong row where blocks begin at different ones": (
-        "excite.cuh",
+        "gemv.cuh",
         "first + i < rows ? first + i : first + i - rows;",
         "first + i < rows ? first + i : i;",
         "elements differ by more than",
     ),
     "a sum that is not added to what is there": (
-        "excite.cuh",
+        "gemv.cuh",
         "sum = more ? sum + partial[s] : partial[s];",
         "sum = more ? partial[s] : partial[s];",
         "elements differ by more than",
     ),
     "sums over the warps that are not all there": (
-        "excite.cuh",
+        "gemv.cuh",
         "          sums[s * columns + j0 + j] = sum;\n        }\n        __syncthreads();\n",
         "          sums[s * columns + j0 + j] = sum;\n        }\n",
         "elements differ by more than",
     ),
     "a prefetch out of bounds": (
-        "excite.cuh",
+        "gemv.cuh",
         "prefetch(data + row * stride + (i < bytes ? i : bytes - 1));",
         "prefetch(data + row * stride + (i < bytes ? i : bytes + (1 << 16)));",
         "out of bounds",
@@ -226,13 +226,13 @@ FAULTS = {
     ),
     "a bias of the gates that is not added": (
         "forward_cluster.cu",
-        "s[i] = bias<T>(f.b2, f.weight_dtype, share.c0 + i);",
+        "s[i] = bias<T>(f.b2, f.weight_dtype, tile.c0 + i);",
         "s[i] = 0;",
         "elements differ by more than",
     ),
     "a bias of another block's channel": (
         "forward_cluster.cu",
-        "s[i] = bias<T>(f.b2, f.weight_dtype, share.c0 + i);",
+        "s[i] = bias<T>(f.b2, f.weight_dtype, tile.c0 + i);",
         "s[i] = bias<T>(f.b2, f.weight_dtype, i);",
         "elements differ by more than",
     ),
@@ -250,14 +250,14 @@ FAULTS = {
     ),
     "a gate that changes between halves of an access only": (
         "elementwise.cuh",
-        "walk_vectors<1>(operation, begin, vectors);",
-        "walk_vectors<V == 1 ? 1 : V / 2>(operation, begin, vectors);",
+        "for_each_whole_vector<1>(operation, begin, vectors);",
+        "for_each_whole_vector<V == 1 ? 1 : V / 2>(operation, begin, vectors);",
         "elements differ by more than",
     ),
     "a next channel that is the same": (
         "elementwise.cuh",
-        "values[r + W > l ? i + 1 : i];",
-        "values[i];",
+        "from[r + W > l ? i + 1 : i];",
+        "from[i];",
         "elements differ by more than",
     ),
     "rows shorter than an access of which only the first ends": (
@@ -269,7 +269,7 @@ FAULTS = {
 }
 
 
-def test_without_a_fault_nothing_is_said():
+def test_without_a_fault_there_is_no_message():
     well, said = emulator.run_apart(every_kernel.main, emulator.library())
     assert well, said
 

@@ -1,7 +1,7 @@
-"""The CUDA kernels, run thread by thread on the CPU, against the reference in float64.
+"""The CUDA kernels, run thread by thread on the CPU and compared with the reference in float64.
 
-Every call is also checked by tests/emulator: no access outside a buffer or misaligned, no divergent barrier, and the
-bytes of the maps that were read and written are those of the plan.
+tests/emulator also checks every call: no access is misaligned or outside a buffer, no barrier is divergent, and the
+call reads and writes as many bytes of the maps as the plan says.
 """
 
 import math
@@ -32,20 +32,22 @@ def served(cuda):
         yield
 
 
-GPUS = ("T4", "H200")  # two_pass; clusters where a sample fits
-SIZES = (1, 2, 4, 8)  # and 16, which takes long here, in the named shapes
+GPUS = ("T4", "H200")  # two_pass; clusters if a sample fits
+SIZES = (1, 2, 4, 8)  # 16 takes long here, so only the named shapes use it
 THREADS = (256, 512)
 SEEDS = st.integers(0, 2**32)
 
 
 @st.composite
 def plans(draw, case):
-    """A forced plan that can serve the case: what the planner chose for other shapes must be right for this one too."""
+    """A forced plan that can run the case: a choice of the planner for other shapes must be right for this one too."""
     channels_last = case.layout.startswith("channels_last") and case.c > 1
-    layout_lanes = (1, 2, 4, 8, 16, 32) if channels_last else ()
+    threads_per_row = (1, 2, 4, 8, 16, 32) if channels_last else ()
     positions = math.prod(case.spatial)
-    fewest = max(1, positions * (1 if channels_last else case.c) // 16)  # few blocks: each takes milliseconds here
-    # Rows through shared memory, where 16 bytes do not fit them and where they do; backward copies x and g of them.
+    fewest = max(
+        1, positions * (1 if channels_last else case.c) // 16
+    )  # few blocks, because each takes milliseconds here
+    # Staged rows, whether or not they are a multiple of 16 bytes; backward stages x and g.
     row = positions * torch.finfo(case.dtype).bits // 8
     rows = 0 if channels_last or case.dtype is torch.float64 else (40 << 10) // (3 * row)
     if rows and alignment(case) == 16 and draw(st.booleans()):
@@ -54,24 +56,24 @@ def plans(draw, case):
         "splits": draw(st.integers(1, 9)),
         "per_block": draw(st.integers(fewest, fewest + 500)) if positions >= 4 else None,
         "fused_hidden": draw(st.sampled_from([0, 1])) if case.r else None,
-        "lanes": draw(st.sampled_from(layout_lanes)) if layout_lanes else None,
+        "threads_per_row": draw(st.sampled_from(threads_per_row)) if threads_per_row else None,
     }
     return " ".join(f"{name}={value}" for name, value in options.items() if value is not None and draw(st.booleans()))
 
 
 def map_order(case):
-    """Whether a call walks its maps in channels_last."""
+    """Whether a call reads its maps in channels_last order."""
     return is_channels_last(torch.empty_like(case.tensors()["x"]))
 
 
 def alignment(case):
-    """Of the address of x, as the kernels see it."""
+    """The alignment of the address of x that the kernels get."""
     address = implementation.dense(case.tensors()["x"], map_order(case)).data_ptr()
     return min(16, address & -address)
 
 
 def cluster_plans(case, backward):
-    """Those that can serve the case: of every size, with blocks of every length."""
+    """The cluster plans that can run the case, of every size and block length."""
     positions, options = math.prod(case.spatial), case.options
     channels_last = positions == 1 or (map_order(case) and case.c > 1)
 
@@ -116,8 +118,8 @@ def test_forward(cuda, case, data, seed):
 @given(cases(BELOW_FLOAT64, ORDER_KEEPING, ("contiguous",)), st.data(), SEEDS)
 @settings(max_examples=60)
 def test_rows_through_shared_memory(cuda, case, data, seed):
-    """Of every length and number, in both directions."""
-    row = 3 * math.prod(case.spatial) * torch.finfo(case.dtype).bits // 8  # of g, x and a residual
+    """Rows of every length and number, in both directions."""
+    row = 3 * math.prod(case.spatial) * torch.finfo(case.dtype).bits // 8  # rows of g, x and a residual
     assume(math.prod(case.spatial) > 1)
     rows = data.draw(st.integers(1, min((40 << 10) // row, case.c + 3)))
     cuda.setup("T4", f"rows={rows}", seed)
@@ -156,7 +158,7 @@ def test_gradients_in_clusters_of_every_size(cuda, case, data, seed):
 @given(cases(BELOW_FLOAT64, ORDER_KEEPING, ("channels_last",)), st.sampled_from(SIZES), SEEDS)
 @settings(max_examples=60)
 def test_channels_last_in_clusters(cuda, case, size, seed):
-    case.c = 8 * (case.c % 9 + size)  # whole 16 bytes of every dtype, for every block
+    case.c = 8 * (case.c % 9 + size)  # a multiple of 16 bytes in every dtype, for every block
     plan = f"cluster size={size} threads=256"
     assume(plan in cluster_plans(case, backward=True))
     cuda.setup("H200", plan, seed)
@@ -221,7 +223,7 @@ def test_staged_rows_of_named_lengths(cuda, rows, spatial, dtype):
         case = Case(n=2, c=33, r=6, spatial=spatial, dtype=dtype, residual="map", options=options)
         forward(case)
         staged = f"{rows} rows at a time through shared memory" in cuda.last_plan()
-        assert staged or spatial == (1,)  # one position is channels_last
+        assert staged or spatial == (1,)  # a map of one position is channels_last
         compare(case)
         assert staged == (f"{rows} rows at a time through shared memory" in cuda.last_plan())
 
@@ -236,7 +238,7 @@ def test_named_shapes(cuda, name, dtype, layout, gpu):
     if case.c > 2000 and dtype is not torch.float32:
         pytest.skip("many weights take seconds here")
     if layout == "channels_last" and case.layout != "contiguous":
-        pytest.skip("its layout is the point")
+        pytest.skip("the case tests its own layout")
     layout = case.layout if case.layout != "contiguous" else layout
     case = Case(n=case.n, c=case.c, r=case.r, spatial=case.spatial, dtype=dtype, layout=layout, bias=False)
     for squeeze in ("mean", "mean_max"):
@@ -295,7 +297,7 @@ def test_the_clusters_that_can_run_at_once_begin_one_after_the_other(cuda, backw
     facts = native.load_extension()
     call = {"n": n, "c": 128, "r": 2, "l": 32, "dtype": "float32", "channels_last": True, "forced": forced}
     plan = facts.plan(facts.preset("H200"), backward=backward, **call)
-    assert plan.first_wave == 7  # of 16 blocks, each with a multiprocessor of its own
+    assert plan.first_wave == 7  # clusters of 16 blocks, with one block per SM
     apart = plan.stagger_ns
     assert apart > 0
     expected = {cluster * size + block: {cluster * apart} for cluster in range(1, 7) for block in range(size)}
@@ -319,7 +321,7 @@ def test_an_empty_batch():
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("gpu", GPUS)
-def test_large_maps_move_in_accesses_of_16_bytes(cuda, layout, gpu):
+def test_large_maps_move_in_16_byte_accesses(cuda, layout, gpu):
     cuda.setup(gpu)
     forward(Case(n=1, c=32, r=4, spatial=(16, 16), dtype=torch.float16, layout=layout))
     assert cuda.wide_share() == 1

@@ -1,4 +1,4 @@
-"""What tests/emulator sees beyond results: bank conflicts, stale reads, shared memory that a launch may not have."""
+"""What tests/emulator checks besides results: bank conflicts, stale reads, and too much shared memory."""
 
 import re
 from pathlib import Path
@@ -11,8 +11,9 @@ from test_gradients import compare
 
 import se_fused
 
-# Wavefronts of the slab's reads in float16 for each that they need at least, as measured: layout, side, channels. Whole
-# rows of 49 or 196 elements are no whole 16 bytes, so that the rows which a warp reduces side by side share banks.
+# For reads of the staged tile in float16, by layout, side and channels: the measured wavefronts per wavefront of the
+# minimum. Rows of 49 or 196 elements are not a multiple of 16 bytes, so the rows that a warp reduces side by side use
+# the same banks.
 WAVEFRONTS = {
     ("contiguous", 7, 512): 1.628,
     ("contiguous", 14, 256): 1.458,
@@ -36,12 +37,12 @@ def hold_wavefronts(path: Path) -> None:
             taken, least = library.wavefronts(2)
             assert taken >= least > 0
             assert taken <= most * least, f"{layout} {side}: {taken / least:.3f} wavefronts for each of {least}"
-            taken, least = library.wavefronts(4)  # the layers' vectors
+            taken, least = library.wavefronts(4)  # the vectors of the layers
             assert taken == least > 0, f"{layout} {side}: {taken} wavefronts of the layers, which need {least}"
 
 
 def run_kernels(path: Path) -> None:
-    """In place, in two passes and in clusters; backward too."""
+    """Run in place, in two passes and in clusters, and backward."""
     library = emulator.Library(path)
     case = Case(n=2, c=48, r=8, spatial=(6, 6))
     with library.serves():
@@ -60,12 +61,12 @@ def test_the_kernels_read_shared_memory_without_more_conflicts():
     assert well, said
 
 
-def test_without_a_fault_nothing_is_said():
+def test_without_a_fault_there_is_no_message():
     well, said = emulator.run_apart(run_kernels, emulator.library())
     assert well, said
 
 
-# Name: what runs, file under csrc, what stands there once, what replaces it, what must be said.
+# By name: the calls, the file under csrc, a text that it has once, its replacement, and the message that must appear.
 FAULTS = {
     "vectors read element by element": (
         hold_wavefronts,
@@ -100,14 +101,14 @@ FAULTS = {
         "Global<T>",
         "the launch writes what it reads by the read-only path, in x",
     ),
-    "more shared memory than a kernel has leave for": (
+    "more shared memory than a kernel is allowed": (
         run_kernels,
         "plan/two_pass.cpp",
-        "(kSamples * (kTile + kColumns)",
-        "(kSamples * (3 * kTile + kColumns)",
-        "kernel hidden_gradient: invalid argument",
+        "(kSamples * (kGemvChunk + kColumns)",
+        "(kSamples * (3 * kGemvChunk + kColumns)",
+        "kernel backward_hidden: invalid argument",
     ),
-    "a barrier that publishes nothing before a peer reads": (
+    "a barrier that makes no writes visible before a peer reads": (
         run_kernels,
         "cuda/forward_cluster.cu",
         "cluster.sync();",

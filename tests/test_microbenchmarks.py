@@ -28,12 +28,12 @@ def exchange(device, seed, size, count, rounds, by_push):
     assert torch.equal(out, microbenchmarks.sums_of_exchange(*out.shape, size, rounds))
 
 
-def slab(device, seed, blocks, sixteens, chunks):
+def stage(device, seed, blocks, sixteens, chunks):
     machine, library = device
     source, out = torch.randint(-9, 9, (blocks, 4 * sixteens)).float(), torch.full((blocks,), torch.nan)
     machine.setup(seed=seed)
     machine.watch(source=source, out=out)
-    library.slab(source, out, chunks=chunks)
+    library.stage(source, out, chunks=chunks)
     assert torch.equal(out, source.sum(1))
 
 
@@ -48,8 +48,8 @@ def test_exchanges(device, seed, size, count, rounds, by_push):
 
 @given(SEEDS, st.integers(1, 3), st.integers(1, 700), st.integers(0, LARGEST_CHUNKS))
 @settings(max_examples=20)
-def test_slabs(device, seed, blocks, sixteens, chunks):
-    slab(device, seed, blocks, max(sixteens, chunks), chunks)
+def test_staging(device, seed, blocks, sixteens, chunks):
+    stage(device, seed, blocks, max(sixteens, chunks), chunks)
 
 
 def test_measure_gives_every_row(monkeypatch):
@@ -59,7 +59,7 @@ def test_measure_gives_every_row(monkeypatch):
         def exchange(self, out, size, rounds, *, by_push):
             out.copy_(microbenchmarks.sums_of_exchange(*out.shape, size, rounds))
 
-        def slab(self, source, out, *, chunks):
+        def stage(self, source, out, *, chunks):
             out.copy_(source.double().sum(1))
 
     for name in ("empty", "randn"):
@@ -68,7 +68,7 @@ def test_measure_gives_every_row(monkeypatch):
     clusters = {1: 132, 2: 66, 4: 32, 8: 15, 16: 0}
     times = lambda call: 2.0 if call.args[2:] == (65,) else 1.0  # noqa: E731
     rows = list(microbenchmarks.measure(Device(), times, clusters, 100 << 10))
-    assert len(rows) == 3 * 3 * 2 + 3 * 5  # without clusters of 16 blocks and a slab of 200 KB
+    assert len(rows) == 3 * 3 * 2 + 3 * 5  # no clusters of 16 blocks, no staged tile of 200 KB
     assert ("exchange by push", "8 blocks, 64 numbers", 1 / 64, "us") in rows
     assert list(microbenchmarks.measure(Device(), lambda call: 1.0, dict.fromkeys(clusters, 0), 64 << 10)) == []
     monkeypatch.setattr(Device, "exchange", lambda self, out, *_, **__: out.zero_())
@@ -104,8 +104,8 @@ FAULTS = {
         "more (bytes|arrivals) at an mbarrier than",
     ),
     "a read before the phase has ended": (
-        "    arrived[chunk].wait(0);\n    sum += sum_of(slab, begin(chunk), begin(chunk + 1));\n",
-        "    sum += sum_of(slab, begin(chunk), begin(chunk + 1));\n    arrived[chunk].wait(0);\n",
+        "    arrived[chunk].wait(0);\n    sum += sum_of(staged, begin(chunk), begin(chunk + 1));\n",
+        "    sum += sum_of(staged, begin(chunk), begin(chunk + 1));\n    arrived[chunk].wait(0);\n",
         "AssertionError",
     ),
     "a wait by threads that nobody waits for": (
@@ -124,23 +124,23 @@ FAULTS = {
         "an mbarrier that is not initialised",
     ),
     "chunks that leave a gap": (
-        "copy_bulk(slab + begin(chunk), from + begin(chunk), size,",
-        "copy_bulk(slab + begin(chunk), from + begin(chunk), size - 16,",
+        "copy_bulk(staged + begin(chunk), from + begin(chunk), size,",
+        "copy_bulk(staged + begin(chunk), from + begin(chunk), size - 16,",
         "deadlock: .*waits at an mbarrier",
     ),
     "chunks that overlap": (
-        "copy_bulk(slab + begin(chunk), from",
-        "copy_bulk(slab + begin(chunk) - 4 * (chunk > 0), from",
+        "copy_bulk(staged + begin(chunk), from",
+        "copy_bulk(staged + begin(chunk) - 4 * (chunk > 0), from",
         "AssertionError",
     ),
     "a bulk copy of 8 bytes too much": (
-        "copy_bulk(slab + begin(chunk), from + begin(chunk), size,",
-        "copy_bulk(slab + begin(chunk), from + begin(chunk), size + 8,",
+        "copy_bulk(staged + begin(chunk), from + begin(chunk), size,",
+        "copy_bulk(staged + begin(chunk), from + begin(chunk), size + 8,",
         "not multiples of 16",
     ),
     "a bulk copy from beyond the buffer": (
-        "copy_bulk(slab + begin(chunk), from + begin(chunk), size,",
-        "copy_bulk(slab + begin(chunk), from + begin(chunk) + 4, size,",
+        "copy_bulk(staged + begin(chunk), from + begin(chunk), size,",
+        "copy_bulk(staged + begin(chunk), from + begin(chunk) + 4, size,",
         "a read of 16 bytes out of bounds, near source",
     ),
     "a second arrival": (
@@ -156,7 +156,7 @@ def use(device):
     for seed in range(4):
         exchange(device, seed, 4, 40, 5, by_push=True)
         exchange(device, seed, 2, 3, 9, by_push=True)
-        slab(device, seed, 2, 101, 3)
+        stage(device, seed, 2, 101, 3)
 
 
 def load_and_use(library: Path) -> None:

@@ -1,1 +1,1 @@
-"""The parts of `make gpu-check`, a process each: benchmarks/gpu_check.py runs them, and docs/gpu-run.md says how."""
+"""The parts of `make gpu-check`. benchmarks/gpu_check.py runs each in a process; docs/gpu-run.md describes them."""

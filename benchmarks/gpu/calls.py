@@ -1,4 +1,4 @@
-"""The calls that are timed on a GPU, how they are timed, and whether what they left is right."""
+"""The calls that are timed on a GPU, the timers, and the checks of their results."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from ..shapes import Shape
 from ..timing import Times
 
 ROUNDS = 11
-LEAST_CALLS = 8  # in one graph; and so many that a replay takes about as long as LEAST_US
-LEAST_US = 500.0  # of a replay at the speed of a copy, so that what starts a graph hardly counts
-COLD_L2, MOST_SETS = 2.5, 256  # buffers rotate over so many times the L2, but are no more than this
+LEAST_CALLS = 8  # calls in one graph; more, if a replay would take less than LEAST_US
+LEAST_US = 500.0  # microseconds of a replay at the speed of a copy, so that the start of a graph hardly counts
+COLD_L2, MOST_SETS = 2.5, 256  # the buffers rotate over this multiple of the L2, but over at most so many sets
 Call = Callable[[], object]
 
 
 def eager(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-    """SE as users have it: pooling, two 1x1 convolutions, a product."""
+    """SE as users write it: pooling, two 1x1 convolutions, a product."""
     h = torch.relu(F.conv2d(x.mean((2, 3), keepdim=True), w1, b1))
     return x * torch.sigmoid(F.conv2d(h, w2, b2))
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of the table: the call, without who makes it and how it is timed."""
+    """The call of a line of the table, without its variant and its timer."""
 
     shape: Shape
     dtype: torch.dtype
@@ -47,7 +47,7 @@ class Row:
         return f"{self.shape} {str(self.dtype)[6:]} {self.layout} {self.direction}"
 
     def bytes(self) -> int:
-        """That no implementation can do without: forward x, y, weights; with backward also g, x again, dx, dw."""
+        """The minimum bytes that any implementation moves: x, y, weights; with backward also g, x again, dx, dw."""
         n, c, h, w, r = dataclasses.astuple(self.shape)
         maps, weights = (2, 1) if self.direction == "forward" else (5, 2)
         return int((maps * n * c * h * w + weights * (2 * c * r + c + r)) * self.dtype.itemsize)
@@ -55,18 +55,18 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """x, w1, b1, w2, b2, and g, the gradient of y; random numbers, because zeros can run faster than real data."""
+    """x, w1, b1, w2, b2, and g, the gradient of y. They are random, because zeros can run faster than real data."""
 
     tensors: tuple[Tensor, ...]
-    g: Tensor | None  # None: forward alone
+    g: Tensor | None  # None: only forward
 
     def call(self, layer: Callable[..., Tensor]) -> object:
-        """All that was computed, so that none of it is written twice to the same place: y, and the gradients."""
+        """Return all results, y and the gradients, so that no two calls write to the same memory."""
         y = layer(*self.tensors)
         return y if self.g is None else (y, *torch.autograd.grad(y, self.tensors, self.g))
 
     def truth(self) -> tuple[Tensor, ...]:
-        """What `call` returns, by the formula in float64."""
+        """The results of `call`, computed by the formula in float64."""
         wide = [t.detach().double().requires_grad_(self.g is not None) for t in self.tensors]
         with torch.set_grad_enabled(self.g is not None):
             y = se_fused.reference.squeeze_excite(*wide)
@@ -93,9 +93,9 @@ def draw(row: Row, sets: int, device: torch.device) -> list[Inputs]:
 
 
 def error(results: object, inputs: Inputs) -> float:
-    """The largest difference to the truth, relative to the largest magnitude in each tensor; infinite for NaN.
+    """The largest difference from the truth, relative to the largest magnitude in each tensor; infinite for NaN.
 
-    A tensor that is 0 throughout, as the weights' gradients are where no hidden unit is above 0, is compared as it is.
+    The difference from a tensor of zeros is absolute. The weights' gradients are zeros if no hidden unit is above 0.
     """
     found = results if isinstance(results, tuple) else (results,)
     worst = 0.0
@@ -110,7 +110,7 @@ def tolerance(row: Row) -> float:
 
 
 def layer(variant: str) -> Callable[..., Tensor]:
-    """What makes the call: ours for "fused" and "triton" (under a forced backend), else eager, or eager compiled."""
+    """The function of a variant: ours for "fused" and "triton" (with a forced backend), else eager, or it compiled."""
     if variant in ("fused", "triton"):
         return se_fused.squeeze_excite
     if variant == "compile":
@@ -121,22 +121,22 @@ def layer(variant: str) -> Callable[..., Tensor]:
 
 
 def cold_sets(row: Row, device: torch.device) -> int:
-    """How many sets of buffers a row rotates over."""
+    """The number of sets of buffers over which a row rotates."""
     size = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 1 << 20
     return min(int(COLD_L2 * size / row.bytes()) + 2, MOST_SETS)  # forward + backward counts x twice
 
 
 def replay_calls(row: Row, sets: int) -> int:
-    """Calls in one graph, a multiple of `sets`."""
+    """The number of calls in one graph, a multiple of `sets`."""
     wanted = max(LEAST_CALLS, LEAST_US / (1e6 * row.bytes() / 3e12))
     return sets * max(1, math.ceil(min(wanted, MOST_SETS) / sets))
 
 
 class Replay:
-    """Calls to all `functions` in turn, `count` in all, in one CUDA graph; on the CPU a loop, to rehearse.
+    """One CUDA graph of `count` calls to `functions` in turn; on the CPU, for rehearsals, a loop.
 
-    As many results as functions stay alive, so that results rotate over memory as inputs do: `results[i]` is what
-    `functions[i]` left when it ran last.
+    As many results as functions stay alive, so that the results rotate over memory as the inputs do. `results[i]` is
+    the last result of `functions[i]`.
     """
 
     def __init__(self, functions: Sequence[Call], count: int, device: torch.device) -> None:
@@ -161,7 +161,7 @@ class Replay:
             self.results.append(function())
 
     def time(self) -> float:
-        """Microseconds a call, of one replay."""
+        """Microseconds per call in one replay."""
         if self._graph is None:
             begin = time.perf_counter()
             self._run()
@@ -175,7 +175,7 @@ class Replay:
 
 
 def interleaved(timers: Mapping[str, Callable[[], float]], rounds: int = ROUNDS) -> Times:
-    """`rounds` times of each timer; within a round each runs once, in an order shuffled anew. One round goes before."""
+    """`rounds` times of each timer. Each round runs all timers in a new random order; one warm-up round comes first."""
     times: Times = {name: [] for name in timers}
     order, shuffle = list(timers), random.Random(0).shuffle
     for round_ in range(-1, rounds):
@@ -188,7 +188,7 @@ def interleaved(timers: Mapping[str, Callable[[], float]], rounds: int = ROUNDS)
 
 
 def loop_timer(functions: Sequence[Call], device: torch.device, count: int = 24) -> Callable[[], float]:
-    """Microseconds of wall clock a call, as a user's loop has them: launches by Python, one wait at the end."""
+    """Wall-clock microseconds per call in a user's loop: Python launches the calls and waits once at the end."""
     turns = itertools.cycle(functions)
 
     def once() -> float:
@@ -208,15 +208,15 @@ def synchronize(device: torch.device) -> None:
 
 
 def free(device: torch.device) -> None:
-    """Give back the memory of graphs that are gone."""
+    """Return the memory of deleted graphs to the device."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def copier(size: int, device: torch.device) -> Call:
-    """What reads and writes `size` bytes in all and does nothing else: an elementwise kernel.
+    """An elementwise kernel that reads and writes `size` bytes together and does nothing else.
 
-    `copy_` would be a memcpy node in a graph, which moves 2.8 TB/s on an H200 where a kernel moves 4.2
+    `copy_` would be a memcpy node in a graph, which moves 2.8 TB/s on an H200 while a kernel moves 4.2
     (microbenchmarks of 512 MB in benchmarks/results/h200/run.json).
     """
     source = torch.randn(max(1, size // 8), device=device)
@@ -225,8 +225,8 @@ def copier(size: int, device: torch.device) -> Call:
 
 
 def clock_mhz() -> str:
-    """The GPU's clock now, "" where NVML's Python package is missing."""
+    """The GPU's present clock, or "" if NVML's Python package is missing."""
     try:
         return str(torch.cuda.clock_rate())
-    except Exception:  # whatever keeps NVML from answering; the row is worth having without
+    except Exception:  # NVML may fail in many ways, and the row is useful without the clock
         return ""

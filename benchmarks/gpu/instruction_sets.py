@@ -1,4 +1,4 @@
-"""The CPU kernels of each instruction set that this CPU has, over the whole grid, a process each."""
+"""The CPU kernels of each instruction set that this CPU has, on the whole grid, in one process each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from se_fused import native
 
 from .worker import Worker, run_part
 
-# Two threads still take every parallel path, and the processes run side by side.
+# Two threads suffice for every parallel path, and the processes run side by side.
 CHECK = """
 import torch
 torch.set_num_threads(2)

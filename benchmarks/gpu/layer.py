@@ -1,4 +1,4 @@
-"""The layer beside eager and a copy of the same bytes, in CUDA graphs and as eager calls: layer_gpu.csv."""
+"""Times the layer, eager, and a copy of the same bytes, in CUDA graphs and as separate calls: layer_gpu.csv."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def shapes(batches: tuple[int, ...]) -> Iterator[Shape]:
 
 
 def rows(batches: tuple[int, ...] = BATCHES) -> Iterator[tuple[Row, tuple[str, ...]]]:
-    """Each row with its variants, what is asked first at the head, since time may run out."""
+    """Each row with its variants. The most important rows come first, because time may run out."""
     half, single = torch.float16, torch.float32
     for direction, layout in itertools.product(("forward", "both"), LAYOUTS):
         for shape in shapes(batches):
@@ -40,7 +40,7 @@ def rows(batches: tuple[int, ...] = BATCHES) -> Iterator[tuple[Row, tuple[str, .
     for direction in ("forward", "both"):
         for shape in shapes((32,)):
             yield Row(shape, single, "contiguous", direction), BASE
-    # A compilation takes 2 s: training for one batch alone.
+    # A compilation takes 2 s, so training is compiled for one batch size only.
     for direction, some in (("forward", batches), ("both", (32,))):
         for layout, shape in itertools.product(LAYOUTS, shapes(some)):
             yield Row(shape, half, layout, direction), (*BASE, "compile")
@@ -53,7 +53,7 @@ def triton_rows() -> Iterator[tuple[Row, tuple[str, ...]]]:
 
 
 def measure(number: int, row: Row, variants: tuple[str, ...], worker: Worker) -> list[dict[str, object]]:
-    """The lines of one row; a wrong result of ours is reported. Raises what the layers raise."""
+    """Time one row and return its lines. Reports our wrong results; raises the errors of the layers."""
     device = worker.device
     sets = calls.cold_sets(row, device)
     inputs = calls.draw(row, sets, device)
@@ -98,7 +98,7 @@ def measure(number: int, row: Row, variants: tuple[str, ...], worker: Worker) ->
 
 
 def in_backend(name: str, timer: Callable[[], float]) -> Callable[[], float]:
-    """`timer`, which forces the backend while it runs. A graph needs no such thing: its launches are recorded."""
+    """A `timer` that forces the backend while it runs. A graph does not need it, because its launches are recorded."""
 
     def once() -> float:
         with se_fused.use_backend(name):
@@ -108,18 +108,18 @@ def in_backend(name: str, timer: Callable[[], float]) -> Callable[[], float]:
 
 
 def error_of(replay: calls.Replay, inputs: list[calls.Inputs]) -> float:
-    """Of the first and the last of the buffers that were timed."""
+    """The larger error of the first and the last buffers that were timed."""
     return max(calls.error(replay.results[i], inputs[i]) for i in {0, len(inputs) - 1})
 
 
 def plan_of(row: Row, inputs: calls.Inputs) -> str:
-    """The launches of the forward call, in a line."""
+    """The launches of the forward call, in one line."""
     text = se_fused.explain(*inputs.tensors).plan or ""
     return "; ".join(line.strip() for line in text.splitlines() if "blocks" in line)
 
 
 def run(worker: Worker, wanted: list[tuple[Row, tuple[str, ...]]]) -> None:
-    """Measure rows into layer_gpu.csv."""
+    """Measure rows and write them to layer_gpu.csv."""
     csv = Rows(worker.out / "layer_gpu.csv", FIELDS)
     for number, (row, variants) in worker.each(wanted, lambda one: f"{one[0]}, {', '.join(one[1])}"):
         try:

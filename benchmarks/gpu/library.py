@@ -1,4 +1,4 @@
-"""The compiled libraries: loaded, or built first where no packaged one serves; and what the machine is."""
+"""Loads the compiled libraries, or builds them if no packaged one fits, and reports the machine."""
 
 from __future__ import annotations
 

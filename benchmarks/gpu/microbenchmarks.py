@@ -1,4 +1,4 @@
-"""What the planner's model builds on (csrc/plan/cluster.cpp), and what other ways to copy and exchange would gain."""
+"""Measures the assumptions of the planner's model (csrc/plan/model.cpp), and other ways to copy and to exchange."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .plans import SIZES
 from .worker import Worker, run_part
 
 COPIES = tuple(1 << power for power in range(20, 30, 3))  # 1 MB to 512 MB
-# Nothing to compute: what is left is the launch, and from one size to the next what the exchange takes.
+# A call with almost nothing to compute. Its time is that of the launch; the time of the exchange grows with the size.
 TINY = calls.Row(Shape(1, 64, 1, 16, r=8), torch.float16, "contiguous", "forward")
 
 
@@ -43,9 +43,9 @@ def bandwidths(device: torch.device) -> Iterator[microbenchmarks.Row]:
             yield name, f"{size} bytes", moved / us_of(device, function) / 1e3, "GB/s"
 
 
-def resident_clusters(device: torch.device) -> Iterator[microbenchmarks.Row]:
+def active_clusters(device: torch.device) -> Iterator[microbenchmarks.Row]:
     for size, count in _clusters().items():
-        yield "clusters, a block a multiprocessor", f"{size} blocks", count, "clusters"
+        yield "clusters with one block per SM", f"{size} blocks", count, "clusters"
 
 
 def empty_calls(device: torch.device) -> Iterator[microbenchmarks.Row]:
@@ -59,7 +59,7 @@ def empty_calls(device: torch.device) -> Iterator[microbenchmarks.Row]:
         yield "a call with nothing to compute", plan, took, "us"
 
 
-def exchanges_and_slabs(device: torch.device) -> Iterator[microbenchmarks.Row]:
+def exchanges_and_staging(device: torch.device) -> Iterator[microbenchmarks.Row]:
     with tempfile.TemporaryDirectory() as folder:
         library = microbenchmarks.Microbenchmarks(microbenchmarks.compile_microbenchmarks(Path(folder)))
     shared_bytes = backends.CUDA.limits(torch.cuda.current_device())[2]
@@ -73,7 +73,7 @@ def _clusters() -> dict[int, int]:
 def main() -> None:
     worker = Worker(__doc__ or "")
     rows: list[dict[str, str]] = []
-    of_a_gpu = [resident_clusters, empty_calls, exchanges_and_slabs] if worker.device.type == "cuda" else []
+    of_a_gpu = [active_clusters, empty_calls, exchanges_and_staging] if worker.device.type == "cuda" else []
     for _, microbenchmark in worker.each([bandwidths, *of_a_gpu], lambda microbenchmark: microbenchmark.__name__):
         try:
             for name, what, value, unit in microbenchmark(worker.device):

@@ -36,8 +36,11 @@ GRADIENT_TOLERANCE = 1e-12  # seen on an H200: 4.5e-14
 
 
 class ExactHardSigmoid(TorchFunctionMode):
-    """Within: `F.hardsigmoid` multiplies by 1/6. PyTorch's multiplies by the float32 nearest to it in float64 too: 3e-8
-    at every gate, and a ReLU that this moves across 0 is 5e-4 of a network's gradients."""
+    """A mode in which `F.hardsigmoid` multiplies by an exact 1/6.
+
+    PyTorch multiplies by the float32 nearest to 1/6, even in float64. This moves every gate by 3e-8, and a ReLU that it
+    moves across 0 changes a network's gradients by 5e-4.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.hardsigmoid:
@@ -46,7 +49,7 @@ class ExactHardSigmoid(TorchFunctionMode):
 
 
 def training_step(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
-    """Forward in bfloat16 by autocast, loss, backward, and an SGD step in float32. A call returns the loss."""
+    """A training step: forward in bfloat16 by autocast, loss, backward, SGD in float32. A call returns the loss."""
     model.train()
     optimiser = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
     target = torch.arange(len(x), device=x.device) % 10
@@ -78,12 +81,12 @@ class Pair:
         }
 
     def gradients(self, variant: str, model: nn.Module, x: Tensor) -> Tensor:
-        """Those of the SE layers' parameters in one vector, in float64 and eval mode: in float32 two right networks
-        differ by up to 2 % of the norm, where a rounding decides on which side of a ReLU a value is."""
+        """The gradients of the SE layers' parameters in one vector, in float64 and eval mode. In float32 two correct
+        networks differ by up to 2 % of the norm, because a rounding can move a value across 0 of a ReLU."""
         model, x = model.double().eval(), x.double()
         inside = tuple(f"{layer}." for layer in self.layers)
         parameters = [p for name, p in model.named_parameters() if name.startswith(inside)]
-        # Under a mode the fused layers would take another way than a user's.
+        # The fused network runs without a mode, because under one its layers would not take a user's code path.
         with ExactHardSigmoid() if variant == "original" else contextlib.nullcontext():
             found = torch.autograd.grad(model(x).square().mean(), parameters)
         return torch.cat([gradient.flatten() for gradient in found])
@@ -97,7 +100,7 @@ def pair(name: str) -> Pair:
 
 
 def infer(pair: Pair, mode: str, x: Tensor, worker: Worker) -> tuple[Times, dict[str, str]]:
-    """Times, and errors against the original in float32, of the very outputs that were timed where mode is "graph"."""
+    """Times, and errors against the original in float32. In mode "graph" the errors are of the timed outputs."""
     placed = pair.on(x.device)
     with torch.no_grad():
         truth = placed["original"](x)
@@ -112,14 +115,14 @@ def infer(pair: Pair, mode: str, x: Tensor, worker: Worker) -> tuple[Times, dict
             outputs = {v: f[0]() for v, f in functions.items()}
     largest = float(truth.abs().max())
     found = {v: largest_difference(y, truth) / largest for v, y in outputs.items() if isinstance(y, Tensor)}
-    # Both round in every layer, each in its own way: the fused one may not be further from float32 than that.
+    # Both networks round in every layer, but differently. The fused one may have twice the original's error.
     if not found["fused"] <= 2 * found["original"] + 1e-4:
         worker.wrong(f"{pair.name}, N = {len(x)}: off by {found['fused']:.1e}, the original by {found['original']:.1e}")
     return times, {v: f"{error:.1e}" for v, error in found.items()}
 
 
 def train(pair: Pair, x: Tensor, worker: Worker) -> tuple[Times, dict[str, str]]:
-    """Times of a step, and the difference of the SE layers' gradients, relative to their norm."""
+    """Times of a step, and the difference of the SE layers' gradients relative to their norm."""
     wanted, got = (pair.gradients(variant, model, x[:2]) for variant, model in pair.on(x.device).items())
     difference = float((got - wanted).norm() / wanted.norm())
     if not difference <= GRADIENT_TOLERANCE:
@@ -130,7 +133,7 @@ def train(pair: Pair, x: Tensor, worker: Worker) -> tuple[Times, dict[str, str]]
 
 
 def measure(pair: Pair, mode: str, n: int, worker: Worker) -> list[dict[str, object]]:
-    """The lines of one network, batch and mode, original and fused taking turns."""
+    """Time one network, batch and mode, original and fused in turns, and return the lines."""
     x = torch.randn(n, 3, SIDE, SIDE, device=worker.device, generator=torch.Generator(worker.device).manual_seed(n))
     x = x.contiguous(memory_format=torch.channels_last)
     before = calls.clock_mhz()
@@ -155,10 +158,10 @@ def main() -> None:
     for name in ("timm", "torchvision"):  # timm imports torchvision
         if importlib.util.find_spec(name) is None:
             worker.give_up(f"{name} is not installed")
-    torch.backends.cudnn.allow_tf32 = False  # for the float32 truth
+    torch.backends.cudnn.allow_tf32 = False  # because the truth is in float32
     rows = Rows(worker.out / "models_gpu.csv", FIELDS)
     batches = BATCHES if worker.device.type == "cuda" else (1,)
-    # Inference first, because the first training step of a network takes seconds.
+    # Inference comes first, because the first training step of a network takes seconds.
     wanted = [
         (name, n, mode)
         for modes in (("graph", "calls"), ("training",))

@@ -1,4 +1,4 @@
-"""Is the planner's choice the fastest? Every plan that can serve a call, interleaved: plans_gpu.csv."""
+"""Times every plan that can run a call, interleaved, to see if the planner's choice is the fastest: plans_gpu.csv."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def rows() -> list[Row]:
     ]
 
 
-# All that may serve a call beside the planner's choice.
+# The plans that are timed besides the planner's choice.
 PLANS = ["two_pass", *(f"cluster size={size} threads={threads}" for size in SIZES for threads in THREADS)]
 
 
 def measure(row: Row, worker: Worker) -> Times:
-    """By plan, times in microseconds a call; plans that cannot serve the call are left out."""
+    """Microseconds per call, by plan. Plans that cannot run the call are left out."""
     device = worker.device
     sets = calls.cold_sets(row, device)
     inputs = calls.draw(row, sets, device)
@@ -47,7 +47,7 @@ def measure(row: Row, worker: Worker) -> Times:
                 with se_fused.use_backend(worker.backend, plan):
                     replay = calls.Replay(functions, count, device)
             except ValueError:
-                assert plan, "the planner's own choice cannot serve the call"
+                assert plan, "the planner's own choice cannot run the call"
                 continue
             replays[plan or PLANNERS] = replay
             error = calls.error(replay.results[0], inputs[0])

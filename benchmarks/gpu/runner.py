@@ -1,4 +1,4 @@
-"""Runs parts of gpu-check: processes with time limits, what they said, and how that is judged. Needs Python alone."""
+"""Runs the parts of gpu-check as processes with time limits, and judges their output. It needs only Python."""
 
 from __future__ import annotations
 
@@ -21,47 +21,48 @@ from typing import Any
 from .. import ROOT
 
 FILES = ("smoke.csv", "layer_gpu.csv", "models_gpu.csv", "plans_gpu.csv", "run.json", "log.txt")
-# The exit status of a worker that cannot run here, automake's of a test that was skipped; how it announces a case.
+# A worker that cannot run here exits with automake's status of a skipped test. It announces a case by such a line.
 NOT_RUN = 77
 CASE = re.compile(r"case (\d+): ")
-# Of a part's limit, what its last case may take after the part has been told to begin no more.
+# The time that the last case of a part may take at the end of the part's limit, in seconds and as a share of the limit.
 LAST_CASE_S, LAST_CASE_SHARE = 8.0, 0.2
 POLL_S = 0.05
 
 
 class Missing(Exception):
-    """What a part needs and this machine does not have."""
+    """A part needs something that this machine does not have."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One process of a part: where its files go, on what device, and which cases it may begin until when."""
+    """One process of a part: its folders, its device, and the cases that it may begin."""
 
     out: Path
     scratch: Path
     device: str
-    until: float  # of time.time()
+    until: float  # time.time() after which it begins no case
     start: int  # number of the first case
-    cases: int | None  # no more than so many
+    cases: int | None  # the most cases to run
 
     def options(self, out: Path, device: str) -> list[str]:
-        """As benchmarks/gpu/worker.py takes them."""
+        """The command-line options of benchmarks/gpu/worker.py."""
         options = ["--out", str(out), "--device", device, "--until", f"{self.until:.1f}", "--start", str(self.start)]
         return options if self.cases is None else [*options, "--cases", str(self.cases)]
 
 
-# The command line of a process. Raises Missing.
+# Returns the command line of a process. Raises Missing.
 Command = Callable[[Task], list[str]]
 
 
 @dataclass(frozen=True)
 class Part:
-    """A process, or several: where `silence` is set, each goes on after the case that killed the one before.
+    """A part of gpu-check: one process, or several if `silence` is set. Then a new process continues after a case that
+    killed the previous one.
 
-    seconds: its share of six minutes. beside: the part at the same time as which it runs, since neither times anything.
-    whole: it may take all the time there is, because nothing works without it. silence: seconds without a line, after
-    the first case was announced, that count as a hang; 0: as long as it likes. proof: what the output must have.
-    refusal: what it has where a tool refuses the machine.
+    seconds: its share of six minutes. beside: the part that runs at the same time, because neither measures time.
+    whole: it may use all the time there is, because nothing works without it. silence: seconds without output, after
+    the first case was announced, that count as a hang; 0: no limit. proof: a text that the output must contain.
+    refusal: a text that it contains if a tool refuses the machine.
     """
 
     name: str
@@ -78,9 +79,9 @@ class Part:
 
 @dataclass
 class Ended:
-    """What a process left: its exit status, its output, and the last case that it announced ("" before the first).
+    """An ended process: its exit status, its output, and the last case that it announced ("" before the first).
 
-    ended_for: why it was ended, "" if it ended by itself.
+    ended_for: why the runner ended it, or "" if it ended by itself.
     """
 
     code: int = 0
@@ -89,7 +90,7 @@ class Ended:
     case: str = ""
 
     def cause_of_death(self) -> str:
-        """Why it did not come to its end; "" if it did."""
+        """Why the process did not finish; "" if it did."""
         if self.ended_for:
             return self.ended_for
         if self.code < 0:
@@ -100,7 +101,7 @@ class Ended:
 
 @dataclass
 class Outcome:
-    """What became of a part, as run.json has it."""
+    """The outcome of a part, as in run.json."""
 
     part: str
     limit_s: float
@@ -109,16 +110,16 @@ class Outcome:
     seconds: float = 0
     wrong: list[str] = field(default_factory=list)
     blamed: list[str] = field(default_factory=list)  # cases that killed a process, and how
-    tail: list[str] = field(default_factory=list)  # of the output, where it failed; paths from the repository's root
+    tail: list[str] = field(default_factory=list)  # the end of the output after a failure; paths are relative to ROOT
 
     def fail(self, reason: str, lines: list[str]) -> None:
-        """The first reason stays."""
+        """Mark the part as failed; only the first reason is kept."""
         if self.outcome != "failed":
             self.outcome, self.reason = "failed", reason
             self.tail = [line.replace(f"{ROOT}/", "") for line in lines[-8:]]
 
     def judge(self, part: Part, ended: Ended) -> None:
-        """Take in what a process left. A part that has failed stays so."""
+        """Judge an ended process. A part that has failed stays failed."""
         found = [line for line in ended.lines if line.startswith(("wrong: ", "FAILED ", "ERROR "))]
         self.wrong += found
         last, text = ended.lines[-1] if ended.lines else "", "\n".join(ended.lines)
@@ -136,7 +137,7 @@ class Outcome:
 
 
 class Run:
-    """One run of some parts: its folder, its log, what is known of the machine."""
+    """One run of some parts: its folder, its log, and the facts about the machine."""
 
     def __init__(self, out: Path, device: str = "cuda", cases: int | None = None) -> None:
         self.out, self.device, self.cases = out.resolve(), device, cases
@@ -162,11 +163,11 @@ class Run:
         (self.out / "run.json").write_text(json.dumps(facts, indent=1) + "\n")
 
     def stop(self) -> None:
-        """End what runs, with its children, and begin nothing more."""
+        """End the running processes with their children, and begin no more."""
         self._stopping.set()
 
     def perform(self, part: Part, limit: float) -> None:
-        """Run a part within `limit` seconds. Whatever happens, run.json says so."""
+        """Run a part within `limit` seconds, and record its outcome in run.json in any case."""
         outcome = Outcome(part.name, round(limit, 1))
         begin = time.monotonic()
         try:
@@ -228,8 +229,8 @@ class Run:
             elif part.silence and ended.case and now - last_line[0] > part.silence:
                 ended.ended_for = f"no word for {part.silence:g} s"
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # also what it leaves behind
-        # One that is stuck in the driver does not even die; its part is over all the same.
+            os.killpg(process.pid, signal.SIGKILL)  # also its children that still run
+        # A process that is stuck in the driver does not even die; its part ends nevertheless.
         with contextlib.suppress(subprocess.TimeoutExpired):
             ended.code = process.wait(timeout=5)
         reader.join(timeout=2)

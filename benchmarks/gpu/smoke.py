@@ -1,4 +1,4 @@
-"""Is it right? Each algorithm, layout and dtype, forward, in place and backward, against the formula in float64."""
+"""Compares each algorithm, layout and dtype with the formula in float64: forward, in place and backward."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ REFUSAL = "se_fused: no plan: cluster: "
 
 
 def cases(plans: tuple[str, ...]) -> Iterator[tuple[str, Case]]:
-    """Every plan in one precision, then the next; without clusters in float64, which are none."""
+    """Every plan in one precision, then in the next. There are no cluster kernels in float64."""
     for precision, plan, layout, call in itertools.product(PRECISIONS, plans, GRID_LAYOUTS, CALLS):
-        if layout == "every_second" and plan:  # it is copied before any plan is made
+        if layout == "every_second" and plan:  # such a map is copied before a plan is made
             continue
         if plan.startswith("cluster") and precision == "float64":
             continue
@@ -73,7 +73,7 @@ def main() -> None:
     worker.say(f"{served.total()} compared, {refused.total()} refused: too large for the cluster, or not to be divided")
     for plan in plans if worker.all_ran() else ():
         if served[plan] <= refused[plan]:
-            worker.wrong(f"plan {plan!r} served {served[plan]} cases and refused {refused[plan]}")
+            worker.wrong(f"plan {plan!r} ran {served[plan]} cases and refused {refused[plan]}")
     worker.finish()
 
 

@@ -1,4 +1,4 @@
-"""The Triton kernels on a GPU: some 60 cases of the grid, compiled in parallel processes; then the layer's times."""
+"""Checks about 60 cases of the Triton kernels on a GPU, compiled in parallel processes, and then times the layer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from se_fused.cases import TOLERANCE, Case, grid
 from . import layer
 from .worker import Worker, run_part
 
-STEP = 17  # prime to the numbers of calls, layouts and precisions, so that each is among the cases
+STEP = 17  # coprime to the numbers of calls, layouts and precisions, so that the sample has each of them
 
 
 def sample() -> list[Case]:

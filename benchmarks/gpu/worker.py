@@ -1,4 +1,4 @@
-"""What the parts have in common: their arguments, what they say to the parent process, their CSV files."""
+"""The common code of the parts: their arguments, their messages to the parent process, their CSV files."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ T = TypeVar("T")
 
 
 class Worker:
-    """A part's arguments, and its way to the parent: lines on standard output, of which three kinds are understood.
+    """A part's arguments, and its messages to the parent: lines on standard output. The parent interprets three kinds.
 
-    `facts {...}`   what run.json is to hold: what the machine is, and what was found, as JSON
-    `case K: text`  what runs next; if the process dies or hangs, the parent blames it, and may go on at K + 1
+    `facts {...}`   facts for run.json about the machine and the results, as JSON
+    `case K: text`  the case that runs next; if the process dies or hangs, the parent blames it and may go on at K + 1
     `wrong: text`   a finding that fails the part
     """
 
     def __init__(self, description: str, backend: str = "") -> None:
-        """backend: what the part needs; by default the kernels of its device."""
+        """backend: the backend that the part needs; by default the kernels of its device."""
         parser = argparse.ArgumentParser(description=description)
         parser.add_argument("--out", type=Path, required=True, help="folder for the results")
         parser.add_argument("--until", type=float, default=math.inf, help="time (of time.time) to begin no case after")
@@ -52,7 +52,7 @@ class Worker:
         self.facts(machine(self.device))
         if (reason := backends.ALL[self.backend].why_not(self.device)) is not None:
             text = f"the {self.backend} kernels cannot run here: {reason}"
-            if self.backend == "triton":  # which need not be installed; that the other kernels run is what is asked
+            if self.backend == "triton":  # Triton is optional; the part does not fail without it
                 self.give_up(text)
             self.wrong(text)
             self.finish()
@@ -64,7 +64,7 @@ class Worker:
         self.say("facts " + json.dumps(found))
 
     def each(self, items: Iterable[T], text: Callable[[T], object] = str) -> Iterator[tuple[int, T]]:
-        """The cases of this process, numbered, and each announced before it runs, until the time is over."""
+        """Yield the numbered cases of this process until the time is over, and announce each before it runs."""
         numbered = [(i, item) for i, item in enumerate(items) if i >= self._start and i % self._step == 0]
         chosen = numbered[: self._cases]
         self._of += len(chosen)
@@ -81,7 +81,7 @@ class Worker:
         return self._done == self._of and (self._start, self._step, self._cases) == (0, 1, None)
 
     def skip(self, reason: object) -> None:
-        """The case at hand has not run."""
+        """Record that the present case has not run."""
         self._done -= 1
         self._skipped += 1
         self.say(f"skipped: {' '.join(str(reason).split())[:200]}")
@@ -91,12 +91,12 @@ class Worker:
         self.say(f"wrong: {' '.join(text.split())[:400]}")
 
     def give_up(self, reason: str) -> NoReturn:
-        """End the process, for want of what this machine may lack."""
+        """End the process because this machine lacks something that it may lack."""
         self.say(f"not run: {reason}")
         sys.exit(NOT_RUN)
 
     def finish(self) -> NoReturn:
-        """End the process: with a failure if something was wrong, or no case ran."""
+        """End the process, with a failure if a result was wrong or no case ran."""
         counts = {"skipped": self._skipped, "wrong": self._wrong}
         more = [f", {count} {what}" for what, count in counts.items() if count]
         self.say(f"{self._done} of {self._of} cases{''.join(more)}")
@@ -104,10 +104,10 @@ class Worker:
 
 
 def run_part(main: Callable[[], None]) -> None:
-    """A part, as the process that it is.
+    """Run a part and exit without the interpreter's finalisation.
 
-    Without the interpreter's own end, where torch's thread for backward on a GPU may abort the process ("terminate
-    called without an active exception"; github.com/pytorch/pytorch/issues/38228), after all that it had to say.
+    There torch's thread for backward on a GPU may abort the process ("terminate called without an active exception";
+    github.com/pytorch/pytorch/issues/38228), when all output is already written.
     """
     try:
         main()
@@ -117,7 +117,7 @@ def run_part(main: Callable[[], None]) -> None:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the results depend on, of this process and its device."""
+    """The facts about this process and its device on which the results depend."""
     found: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__}
     try:
         import triton
@@ -138,7 +138,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 class Rows:
-    """A CSV that grows row by row, so that what was measured stays if the process dies; it goes on where it ended."""
+    """A CSV file that grows row by row, so that it keeps its rows if the process dies. A new process appends to it."""
 
     def __init__(self, file: Path, fields: Sequence[str]) -> None:
         new = not file.exists()

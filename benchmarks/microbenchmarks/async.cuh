@@ -1,5 +1,5 @@
-// mbarriers, bulk copies and pushes to another block of the cluster: PTX, from sm_90 on (PTX ISA 8.1, "Asynchronous
-// copies and mbarrier"). On a CPU, tests/emulator stands in for them.
+// mbarriers, bulk copies, and pushes to another block of the cluster, in PTX from sm_90 on (PTX ISA 8.1, "Asynchronous
+// copies and mbarrier"). On a CPU, tests/emulator replaces them.
 #pragma once
 
 #include "../../csrc/cuda/cluster.cuh"
@@ -16,11 +16,12 @@ __device__ inline unsigned shared_address(const void* p, int rank) {
 }
 #endif
 
-// A barrier in shared memory whose phases end when all have arrived and all bytes that they announced are there.
+// A barrier in shared memory. A phase ends when all arrivals are made and all bytes that they announced have arrived.
 struct Mbarrier {
   uint64_t word;
 
-  // By one thread; others may use it after a barrier of the block, or for pushes of the cluster.
+  // One thread calls it. Other threads may use the mbarrier after a barrier of the block, or, for pushes, of the
+  // cluster.
   __device__ void init(unsigned count) {
 #ifdef __CUDACC__
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(this)), "r"(count) : "memory");
@@ -40,7 +41,7 @@ struct Mbarrier {
 #endif
   }
 
-  // Until the phase of this parity has ended; phases are counted from 0.
+  // Waits until the phase of this parity has ended; phases are counted from 0.
   __device__ void wait(unsigned parity) {
 #ifdef __CUDACC__
     unsigned done = 0;
@@ -58,7 +59,8 @@ struct Mbarrier {
   }
 };
 
-// By one thread: from global to this block's shared memory, all of it in multiples of 16 bytes; counts at `mbarrier`.
+// One thread copies from global memory to this block's shared memory. Addresses and size are multiples of 16 bytes, and
+// the bytes count at `mbarrier`.
 __device__ inline void copy_bulk(void* to, const void* from, unsigned bytes, Mbarrier* mbarrier) {
 #ifdef __CUDACC__
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
@@ -70,7 +72,7 @@ __device__ inline void copy_bulk(void* to, const void* from, unsigned bytes, Mba
 #endif
 }
 
-// To where `mine` lies in the block `rank`; counts at that block's `mbarrier`.
+// Stores to the variable that corresponds to `mine` in the block `rank`, and counts at that block's `mbarrier`.
 __device__ inline void push(float* mine, float value, Mbarrier* mbarrier, int rank) {
 #ifdef __CUDACC__
   asm volatile(

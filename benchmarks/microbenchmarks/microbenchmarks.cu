@@ -1,8 +1,9 @@
-// What:   whether bulk copies and pushes would make the cluster kernels faster: each beside what they use now, alone.
+// What:   compares bulk copies and pushes with the methods of the cluster kernels, each alone.
 //           exchange   every block of a cluster has `count` numbers, and sums those of all blocks in the order of their
-//                      ranks; `rounds` times
-//           slab       a block copies its `bytes` of global memory into shared memory and sums them
+//                      ranks; this is repeated `rounds` times
+//           stage      a block copies its `bytes` of global memory into shared memory and sums them
 // Needs:  sm_90.
+// Why:    they show whether bulk copies and pushes would make the cluster kernels faster.
 #include <exception>
 #include <string>
 
@@ -12,14 +13,15 @@ namespace se::cuda {
 namespace {
 
 #ifdef SE_FUSED_HAS_CLUSTERS
-// What block `rank` has in round `round`: small integers, so that every sum is exact.
+// The numbers of block `rank` in round `round`. They are small integers, so that every sum is exact.
 __device__ inline float number(int rank, int i, int round) {
   return static_cast<float>((rank + 1) * (i % 7) + round % 5);
 }
 #endif
 
-// out [blocks, count]: the sums of all rounds. As csrc/cuda/cluster.cuh does it: a barrier of the cluster, then reads
-// of the other blocks' shared memory. Two buffers, because a block may be a round ahead of its readers, and no more.
+// out [blocks, count]: the sums of all rounds. The method of csrc/cuda/cluster.cuh: a barrier of the cluster, then
+// reads of the other blocks' shared memory. There are two buffers, because a block may be one round ahead of its
+// readers.
 __global__ void __launch_bounds__(kThreads) exchange_by_barrier(float* out, int count, int size, int rounds) {
 #ifdef SE_FUSED_HAS_CLUSTERS
   const Cluster cluster(size);
@@ -39,8 +41,8 @@ __global__ void __launch_bounds__(kThreads) exchange_by_barrier(float* out, int 
 #endif
 }
 
-// The same by pushes. Two buffers and mbarriers again: thread i pushes into place i of a peer two rounds later, after
-// the peer's own push of the round between, which its thread i makes when it has read that place.
+// The same by pushes, again with two buffers and two mbarriers. Thread i writes slot i of a peer again two rounds
+// later, after the peer's push of the round between, which the peer's thread i makes after it has read that slot.
 __global__ void __launch_bounds__(kThreads) exchange_by_push(float* out, int count, int size, int rounds) {
 #ifdef SE_FUSED_HAS_CLUSTERS
   const Cluster cluster(size);
@@ -61,7 +63,7 @@ __global__ void __launch_bounds__(kThreads) exchange_by_push(float* out, int cou
       const float value = number(cluster.rank, i, round);
       for (int peer = 0; peer < size; ++peer) push(from + cluster.rank * count + i, value, arrived + buffer, peer);
     }
-    if (i < count) {  // a thread that pushes nothing would hold up nobody, and could miss a whole phase
+    if (i < count) {  // nobody waits for a thread that pushes nothing, so it could miss a whole phase
       arrived[buffer].wait(round / 2 % 2);
       for (int peer = 0; peer < size; ++peer) total += from[peer * count + i];
     }
@@ -74,7 +76,7 @@ __global__ void __launch_bounds__(kThreads) exchange_by_push(float* out, int cou
 }
 
 #ifdef SE_FUSED_HAS_CLUSTERS
-// out[block]: the sum of what the threads have.
+// out[block]: the sum of the threads' sums.
 __device__ inline void store_sum(float* out, float sum, float* warps) {
   sum = warp_sum(sum);
   if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = sum;
@@ -84,35 +86,35 @@ __device__ inline void store_sum(float* out, float sum, float* warps) {
   store_one(out + blockIdx.x, sum);
 }
 
-__device__ inline float sum_of(const float* slab, int begin, int end) {
+__device__ inline float sum_of(const float* staged, int begin, int end) {
   float sum = 0;
-  for (int i = begin + static_cast<int>(threadIdx.x); i < end; i += kThreads) sum += slab[i];
+  for (int i = begin + static_cast<int>(threadIdx.x); i < end; i += kThreads) sum += staged[i];
   return sum;
 }
 #endif
 
-// As csrc/cuda/cluster.cuh does it: 16 bytes a thread.
-__global__ void __launch_bounds__(kThreads) slab_by_threads(const float* from, float* out, int bytes, int) {
+// The method of csrc/cuda/staged_tile.cuh: 16-byte copies by all threads.
+__global__ void __launch_bounds__(kThreads) stage_by_threads(const float* from, float* out, int bytes, int) {
 #ifdef SE_FUSED_HAS_CLUSTERS
   float* warps = shared_memory<float>();  // [kWarps]
-  float* slab = warps + kWarps;
+  float* staged = warps + kWarps;
   from += int64_t{blockIdx.x} * bytes / 4;
   for (int i = static_cast<int>(threadIdx.x) * 4; i < bytes / 4; i += kThreads * 4) {
-    __pipeline_memcpy_async(slab + i, from + i, 16);
+    __pipeline_memcpy_async(staged + i, from + i, 16);
   }
   await_copies();
-  store_sum(out, sum_of(slab, 0, bytes / 4), warps);
+  store_sum(out, sum_of(staged, 0, bytes / 4), warps);
 #else
   __trap();
 #endif
 }
 
-// In `chunks` copies, each summed while the following ones are under way.
-__global__ void __launch_bounds__(kThreads) slab_by_bulk(const float* from, float* out, int bytes, int chunks) {
+// The same in `chunks` bulk copies; each is summed while the next ones are in flight.
+__global__ void __launch_bounds__(kThreads) stage_by_bulk(const float* from, float* out, int bytes, int chunks) {
 #ifdef SE_FUSED_HAS_CLUSTERS
   float* warps = shared_memory<float>();                            // [kWarps]
   Mbarrier* arrived = reinterpret_cast<Mbarrier*>(warps + kWarps);  // [kWarps], of which `chunks` are used
-  float* slab = reinterpret_cast<float*>(arrived + kWarps);
+  float* staged = reinterpret_cast<float*>(arrived + kWarps);
   from += int64_t{blockIdx.x} * bytes / 4;
   auto begin = [&](int chunk) { return bytes / 16 * chunk / chunks * 4; };
   if (threadIdx.x == 0) {
@@ -120,14 +122,14 @@ __global__ void __launch_bounds__(kThreads) slab_by_bulk(const float* from, floa
     for (int chunk = 0; chunk < chunks; ++chunk) {
       const auto size = static_cast<unsigned>((begin(chunk + 1) - begin(chunk)) * sizeof(float));
       arrived[chunk].arrive(size);
-      copy_bulk(slab + begin(chunk), from + begin(chunk), size, arrived + chunk);
+      copy_bulk(staged + begin(chunk), from + begin(chunk), size, arrived + chunk);
     }
   }
   __syncthreads();
   float sum = 0;
   for (int chunk = 0; chunk < chunks; ++chunk) {
     arrived[chunk].wait(0);
-    sum += sum_of(slab, begin(chunk), begin(chunk + 1));
+    sum += sum_of(staged, begin(chunk), begin(chunk + 1));
   }
   store_sum(out, sum, warps);
 #else
@@ -163,18 +165,20 @@ const char* run(void (*kernel)(Parameters...), int blocks, int cluster, size_t s
 }  // namespace
 }  // namespace se::cuda
 
-// For ctypes: null, or what went wrong. `blocks` is a multiple of `size`, the blocks of a cluster; count <= kThreads;
-// bytes a multiple of 16, chunks <= 8.
-#define SE_PROBE extern "C" __attribute__((visibility("default"))) const char*
+// The functions that Python calls through ctypes. They return null or an error. `size` is the blocks per cluster and
+// divides `blocks`; count <= kThreads; bytes is a multiple of 16; chunks <= 8.
+#define SE_MICROBENCHMARK extern "C" __attribute__((visibility("default"))) const char*
 
-SE_PROBE probe_exchange(int by_push, float* out, int blocks, int size, int count, int rounds, void* stream) {
+SE_MICROBENCHMARK microbenchmark_exchange(int by_push, float* out, int blocks, int size, int count, int rounds,
+                                          void* stream) {
   using namespace se::cuda;
   const size_t bytes = by_push ? 2 * (sizeof(uint64_t) + size * count * sizeof(float)) : 2 * count * sizeof(float);
   return run(by_push ? exchange_by_push : exchange_by_barrier, blocks, size, bytes, stream, out, count, size, rounds);
 }
 
-SE_PROBE probe_slab(int by_bulk, const float* from, float* out, int blocks, int bytes, int chunks, void* stream) {
+SE_MICROBENCHMARK microbenchmark_stage(int by_bulk, const float* from, float* out, int blocks, int bytes, int chunks,
+                                       void* stream) {
   using namespace se::cuda;
   const size_t shared = kWarps * (sizeof(float) + sizeof(uint64_t)) + bytes;
-  return run(by_bulk ? slab_by_bulk : slab_by_threads, blocks, 1, shared, stream, from, out, bytes, chunks);
+  return run(by_bulk ? stage_by_bulk : stage_by_threads, blocks, 1, shared, stream, from, out, bytes, chunks);
 }

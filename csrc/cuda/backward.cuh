@@ -1,18 +1,18 @@
-// What the algorithms of backward share: the reduction that ds comes from, what follows from it for each channel, dx of
-// V elements, and the launch for the weights.
+// What both algorithms of backward use: the reduction that gives ds, the values per channel that follow from it, dx of
+// V elements, and the launch for the weight gradients.
 #pragma once
 
-#include "excite.cuh"
+#include "gemv.cuh"
 
 namespace se::cuda {
 
-// Neither an activation of the maps nor a maximum: a residual then only adds to what is stored.
+// No activation of the maps and no maximum. A residual then only adds to the result.
 inline bool is_plain(const Backward& f) {
   return f.options.squeeze == Squeeze::kMean && f.options.pre_act == Activation::kIdentity &&
          f.options.post_act == Activation::kIdentity;
 }
 
-// [N, splits, C] each; maxima and ties are null where `squeeze` is the mean.
+// Partial results, [N, splits, C] each; maxima and ties are null if `squeeze` is the mean.
 template <class A>
 struct Partial {
   A *ds, *maxima, *ties;
@@ -35,7 +35,7 @@ struct Partial {
   }
 };
 
-// The gate of a row of [N, C].
+// s of a row of [N, C].
 template <class A>
 __device__ A gate_of(const Backward& f, int64_t row) {
   return activate_one(f.options.gate, f.options, load_one(static_cast<const A*>(f.p2) + row));
@@ -44,19 +44,20 @@ __device__ A gate_of(const Backward& f, int64_t row) {
 // dp2 = ds gate'(p2)
 template <class A>
 __device__ A gate_gradient(const Backward& f, int64_t n, int64_t channel, A ds) {
-  return chain_one(f.options.gate, f.options, load_one(static_cast<const A*>(f.p2) + n * f.c + channel), ds);
+  return activation_backward_one(f.options.gate, f.options, load_one(static_cast<const A*>(f.p2) + n * f.c + channel),
+                                 ds);
 }
 
 // dp1 = dh act'(p1)
 template <class A>
-__device__ A hidden_gradient_of(const Backward& f, int64_t n, int64_t k, A dh) {
-  return chain_one(f.options.act, f.options, load_one(static_cast<const A*>(f.p1) + n * f.r + k), dh);
+__device__ A hidden_gradient(const Backward& f, int64_t n, int64_t k, A dh) {
+  return activation_backward_one(f.options.act, f.options, load_one(static_cast<const A*>(f.p1) + n * f.r + k), dh);
 }
 
 __device__ inline bool has_max(const Backward& f) { return f.options.squeeze != Squeeze::kMean; }
 
-// Where the maps are read (device.cuh). kPlain: neither an activation of the maps nor a maximum, so that dx does not
-// depend on x. F: Backward, or a reference to a kernel's parameter, of which a copy would lie in local memory.
+// The maps, each read from one of the places in device.cuh. kPlain: no activation of the maps and no maximum, so that
+// dx does not depend on x. F: Backward, or a reference to a kernel's parameter, whose copy would be in local memory.
 template <class T, class G, class X, bool kPlain, class F = Backward>
 struct Maps {
   using A = Accumulator<T>;
@@ -79,7 +80,7 @@ struct Maps {
     if (has_own_residual()) fetched.residual = residual.template load<V>(at);
     return fetched;
   }
-  // u and dv of V elements, whose gates are s; raw: x as it was.
+  // u and dv of V elements with the gates s; raw: x itself.
   template <int V>
   __device__ void gradient_of_v(const Fetched<V>& fetched, bool reads_x, const A (&s)[V], A (&raw)[V], A (&u)[V],
                                 A (&dv)[V]) const {
@@ -94,7 +95,7 @@ struct Maps {
     if (has_own_residual()) fetched.residual.unpack(residual);
 #pragma unroll
     for (int i = 0; i < V; ++i) v[i] = f.residual ? u[i] * s[i] + residual[i] : u[i] * s[i];
-    chain<T>(f.options.post_act, f.options, v, dv);
+    activation_backward<T>(f.options.post_act, f.options, v, dv);
   }
 };
 
@@ -107,7 +108,7 @@ struct GateGradient<A, true> {
   A ds;
 };
 
-// A reduction (reduce.cuh) to ds, and for the maximum its value and the number of positions that share it.
+// A reduction (reduce.cuh) to ds; for the maximum also to its value and the number of positions that have it.
 template <class T, class M, bool kPlain>
 struct GateGradientOperation {
   using A = Accumulator<T>;
@@ -168,36 +169,36 @@ struct GateGradientOperation {
   }
 };
 
-// What `distribute` needs to know of each channel of its block, in shared memory.
+// The values per channel of a block that ApplyOperation needs, in shared memory.
 template <class A>
 struct Channels {
-  A *s, *mean_share;   // mean_share: dz / L, to be added at every position
-  A *max, *max_share;  // max_share: dz / ties; both for the maximum only
+  A *s, *dz_per_position;  // dz_per_position: dz / L, added at every position
+  A *max, *dz_per_tie;     // dz_per_tie: dz / ties; both for the maximum only
 
   __device__ Channels(A* memory, int64_t count)
-      : s(memory), mean_share(s + count), max(mean_share + count), max_share(max + count) {}
+      : s(memory), dz_per_position(s + count), max(dz_per_position + count), dz_per_tie(max + count) {}
 
   __device__ void set(const Backward& f, int i, int64_t n, int64_t channel, A dz, A maximum, A ties) const {
     s[i] = gate_of<A>(f, n * f.c + channel);
     if (f.options.squeeze == Squeeze::kMeanMax) dz /= 2;
-    mean_share[i] = f.options.squeeze == Squeeze::kMax ? A(0) : dz / static_cast<A>(f.l);
+    dz_per_position[i] = f.options.squeeze == Squeeze::kMax ? A(0) : dz / static_cast<A>(f.l);
     if (!has_max(f)) return;
     max[i] = maximum;
     // A NaN maximum has no ties in PyTorch, so that its mask * dz / ties is NaN along the whole row.
-    max_share[i] = maximum == maximum ? dz / ties : maximum;
+    dz_per_tie[i] = maximum == maximum ? dz / ties : maximum;
   }
 };
 
-// dx and dresidual of a share's elements (elementwise.cuh).
+// Computes dx and dresidual of a tile's elements (elementwise.cuh).
 template <class T, class M, bool kPlain>
-struct DistributeOperation {
+struct ApplyOperation {
   using A = Accumulator<T>;
   static constexpr int kAhead = kPlain ? 3 : 1;
   template <int V>
   using Fetched = typename M::template Fetched<V>;
   template <int V>
-  struct Gathered {
-    A s[V], mean_share[V], max[V], max_share[V];
+  struct ChannelValues {
+    A s[V], dz_per_position[V], max[V], dz_per_tie[V];
   };
 
   M maps;
@@ -212,33 +213,33 @@ struct DistributeOperation {
   __device__ Fetched<V> fetch(Index at) const {
     return maps.template fetch<V>(at, reads_x());
   }
-  template <int V, class Along>
-  __device__ Gathered<V> gather(Along&& along) const {
-    Gathered<V> gathered{};
-    along(channels.s, gathered.s);
-    along(channels.mean_share, gathered.mean_share);
+  template <int V, class Load>
+  __device__ ChannelValues<V> load_channels(Load&& load) const {
+    ChannelValues<V> values{};
+    load(channels.s, values.s);
+    load(channels.dz_per_position, values.dz_per_position);
     if (!kPlain && has_max(maps.f)) {
-      along(channels.max, gathered.max);
-      along(channels.max_share, gathered.max_share);
+      load(channels.max, values.max);
+      load(channels.dz_per_tie, values.dz_per_tie);
     }
-    return gathered;
+    return values;
   }
   template <int V>
-  __device__ void finish(Index at, const Gathered<V>& gathered, const Fetched<V>& fetched) const {
+  __device__ void finish(Index at, const ChannelValues<V>& values, const Fetched<V>& fetched) const {
     const Backward& f = maps.f;
     A raw[V], u[V], dv[V], du[V];
-    maps.gradient_of_v(fetched, reads_x(), gathered.s, raw, u, dv);
+    maps.gradient_of_v(fetched, reads_x(), values.s, raw, u, dv);
     if (f.dresidual) store<V>(static_cast<T*>(f.dresidual) + at.at, dv);
     if (!f.dx) return;
 #pragma unroll
-    for (int i = 0; i < V; ++i) du[i] = dv[i] * gathered.s[i] + gathered.mean_share[i];
+    for (int i = 0; i < V; ++i) du[i] = dv[i] * values.s[i] + values.dz_per_position[i];
     if constexpr (!kPlain) {
       if (has_max(f)) {
-        // A product, as PyTorch's: an infinite or NaN dz makes the other positions NaN.
+        // PyTorch multiplies as well: an infinite or NaN dz makes the other positions NaN.
 #pragma unroll
-        for (int i = 0; i < V; ++i) du[i] += (u[i] == gathered.max[i] ? A(1) : A(0)) * gathered.max_share[i];
+        for (int i = 0; i < V; ++i) du[i] += (u[i] == values.max[i] ? A(1) : A(0)) * values.dz_per_tie[i];
       }
-      if (f.options.pre_act != Activation::kIdentity) chain<T>(f.options.pre_act, f.options, raw, du);
+      if (f.options.pre_act != Activation::kIdentity) activation_backward<T>(f.options.pre_act, f.options, raw, du);
     }
     if (f.residual_is_x) {
 #pragma unroll

@@ -1,4 +1,4 @@
-// Registers the CUDA kernels as se_fused::forward_out and se_fused::backward_out, by the LibTorch stable ABI.
+// Registers the CUDA kernels as se_fused::forward_out and se_fused::backward_out through the LibTorch stable ABI.
 #include <exception>
 #include <memory>
 #include <string>
@@ -32,8 +32,8 @@ void* current_stream(int index) {
   return stream;
 }
 
-// From torch's caching allocator: safe in CUDA graphs, and on any number of streams and threads. None for 0 bytes,
-// since torch takes as long for them as for any.
+// Memory from torch's caching allocator, which is safe in CUDA graphs and on any number of streams and threads. None
+// for 0 bytes, because torch takes as long for them as for more.
 se::OptionalTensor scratch(int64_t bytes, int index) {
   if (bytes == 0) return {};
   const int64_t stride = 1;
@@ -60,16 +60,17 @@ const se::Registered<Cuda> registered("CUDA");
 
 }  // namespace
 
-// For ctypes: the numbers of csrc/plan.h's Device, in its order, and null, or why the kernels do not run on it: a text
-// that lives until this thread asks again, and in out[0] whether that will stay so. Then the forced plan of this
-// thread's calls that follow, or "".
+// Both are called through ctypes. se_fused_device_limits writes the numbers of csrc/plan.h's Device in their order and
+// returns null. If the kernels do not run on the device, it returns the reason, a text that lives until this thread
+// asks again, and out[0] tells whether that is permanent. se_fused_force_plan forces the plan of this thread's calls
+// that follow; "" forces none.
 extern "C" __attribute__((visibility("default"))) const char* se_fused_device_limits(int index, int64_t* out) try {
   const DeviceGuard guard(index);
   const se::Device& device = plans.device(index);
   *out++ = device.capability;
-  *out++ = device.multiprocessors;
+  *out++ = device.sm_count;
   *out++ = device.shared_per_block;
-  *out++ = device.shared_per_multiprocessor;
+  *out++ = device.shared_per_sm;
   for (const int clusters : device.clusters) *out++ = clusters;
   *out++ = static_cast<int64_t>(device.bytes_per_us);
   *out++ = device.l2_bytes;

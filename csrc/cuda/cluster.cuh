@@ -1,11 +1,11 @@
-// Blocks that hold one sample together in their shared memory: thread-block clusters, from sm_90 on.
+// Thread-block clusters, whose blocks hold one sample together in their shared memory. They exist from sm_90 on.
 #pragma once
 
 #include <cooperative_groups.h>
 
-#include "slab.cuh"
+#include "staged_tile.cuh"
 
-// What the body of a kernel for clusters stands between.
+// The bodies of cluster kernels are compiled only where this is defined.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 #define SE_FUSED_HAS_CLUSTERS
 #endif
@@ -19,26 +19,28 @@ struct Cluster {
 
   __device__ explicit Cluster(int size) : size(size), rank(static_cast<int>(blockIdx.x % size)) {}
 
-  // Until this cluster's turn to begin; a GPU may sleep for none to twice of what it is told.
-  __device__ static void begin(const Residence& residence, int64_t n) {
-    if (n > 0 && n < residence.first_wave) __nanosleep(static_cast<unsigned>(n) * residence.stagger_ns);
+  // Sleeps until this cluster is to begin. A GPU may sleep for any time from 0 to twice the given one.
+  __device__ static void begin(const ClusterConfig& config, int64_t n) {
+    if (n > 0 && n < config.first_wave) __nanosleep(static_cast<unsigned>(n) * config.stagger_ns);
   }
-  // What any thread of any block wrote before is seen by all after it.
+  // After it, all threads of the cluster see what any of them wrote before it.
   __device__ void sync() const {
     Group::barrier_arrive();
     Group::barrier_wait();
   }
-  // The last barrier: nobody ends before all have arrived, who by then read nothing of others. It publishes nothing.
+  // The last barrier: no block ends before all blocks have arrived, after which none reads the shared memory of
+  // another. It does not make writes visible.
   __device__ void arrive() const { __cluster_barrier_arrive_relaxed(); }
   __device__ void wait() const { Group::barrier_wait(); }
 
-  // Where another block has the same variable of its shared memory: from the first sync() on, until that block ends.
+  // The address of the variable `mine` in another block's shared memory. It is valid from the first sync() until that
+  // block ends.
   template <class V>
   __device__ const V* of(int peer, V* mine) const {
     return Group::map_shared_rank(mine, peer);
   }
-  // The sum over all blocks of the partial sums that each has at `mine`, in the order of their ranks. Eight are under
-  // way at once.
+  // The sum of the values that all blocks have at mine[i], in the order of their ranks. Eight loads are in flight at
+  // once.
   template <class A>
   __device__ A sum(A* mine, int64_t i) const {
     constexpr int kAhead = 8;

@@ -1,3 +1,4 @@
+// Queries the limits of a device.
 #include <cuda_runtime.h>
 
 #include <stdexcept>
@@ -19,14 +20,15 @@ void check(cudaError_t error) {
   }
 }
 
-// Of the memory's peak, that a copy reaches: 0.86 of an H200's 4.9 TB/s (benchmarks/results/h200/run.json).
-constexpr double kCopyShare = 0.86;
+// The fraction of the memory's peak that a copy reaches: 0.86 of an H200's 4.9 TB/s (benchmarks/results/h200/run.json).
+constexpr double kCopyEfficiency = 0.86;
 
+// Is never launched: the occupancy of its clusters is queried.
 __global__ void __launch_bounds__(kThreads) occupant() {}
 
-// Clusters that this device can run at once, with nothing else beside a block on its multiprocessor; 0 where it cannot
-// run them at all, or not as it is set up now.
-int resident_clusters(int size, int64_t shared_bytes) {
+// The clusters that this device can run at once with one block per SM; 0 if it cannot run them at all, or not in its
+// present configuration.
+int max_active_clusters(int size, int64_t shared_bytes) {
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {static_cast<unsigned>(size), 1, 1};
@@ -57,16 +59,16 @@ Device device_limits(int index) {
       attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
       attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
       {},
-      kCopyShare * 2e-3 * attribute(cudaDevAttrMemoryClockRate) * attribute(cudaDevAttrGlobalMemoryBusWidth) / 8,
+      kCopyEfficiency * 2e-3 * attribute(cudaDevAttrMemoryClockRate) * attribute(cudaDevAttrGlobalMemoryBusWidth) / 8,
       attribute(cudaDevAttrL2CacheSize)};
-  // A library for older GPUs runs on a newer one by its PTX, without the kernels for clusters.
+  // A library for older GPUs runs on a newer one by its PTX, which lacks the cluster kernels.
   cudaFuncAttributes code{};
   check(cudaFuncGetAttributes(&code, occupant));
   if (device.capability < 90 || code.ptxVersion < 90) return device;
   const auto shared = static_cast<int>(device.shared_per_block);
   check(cudaFuncSetAttribute(occupant, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
   check(cudaFuncSetAttribute(occupant, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
-  for (int log = 0; log < 5; ++log) device.clusters[log] = resident_clusters(1 << log, shared);
+  for (int log = 0; log < 5; ++log) device.clusters[log] = max_active_clusters(1 << log, shared);
   return device;
 }
 

@@ -1,5 +1,5 @@
-// What every kernel is made of: element types, 2- to 16-byte accesses, warp reductions, shared memory.
-// The kernels touch global memory through load, load_streaming, load_one and store, and take all their shared memory
+// What every kernel uses: element types, 2- to 16-byte accesses, warp reductions, shared memory.
+// Kernels access global memory only through load, load_streaming, load_one and store, and get their shared memory only
 // from shared_memory(), so that tests/emulator can run the same sources on a CPU.
 #pragma once
 
@@ -15,10 +15,10 @@
 namespace se::cuda {
 
 constexpr int kWarp = 32, kWarps = kThreads / kWarp;
-// Minimum blocks per multiprocessor for the __launch_bounds__ of two_pass, which set the registers per thread: 4 blocks
-// allow 64, 3 allow 80, 2 allow 128. With fewer the compiler spills: 64 are enough for the plain forms on sm_90 alone;
-// float64 and the general form of backward need 128. Three blocks of 256 threads with four loads of 16 bytes each have
-// 48 KB under way; at a latency of 1 us the 4.3 TB/s of an H200 need 32 KB on each of its 132 multiprocessors.
+// Minimum blocks per SM for __launch_bounds__ of two_pass. They set the registers per thread: 4 blocks allow 64, 3
+// allow 80 and 2 allow 128. With fewer registers the compiler spills: 64 suffice only for the plain forms on sm_90;
+// float64 and the general form of backward need 128. Three blocks of 256 threads with four 16-byte loads each have 48
+// KB in flight; at a latency of 1 us the 4.3 TB/s of an H200 need 32 KB on each of its 132 SMs.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
 constexpr int kPlainBlocks = 4;
 #else
@@ -34,12 +34,12 @@ constexpr int kBackwardBlocks = sizeof(A) == 8 || !kPlain ? 2 : 3;
 __device__ inline int thread() { return static_cast<int>(threadIdx.x); }
 __device__ inline int threads() { return static_cast<int>(blockDim.x); }
 
-// The threads of a block in groups of `lanes`, a power of two.
+// The threads of a block in groups of `size`, a power of two.
 struct Groups {
-  int lanes, shift;
+  int size, shift;
 
-  __device__ explicit Groups(int lanes) : lanes(lanes) { shift = __popc(lanes - 1); }
-  __device__ int lane() const { return thread() & (lanes - 1); }
+  __device__ explicit Groups(int size) : size(size) { shift = __popc(size - 1); }
+  __device__ int rank() const { return thread() & (size - 1); }
   __device__ int group() const { return thread() >> shift; }
   __device__ int count() const { return threads() >> shift; }
 };
@@ -69,7 +69,7 @@ __device__ T narrow(Accumulator<T> v) {
   }
 }
 
-// The type of one access of so many bytes.
+// The type of a kBytes-byte access.
 template <int kBytes>
 struct Access;
 template <>
@@ -89,8 +89,8 @@ struct Access<16> {
   using Type = uint4;
 };
 
-// V consecutive elements as one access brings them. Loads return it by value: read in place, element by element, 16
-// bytes of shared memory would take eight accesses.
+// V consecutive elements as one access loads them. Loads return it by value, because reading 16 bytes of shared memory
+// in place, element by element, would take eight accesses.
 template <int V, class T>
 struct Vector {
   typename Access<V * sizeof(T)>::Type raw;
@@ -103,19 +103,20 @@ struct Vector {
   }
 };
 
-// Of memory that the launch does not write. All loads: from p, aligned to V * sizeof(T).
+// Loads from memory that the launch does not write. For all loads p is aligned to V * sizeof(T).
 template <int V, class T>
 __device__ Vector<V, T> load(const T* p) {
   return {__ldg(reinterpret_cast<const typename Access<V * sizeof(T)>::Type*>(p))};
 }
 
-// Of what is not read again: first to leave the caches. Coherent, because y may be written over x.
+// Loads what is not read again, so that it is evicted first from the caches. The load is coherent, because y may be
+// written over x.
 template <int V, class T>
 __device__ Vector<V, T> load_streaming(const T* p) {
   return {__ldcs(reinterpret_cast<const typename Access<V * sizeof(T)>::Type*>(p))};
 }
 
-// Of shared memory.
+// Loads from shared memory.
 template <int V, class T>
 __device__ Vector<V, T> load_shared(const T* p) {
   const auto* raw = reinterpret_cast<const typename Access<V * sizeof(T)>::Type*>(p);
@@ -133,8 +134,8 @@ __device__ Accumulator<T> load_one(const T* p) {
   return v[0];
 }
 
-// Not __stwb, past which the compiler moves no access to memory. 16 bytes are one number to it: of a uint4 it may store
-// each member alone.
+// A plain store, because the compiler moves no memory access past __stwb. 16 bytes are stored as one __int128, because
+// the compiler may store each member of a uint4 alone.
 template <class Raw>
 __device__ void write_global(Raw* p, const Raw& raw) {
 #ifdef __CUDACC__
@@ -150,7 +151,7 @@ __device__ void write_global(Raw* p, const Raw& raw) {
 #endif
 }
 
-// Left in the L2 as any store is: the next layer reads it.
+// Leaves the data in the L2, as any store does, because the next layer reads it.
 template <int V, class T>
 __device__ void store(T* p, const Accumulator<T> (&v)[V]) {
   T elements[V];
@@ -167,7 +168,7 @@ __device__ void store_one(T* p, Accumulator<T> v) {
   store<1>(p, one);
 }
 
-// Asks for the line of p, so that it is in the L2 when it is read.
+// Prefetches the cache line of p into the L2.
 __device__ inline void prefetch(const void* p) {
 #ifdef __CUDACC__
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
@@ -176,14 +177,15 @@ __device__ inline void prefetch(const void* p) {
 #endif
 }
 
-// An element of a map: `at` counts from the map's begin, `e` in the copy of a block's share in shared memory.
+// The index of an element: `at` in its map, `e` in the staged tile of the block.
 struct Index {
   int64_t at;
   unsigned e;
 };
 
-// Where a kernel reads a map: Global, in global memory; Streamed, there for the last time; Slab, in shared memory.
-// kAhead: loads of a thread under way; shared memory answers so soon that other threads fill the time.
+// The places from which a kernel reads a map: Global, global memory; Streamed, global memory for the last time;
+// StagedTile, shared memory. kAhead: loads in flight per thread. Shared memory needs fewer, because other threads hide
+// its latency.
 template <class T>
 struct Global {
   static constexpr int kAhead = 4;
@@ -203,7 +205,7 @@ struct Streamed {
   }
 };
 template <class T>
-struct Slab {
+struct StagedTile {
   static constexpr int kAhead = 2;
   T* memory;
   template <int V>
@@ -212,8 +214,8 @@ struct Slab {
   }
 };
 
-// finish(i, fetch(i)) for i = first, first + step, ... < end, with kAhead fetched before the first of them is finished,
-// so that as many loads are under way.
+// finish(i, fetch(i)) for i = first, first + step, ... < end. kAhead fetches precede the first finish, so that as many
+// loads are in flight.
 template <int kAhead, class Fetch, class Finish>
 __device__ void in_batches(unsigned first, unsigned end, unsigned step, Fetch&& fetch, Finish&& finish) {
   decltype(fetch(first)) fetched[kAhead]{};
@@ -236,15 +238,15 @@ __device__ void in_batches(unsigned first, unsigned end, unsigned step, Fetch&& 
   }
 }
 
-// Partial results [N, splits, C]: where that of a row of [N, C] lies. Most calls have one split, and need
-// no division of 64-bit numbers, which is a long routine.
-__device__ inline int64_t place_of_split(int64_t row, unsigned split, int splits, int64_t c) {
+// The index in partial results [N, splits, C] of a row of [N, C]. Most calls have one split and skip the 64-bit
+// division, which is a long routine.
+__device__ inline int64_t partial_index(int64_t row, unsigned split, int splits, int64_t c) {
   if (splits == 1) return row;
   const int64_t n = row / c;
   return (n * splits + split) * c + row - n * c;
 }
 
-// merge(partial[split * c]) for split = 1, ..., splits - 1: the first is there already.
+// merge(partial[split * c]) for split = 1, ..., splits - 1; the caller has the first one already.
 template <class A, class Merge>
 __device__ void merge_splits(const A* partial, int splits, int64_t c, Merge&& merge) {
   in_batches<8>(
@@ -252,7 +254,7 @@ __device__ void merge_splits(const A* partial, int splits, int64_t c, Merge&& me
       [&](unsigned, A value) { merge(value); });
 }
 
-// A NaN stays, as in PyTorch's amax; fmax would drop it.
+// The maximum, which keeps a NaN as PyTorch's amax does; fmax would drop it.
 template <class A>
 __device__ A max_keep_nan(A a, A b) {
   return a != a || a > b ? a : b;
@@ -263,7 +265,7 @@ __device__ A shuffle_xor(A v, int offset) {
   return __shfl_xor_sync(0xffffffffu, v, offset);
 }
 
-// The sum over a warp, in every lane.
+// The sum over a warp, returned to every lane.
 template <class A>
 __device__ A warp_sum(A v) {
 #pragma unroll
@@ -292,7 +294,7 @@ void with_map_type(DType dtype, Body&& body) {
   }
 }
 
-// body(W()) for the element type of weights beside maps of T: T, or float beside half precision.
+// Calls body(W()) for the type W of the weights: T, or float if T is half precision.
 template <class T, class Body>
 __device__ void with_weight_type(DType dtype, Body&& body) {
   if constexpr (sizeof(T) < sizeof(float)) {
@@ -301,8 +303,8 @@ __device__ void with_weight_type(DType dtype, Body&& body) {
   body(T());
 }
 
-// body(std::bool_constant<kPlain>()) for maps of T. float64 has the general form alone, because it is there to check
-// the others.
+// Calls body(std::bool_constant<kPlain>()) for maps of T. float64 has only the general form, because it exists to check
+// the other types.
 template <class T, class Body>
 void with_form(bool plain, Body&& body) {
   if constexpr (sizeof(T) < sizeof(double)) {
@@ -311,10 +313,10 @@ void with_form(bool plain, Body&& body) {
   body(std::false_type());
 }
 
-// body(std::integral_constant<int, V>()) for accesses of `bytes`; kHalfWide: whether 8 bytes of a smaller type are
-// among them.
+// Calls body(std::integral_constant<int, V>()) for accesses of V elements. kHalfWide: whether 8-byte accesses of types
+// smaller than 8 bytes are compiled.
 template <class T, bool kHalfWide, class Body>
-void with_width(int bytes, Body&& body) {
+void with_vec_bytes(int bytes, Body&& body) {
   constexpr int kElement = sizeof(T);
   if constexpr (kElement < 8) {
     if (bytes == 16) return body(std::integral_constant<int, 16 / kElement>());

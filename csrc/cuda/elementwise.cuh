@@ -1,24 +1,26 @@
-// A block's share of the maps, walked in accesses of 16 bytes wherever the data allows.
+// The tile of a map that a block works on, in 16-byte accesses wherever the data allows.
 //
-// A share has
-//   n, c0, channels           its sample and its channels, from c0 on
-//   sample_first()            whether this block stores what several blocks compute for the whole sample
-//   owns(i)                   the same for the channel c0 + i
-//   walk(operation)           calls the operation for every V elements
+// A tile (NchwTile, NhwcTile) has these members:
+//   n                          the sample
+//   c0, channels               the channels: c0 to c0 + channels - 1
+//   sample_first()             whether this block stores values that several blocks compute for the whole sample
+//   owns(i)                    whether this block stores the values of channel c0 + i that several blocks compute
+//   for_each_vector(op)        calls the operation `op` for every V elements
 //
-// An operation has
-//   kAhead                    loads under way before the first of them is used
-//   fetch<V>(Index)           the loads of V elements
-//   gather<V>(along)          what belongs to their channels: along(values, v) sets v[k] = values[i] for the channel
-//                             c0 + i of element k
-//   finish(Index, gathered, fetched)
+// An operation has these members:
+//   kAhead                     loads in flight before the first of them is used
+//   fetch<V>(Index)            loads V elements
+//   load_channels<V>(load)     loads the values of their channels: load(from, v) sets v[k] = from[i], where c0 + i is
+//                              the channel of element k
+//   finish(Index, values, fetched)
+//                              computes and stores V elements from the values of their channels and what fetch returned
 #pragma once
 
 #include "device.cuh"
 
 namespace se::cuda {
 
-// Quotient by a multiplication, for i < 2^31 and 1 <= l <= 2^30 (Granlund and Montgomery, "Division by invariant
+// Divides by a multiplication, for i < 2^31 and 1 <= l <= 2^30 (Granlund and Montgomery, "Division by invariant
 // integers using multiplication", figure 4.1).
 struct Divisor {
   unsigned multiplier, shift;
@@ -30,17 +32,17 @@ struct Divisor {
   __device__ unsigned divide(unsigned i) const { return (__umulhi(i, multiplier) + i) >> shift; }
 };
 
-// NCHW: elements [first, first + count) of the map.
+// NCHW: the elements [first, first + count) of the map.
 template <class T>
-struct RowShare {
+struct NchwTile {
   static constexpr int V = 16 / sizeof(T);
   int64_t n, range, first, c0;
-  unsigned l, count, before;  // before: elements of channel c0 that are not in the share
+  unsigned l, count, before;  // before: elements of channel c0 that come before the tile
   int channels;
   bool wide;
   Divisor by_l;
 
-  __device__ RowShare(const Problem& p, const Elementwise& e, const Divisor& by, unsigned block)
+  __device__ NchwTile(const Problem& p, const Elementwise& e, const Divisor& by, unsigned block)
       : l(static_cast<unsigned>(p.l)), by_l(by) {
     const auto ranges = static_cast<unsigned>(e.ranges);
     n = block / ranges;
@@ -51,32 +53,32 @@ struct RowShare {
     c0 = channel_of(e0);
     channels = static_cast<int>(channel_of(e0 + count - 1) - c0) + 1;
     before = static_cast<unsigned>(e0 - c0 * l);
-    wide = e.width == 16;
+    wide = e.vec_bytes == 16;
   }
-  // Of an element of the sample; by 32 bits where they do.
+  // The channel of an element of the sample; 32 bits are divided where they suffice.
   __device__ int64_t channel_of(int64_t e) const { return e >> 31 ? e / l : by_l.divide(static_cast<unsigned>(e)); }
   __device__ bool sample_first() const { return range == 0; }
   __device__ bool owns(int i) const { return i > 0 || before == 0; }
   __device__ Index index(unsigned e) const { return {first + e, e}; }
-  // Elements before the first border of 16 bytes; all, where the accesses are not wide.
+  // The number of elements before the first 16-byte boundary; all elements, if the accesses are not wide.
   __device__ unsigned head() const {
     const auto to_border = static_cast<unsigned>((V - first % V) % V);
     return !wide || to_border > count ? count : to_border;
   }
 
-  // kRun: so many elements from each border of as many lie in one channel. W takes 42 instructions for 512 bytes, W / 2
-  // 58, 1 takes 68 (instructions.csv: forward_in_cluster of half precision, plain, sm_90).
+  // kRun: each aligned run of kRun elements lies in one channel. kRun = W takes 42 instructions per 512 bytes, W / 2
+  // takes 58 and 1 takes 68 (instructions.csv: forward_cluster_kernel of half precision, plain, sm_90).
   template <int W, int kRun, class Operation>
   __device__ void finish(const Operation& operation, unsigned e,
                          const typename Operation::template Fetched<W>& fetched) const {
     const unsigned i = by_l.divide(e + before), r = e + before - i * l;
-    const auto gathered = operation.template gather<W>([&](const auto* values, auto& v) {
-      v[0] = values[i];
+    const auto values = operation.template load_channels<W>([&](const auto* from, auto& v) {
+      v[0] = from[i];
       if constexpr (kRun == W) {
 #pragma unroll
         for (int k = 1; k < W; ++k) v[k] = v[0];
       } else if (l >= W) {
-        const auto next = values[r + W > l ? i + 1 : i];
+        const auto next = from[r + W > l ? i + 1 : i];
 #pragma unroll
         for (int k = 1; k < W; ++k) v[k] = r + k / kRun * kRun < l ? v[0] : next;
       } else {
@@ -84,29 +86,29 @@ struct RowShare {
 #pragma unroll
         for (int k = 1; k < W; ++k) {
           if (--left == 0) left = l, ++at;
-          v[k] = values[at];
+          v[k] = from[at];
         }
       }
     });
-    operation.finish(index(e), gathered, fetched);
+    operation.finish(index(e), values, fetched);
   }
   template <int kRun, class Operation>
-  __device__ void walk_vectors(const Operation& operation, unsigned begin, unsigned vectors) const {
+  __device__ void for_each_whole_vector(const Operation& operation, unsigned begin, unsigned vectors) const {
     in_batches<Operation::kAhead>(
         threadIdx.x, vectors, blockDim.x, [&](unsigned v) { return operation.template fetch<V>(index(begin + v * V)); },
         [&](unsigned v, const auto& fetched) { finish<V, kRun>(operation, begin + v * V, fetched); });
   }
   template <class Operation>
-  __device__ void walk(const Operation& operation) const {
+  __device__ void for_each_vector(const Operation& operation) const {
     const unsigned begin = head(), vectors = (count - begin) / V;
     if (begin == 0 && l % V == 0) {
-      walk_vectors<V>(operation, begin, vectors);
+      for_each_whole_vector<V>(operation, begin, vectors);
     } else if (begin == 0 && l % (V / 2) == 0) {
-      walk_vectors<V / 2>(operation, begin, vectors);
+      for_each_whole_vector<V / 2>(operation, begin, vectors);
     } else {
-      walk_vectors<1>(operation, begin, vectors);
+      for_each_whole_vector<1>(operation, begin, vectors);
     }
-    // Before the vectors and after them.
+    // The elements before the vectors and after them.
     for (unsigned i = threadIdx.x; i < count - vectors * V; i += blockDim.x) {
       const unsigned e = i < begin ? i : i + vectors * V;
       finish<1, 1>(operation, e, operation.template fetch<1>(index(e)));
@@ -114,19 +116,19 @@ struct RowShare {
   }
 };
 
-// channels_last: the channels [c0, c0 + channels), of which W divides both, at the positions [l0, l1) of sample n.
-template <class T, int W>
-struct PositionShare {
+// channels_last: the channels [c0, c0 + channels) at some positions of sample n. V divides c0 and channels.
+template <class T, int V>
+struct NhwcTile {
   int64_t n, first;
   unsigned range, positions;
   int c, c0, channels;
 
-  __device__ PositionShare(const Problem& p, const Elementwise& e, const Divisor&, unsigned block)
+  __device__ NhwcTile(const Problem& p, const Elementwise& e, const Divisor&, unsigned block)
       : c(static_cast<int>(p.c)) {
-    const auto ranges = static_cast<unsigned>(e.ranges), chunks = static_cast<unsigned>(e.chunks);
+    const auto ranges = static_cast<unsigned>(e.ranges), channel_blocks = static_cast<unsigned>(e.channel_blocks);
     range = block % ranges;
-    c0 = static_cast<int>(block / ranges % chunks * e.channels);
-    n = block / ranges / chunks;
+    c0 = static_cast<int>(block / ranges % channel_blocks * e.channels);
+    n = block / ranges / channel_blocks;
     const int64_t l0 = range * e.per_block;
     positions = static_cast<unsigned>(p.l - l0 < e.per_block ? p.l - l0 : e.per_block);
     channels = c - c0 < e.channels ? c - c0 : static_cast<int>(e.channels);
@@ -134,50 +136,50 @@ struct PositionShare {
   }
   __device__ bool sample_first() const { return range == 0 && c0 == 0; }
   __device__ bool owns(int) const { return range == 0; }
-  // Of channel c0 + i at a position; packed in shared memory.
+  // The index of channel c0 + i at a position. In shared memory the positions are packed.
   __device__ Index index(unsigned position, int i) const {
     return {first + int64_t{position} * c + i, position * static_cast<unsigned>(channels) + i};
   }
 
-  // body(i, position, step): for the channels c0 + i to c0 + i + W at a position and every step-th after it. A thread
-  // keeps to its channels as long as it can, so that what belongs to them is gathered once.
+  // Calls body(i, position, step) for the channels c0 + i to c0 + i + V - 1 at every step-th position from `position`
+  // on. A thread keeps its channels as long as it can, so that it loads their values once.
   template <class Body>
   __device__ void columns(Body&& body) const {
-    const unsigned vectors = channels / W, threads = blockDim.x;
-    const unsigned lanes = vectors < threads ? vectors : threads, groups = threads / lanes;
-    const unsigned group = threadIdx.x / lanes;
+    const unsigned vectors = channels / V, threads = blockDim.x;
+    const unsigned per_row = vectors < threads ? vectors : threads, groups = threads / per_row;
+    const unsigned group = threadIdx.x / per_row;
     if (group >= groups) return;
-    for (unsigned column = threadIdx.x - group * lanes; column < vectors; column += lanes) {
-      body(static_cast<int>(column * W), group, groups);
+    for (unsigned column = threadIdx.x - group * per_row; column < vectors; column += per_row) {
+      body(static_cast<int>(column * V), group, groups);
     }
   }
   template <class Operation>
-  __device__ void walk(const Operation& operation) const {
+  __device__ void for_each_vector(const Operation& operation) const {
     columns([&](int i, unsigned position, unsigned step) {
-      const auto gathered = operation.template gather<W>([&](const auto* values, auto& v) {
+      const auto values = operation.template load_channels<V>([&](const auto* from, auto& v) {
 #pragma unroll
-        for (int k = 0; k < W; ++k) v[k] = values[i + k];
+        for (int k = 0; k < V; ++k) v[k] = from[i + k];
       });
       in_batches<Operation::kAhead>(
-          position, positions, step, [&](unsigned at) { return operation.template fetch<W>(index(at, i)); },
-          [&](unsigned at, const auto& fetched) { operation.finish(index(at, i), gathered, fetched); });
+          position, positions, step, [&](unsigned at) { return operation.template fetch<V>(index(at, i)); },
+          [&](unsigned at, const auto& fetched) { operation.finish(index(at, i), values, fetched); });
     });
   }
 };
 
-// body(share): the type of a block's share, as a null pointer.
+// Calls body with a null pointer whose type is that of the blocks' tiles.
 template <class T, class Body>
-void with_share(const Call& call, const Elementwise& e, Body&& body) {
-  if (!call.channels_last) return body(static_cast<RowShare<T>*>(nullptr));
-  with_width<T, false>(e.width,
-                       [&](auto width) { body(static_cast<PositionShare<T, decltype(width)::value>*>(nullptr)); });
+void with_tile(const Call& call, const Elementwise& e, Body&& body) {
+  if (!call.channels_last) return body(static_cast<NchwTile<T>*>(nullptr));
+  with_vec_bytes<T, false>(e.vec_bytes,
+                           [&](auto size) { body(static_cast<NhwcTile<T, decltype(size)::value>*>(nullptr)); });
 }
 
-// The shares that clusters hold: in whole 16 bytes.
+// The same for tiles in clusters, which are always whole 16 bytes.
 template <class T, class Body>
-void with_cluster_share(const Call& call, Body&& body) {
-  if (!call.channels_last) return body(static_cast<RowShare<T>*>(nullptr));
-  body(static_cast<PositionShare<T, 16 / sizeof(T)>*>(nullptr));
+void with_cluster_tile(const Call& call, Body&& body) {
+  if (!call.channels_last) return body(static_cast<NchwTile<T>*>(nullptr));
+  body(static_cast<NhwcTile<T, 16 / sizeof(T)>*>(nullptr));
 }
 
 }  // namespace se::cuda

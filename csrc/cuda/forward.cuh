@@ -1,5 +1,5 @@
-// What the algorithms of forward share: the squeeze of a channel, and y of V elements. kPlain: the mean, and neither
-// activations of maps nor a residual; the calls of most networks, which do no work for what they do not ask for.
+// What both algorithms of forward use: the squeeze of a channel, and y of V elements. kPlain: the mean, without
+// activations of the maps and without a residual. Most networks call this form, so it does no work for other options.
 #pragma once
 
 #include "activations.cuh"
@@ -12,20 +12,20 @@ inline bool is_plain(const Problem& p) {
 }
 
 template <class A, bool kPlain>
-struct Squeezing {
+struct SqueezePart {
   A sum, max;
 };
 template <class A>
-struct Squeezing<A, true> {
+struct SqueezePart<A, true> {
   A sum;
 };
 
-// A reduction (reduce.cuh) of u = pre_act(x). X: where x is read. O: Options, or a reference to those of a kernel's
-// parameter, of which a copy would lie in local memory.
+// A reduction (reduce.cuh) of u = pre_act(x). X: the place from which x is read (device.cuh). O: Options, or a
+// reference to the options of a kernel's parameter, whose copy would be in local memory.
 template <class T, class X, bool kPlain, class O = Options>
 struct SqueezeOperation {
   using A = Accumulator<T>;
-  using Part = Squeezing<A, kPlain>;
+  using Part = SqueezePart<A, kPlain>;
   template <int V>
   struct Context {};
   template <int V>
@@ -78,21 +78,21 @@ struct SqueezeOperation {
   }
 };
 
-// z of one channel.
+// z of one channel
 template <class A>
 __device__ A squeezed(Squeeze squeeze, A sum, A max, int64_t l) {
   const A mean = sum / static_cast<A>(l);
   return squeeze == Squeeze::kMean ? mean : squeeze == Squeeze::kMax ? max : (mean + max) / 2;
 }
 template <class A, bool kPlain>
-__device__ A squeezed(Squeeze squeeze, const Squeezing<A, kPlain>& part, int64_t l) {
+__device__ A squeezed(Squeeze squeeze, const SqueezePart<A, kPlain>& part, int64_t l) {
   if constexpr (kPlain)
     return part.sum / static_cast<A>(l);
   else
     return squeezed(squeeze, part.sum, part.max, l);
 }
 
-// y of a share's elements (elementwise.cuh). s: the gates of its channels.
+// Computes y of a tile's elements (elementwise.cuh). s: the gates of its channels.
 template <class T, class X, bool kPlain>
 struct ScaleOperation {
   using A = Accumulator<T>;
@@ -102,7 +102,7 @@ struct ScaleOperation {
     Vector<V, T> x, residual;
   };
   template <int V>
-  struct Gathered {
+  struct ChannelValues {
     A s[V];
   };
 
@@ -118,26 +118,26 @@ struct ScaleOperation {
     if (has_own_residual()) fetched.residual = load_streaming<V>(static_cast<const T*>(f.residual) + at.at);
     return fetched;
   }
-  template <int V, class Along>
-  __device__ Gathered<V> gather(Along&& along) const {
-    Gathered<V> gathered;
-    along(s, gathered.s);
-    return gathered;
+  template <int V, class Load>
+  __device__ ChannelValues<V> load_channels(Load&& load) const {
+    ChannelValues<V> values;
+    load(s, values.s);
+    return values;
   }
   template <int V>
-  __device__ void finish(Index at, const Gathered<V>& gathered, const Fetched<V>& fetched) const {
+  __device__ void finish(Index at, const ChannelValues<V>& values, const Fetched<V>& fetched) const {
     A v[V];
     fetched.x.unpack(v);
     if constexpr (kPlain) {
 #pragma unroll
-      for (int i = 0; i < V; ++i) v[i] *= gathered.s[i];
+      for (int i = 0; i < V; ++i) v[i] *= values.s[i];
     } else {
       A residual[V];
       fetched.x.unpack(residual);
       if (has_own_residual()) fetched.residual.unpack(residual);
       activate<T>(f.options.pre_act, f.options, v);
 #pragma unroll
-      for (int i = 0; i < V; ++i) v[i] = f.residual ? v[i] * gathered.s[i] + residual[i] : v[i] * gathered.s[i];
+      for (int i = 0; i < V; ++i) v[i] = f.residual ? v[i] * values.s[i] + residual[i] : v[i] * values.s[i];
       activate<T>(f.options.post_act, f.options, v);
     }
     store<V>(static_cast<T*>(f.y) + at.at, v);

@@ -1,4 +1,4 @@
-// The host side of the CUDA kernels: what the binding calls, without a CUDA or torch header.
+// The functions that the binding calls to run the CUDA kernels, without a CUDA or torch header.
 #pragma once
 
 #include <stdexcept>
@@ -8,16 +8,16 @@
 
 namespace se::cuda {
 
-// The kernels will never run on a device: its driver is too old, or the library has no code for it.
+// The kernels will never run on a device, because its driver is too old or the library has no code for it.
 struct NeverRuns : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// The limits of the device with this index. Raises NeverRuns, or std::runtime_error for what may pass.
+// The limits of the device with this index. Raises NeverRuns, or std::runtime_error for an error that may pass.
 Device device_limits(int index);
 
-// Enqueue the operation on `stream`, a cudaStream_t; `scratch` has plan.scratch_bytes bytes. Raise std::runtime_error
-// with the kernel and the plan where a launch fails.
+// Each enqueues the operation on `stream`, a cudaStream_t; `scratch` has plan.scratch_bytes bytes. If a launch fails,
+// they raise std::runtime_error with the launch and the plan.
 void forward_two_pass(const Forward& f, const Plan& plan, void* scratch, void* stream);
 void forward_cluster(const Forward& f, const Plan& plan, void* stream);
 void backward_two_pass(const Backward& f, const Plan& plan, void* scratch, void* stream);

@@ -1,4 +1,4 @@
-// How the host starts a kernel as the plan says; tests/emulator takes its place on a CPU.
+// Launches a kernel as the plan says. On a CPU, tests/emulator replaces the CUDA runtime that it calls.
 #pragma once
 
 #include <mutex>
@@ -17,10 +17,11 @@ inline void check(cudaError_t error, const char* name, const Plan& plan) {
                            plan.text());
 }
 
-// Lets `kernel` have, on the current device, clusters of 16 blocks and all the shared memory, in as many blocks as the
-// plan counts on. Once, under a lock and before the first launch: another thread may be about to launch it too.
+// Allows `kernel` clusters of 16 blocks and all shared memory on the current device, so that as many blocks fit on an
+// SM as the plan assumes. It is done once, under a lock and before the first launch, because another thread may be
+// about to launch the same kernel.
 inline void allow_clusters(const void* kernel, const char* name, const Plan& plan) {
-  static std::mutex mutex;  // of what follows
+  static std::mutex mutex;  // guards `allowed`
   static std::set<std::pair<const void*, int>> allowed;
   int device = 0;
   check(cudaGetDevice(&device), name, plan);
@@ -35,7 +36,7 @@ inline void allow_clusters(const void* kernel, const char* name, const Plan& pla
   allowed.insert({kernel, device});
 }
 
-// `kernel` on the grid that the plan lists under `name`, in the clusters that it says.
+// Launches `kernel` with the grid, clusters and shared memory of the plan's launch `name`.
 template <class... Parameters, class... Arguments>
 void launch(const Plan& plan, const char* name, void* stream, void (*kernel)(Parameters...),
             const Arguments&... arguments) {

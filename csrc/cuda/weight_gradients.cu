@@ -1,7 +1,9 @@
-// What:   dw2 = dp2^T h, db2 = sum_n dp2, dw1 = dp1^T z, db1 = sum_n dp1: all in one launch.
-// Grid:   a block for each tile of 32 x 32 of dw2, then of dw1; those of the first column also sum the bias.
-// Bytes:  the small vectors, once for each tile of rows or columns; the gradients once.
-// Why:    a tile belongs to one block, which adds the samples in their order: no atomics, the same bits every time.
+// What:   dw2 = dp2^T h, db2 = sum_n dp2, dw1 = dp1^T z, db1 = sum_n dp1, all in one launch.
+// Grid:   one block per 32 x 32 tile of dw2, then of dw1. The blocks of the first column of tiles also sum the bias.
+// Bytes:  reads the small vectors once per tile of rows or columns and writes the gradients once.
+// Needs:  nothing: it runs for any shape and device.
+// Why:    one block has the whole of a tile and adds the samples in their order. There are no atomics, and two
+//         runs give the same bits.
 #include "backward.cuh"
 #include "launch.cuh"
 
@@ -10,7 +12,8 @@ namespace {
 
 constexpr int kRowsPerThread = kColumns / kWarps;
 
-// out[i, j] = sum_n a(n, i) b(n, j) for the tile of row i0 and column j0; sums[i] = sum_n a(n, i). Both may be null.
+// out[i, j] = sum_n a(n, i) b(n, j) for the tile that begins at row i0 and column j0, and sums[i] = sum_n a(n, i).
+// Either output may be null.
 template <class A, class W, class Rows, class Columns>
 __device__ void outer_product(W* out, W* sums, int64_t samples, int64_t rows, int64_t columns, int64_t i0, int64_t j0,
                               Rows&& a, Columns&& b) {
@@ -45,7 +48,7 @@ __device__ void outer_product(W* out, W* sums, int64_t samples, int64_t rows, in
 
 template <class T, class A = Accumulator<T>>
 __global__ void __launch_bounds__(kThreads, kBackwardBlocks<false, A>)
-    weight_gradients(const __grid_constant__ Backward f, Partial<A> partial, const A* dp1) {
+    weight_gradients_kernel(const __grid_constant__ Backward f, Partial<A> partial, const A* dp1) {
   auto z = [&](int64_t n, int64_t i) { return load_one(static_cast<const A*>(f.z) + n * f.c + i); };
   auto h = [&](int64_t n, int64_t i) {
     if (f.r == 0) return z(n, i);
@@ -81,7 +84,7 @@ void launch_weight_gradients(const Backward& f, const Plan& plan, const Partial<
   with_map_type(f.dtype, [&](auto type) {
     using T = decltype(type);
     if constexpr (std::is_same_v<Accumulator<T>, A>) {
-      launch(plan, "weight_gradients", stream, weight_gradients<T>, f, partial, dp1);
+      launch(plan, "weight_gradients", stream, weight_gradients_kernel<T>, f, partial, dp1);
     }
   });
 }

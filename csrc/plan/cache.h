@@ -1,4 +1,4 @@
-// The plans of calls that come again, because finding one takes a fraction of the time of making it.
+// A cache of plans, because finding a plan takes a fraction of the time of making it.
 #pragma once
 
 #include <functional>
@@ -14,14 +14,15 @@
 
 namespace se {
 
-// For any number of threads.
+// Any number of threads may use it.
 class Plans {
  public:
-  // Calls of a device: a model has tens of layers, so a process has some hundred. Inputs whose sizes never come again
-  // would fill any number; with an emptied cache a call costs no more than its plan takes to make.
+  // The most calls per device. A model has tens of layers, so a process has some hundred different calls. Inputs whose
+  // sizes never recur would fill a cache of any size; after the cache is emptied, a call costs only the time to make
+  // its plan.
   static constexpr size_t kMost = 1024;
 
-  // limits: of the device with this index, asked once where it does not raise.
+  // limits(index) returns the limits of a device; it is called once for each device, unless it raises.
   explicit Plans(std::function<Device(int index)> limits) : limits_(std::move(limits)) {}
 
   const Device& device(int index) {
@@ -29,7 +30,7 @@ class Plans {
     return known(index).device;
   }
 
-  // As make_plan; shared, because another thread may empty the cache meanwhile.
+  // The result of make_plan. It is shared, because another thread may empty the cache while it is used.
   std::shared_ptr<const Plan> plan(const Call& call, int index) {
     const std::lock_guard<std::mutex> lock(mutex_);
     auto& [device, by_forced] = known(index);
@@ -41,7 +42,7 @@ class Plans {
     return plans.emplace(call, std::move(made)).first->second;
   }
 
-  // What the plans of this thread's calls that follow must have; "": nothing.
+  // Forces a plan for the calls of this thread that follow; "" forces none.
   static void force(std::string text) { forced() = std::move(text); }
 
  private:
@@ -58,7 +59,7 @@ class Plans {
   };
   struct Known {
     Device device;
-    std::map<std::string, std::unordered_map<Call, std::shared_ptr<const Plan>, Hash>> plans;  // by what was forced
+    std::map<std::string, std::unordered_map<Call, std::shared_ptr<const Plan>, Hash>> plans;  // for each forced plan
   };
 
   static std::string& forced() {
@@ -72,7 +73,7 @@ class Plans {
   }
 
   std::function<Device(int index)> limits_;
-  std::mutex mutex_;  // of what follows
+  std::mutex mutex_;  // guards the members below
   std::unordered_map<int, Known> known_;
 };
 

@@ -1,6 +1,7 @@
 #include "../plan.h"
 
 #include <algorithm>
+#include <iterator>
 #include <sstream>
 #include <stdexcept>
 
@@ -10,7 +11,7 @@ namespace se {
 namespace planning {
 namespace {
 
-constexpr int64_t kLongestRow = int64_t{1} << 30;  // positions within a block are 32-bit numbers
+constexpr int64_t kLongestRow = int64_t{1} << 30;  // a block counts its positions in 32 bits
 constexpr int64_t kLargestGrid = (int64_t{1} << 31) - 1;
 
 int64_t next_power_of_two(int64_t v) {
@@ -19,7 +20,7 @@ int64_t next_power_of_two(int64_t v) {
   return power;
 }
 
-// Of the addresses of the maps; null is aligned to all.
+// The alignment that the addresses of all maps have; null has every alignment.
 int alignment_of(std::initializer_list<const void*> maps) {
   uintptr_t bits = 16;
   for (const void* map : maps) bits |= reinterpret_cast<uintptr_t>(map);
@@ -52,71 +53,92 @@ int one_of(const char* name, std::initializer_list<int> allowed, int64_t value) 
 
 void refuse(const std::string& why) { throw std::invalid_argument("se_fused: no plan: " + why); }
 
-Forced::Forced(const std::string& text) {
-  if (text.empty()) return;  // the stream alone takes longer than a plan
+namespace {
+
+// A word of a forced plan: where its number is stored, if it has one, and the only algorithm that has it, if one does.
+struct Word {
+  const char* name;
+  std::optional<int64_t> PlanOverrides::* member;
+  std::optional<Algorithm> algorithm;
+};
+constexpr Word kWords[]{
+    {"two_pass", nullptr, Algorithm::kTwoPass},
+    {"cluster", nullptr, Algorithm::kCluster},
+    {"vec_bytes", &PlanOverrides::vec_bytes, {}},
+    {"threads_per_row", &PlanOverrides::threads_per_row, {}},
+    {"splits", &PlanOverrides::splits, Algorithm::kTwoPass},
+    {"per_block", &PlanOverrides::per_block, Algorithm::kTwoPass},
+    {"rows", &PlanOverrides::rows, Algorithm::kTwoPass},
+    {"fused_hidden", &PlanOverrides::fused_hidden, Algorithm::kTwoPass},
+    {"size", &PlanOverrides::size, Algorithm::kCluster},
+    {"threads", &PlanOverrides::threads, Algorithm::kCluster},
+};
+
+[[noreturn]] void refuse_word(const std::string& word) {
+  std::string known;
+  for (const Word& each : kWords) {
+    if (!known.empty()) known += &each == std::end(kWords) - 1 ? " and " : ", ";
+    known += std::string(each.name) + (each.member ? "=" : "");
+  }
+  refuse("'" + word + "' is none of " + known);
+}
+
+}  // namespace
+
+PlanOverrides::PlanOverrides(const std::string& text) {
+  if (text.empty()) return;  // constructing the stream alone takes longer than a plan
   std::istringstream words(text);
   for (std::string word; words >> word;) {
     const size_t equals = word.find('=');
     const std::string name = word.substr(0, equals);
-    std::optional<Algorithm> of;
-    if (name == "two_pass" || name == "splits" || name == "per_block" || name == "rows" || name == "fused_hidden") {
-      of = Algorithm::kTwoPass;
-    } else if (name == "cluster" || name == "size" || name == "threads") {
-      of = Algorithm::kCluster;
+    const auto* known =
+        std::find_if(std::begin(kWords), std::end(kWords), [&](auto& each) { return each.name == name; });
+    if (known == std::end(kWords) || (known->member != nullptr) != (equals != std::string::npos)) refuse_word(word);
+    if (known->algorithm) {
+      if (algorithm.value_or(*known->algorithm) != *known->algorithm) {
+        refuse("'" + text + "' asks for both two_pass and cluster");
+      }
+      algorithm = known->algorithm;
     }
-    if (of && algorithm.value_or(*of) != *of) refuse("'" + text + "' asks for both two_pass and cluster");
-    if (of) algorithm = of;
-    if (word == "two_pass" || word == "cluster") continue;
-    std::optional<int64_t>* slot = name == "width"          ? &width
-                                   : name == "lanes"        ? &lanes
-                                   : name == "splits"       ? &splits
-                                   : name == "per_block"    ? &per_block
-                                   : name == "fused_hidden" ? &fused_hidden
-                                   : name == "rows"         ? &rows
-                                   : name == "size"         ? &size
-                                   : name == "threads"      ? &threads
-                                                            : nullptr;
-    if (!slot || equals == std::string::npos) {
-      refuse("'" + word +
-             "' is none of two_pass, cluster, width=, lanes=, splits=, per_block=, rows=, fused_hidden=, size= and "
-             "threads=");
-    }
+    if (!known->member) continue;
     try {
-      *slot = std::stoll(word.substr(equals + 1));
+      this->*known->member = std::stoll(word.substr(equals + 1));
     } catch (const std::logic_error&) {
       refuse("'" + word + "' has no number");
     }
   }
 }
 
-int width_for(const Call& call, int64_t span, bool half_wide, const std::optional<int64_t>& forced) {
+int vec_bytes_for(const Call& call, int64_t span, bool half_wide, const std::optional<int64_t>& forced) {
   const int64_t element = element_bytes(call.dtype);
-  auto fits = [&](int64_t width) {
-    return width == element ||
-           (element < 8 && (width == 16 || (width == 8 && half_wide)) && span % width == 0 && call.alignment >= width);
+  auto fits = [&](int64_t vec_bytes) {
+    return vec_bytes == element || (element < 8 && (vec_bytes == 16 || (vec_bytes == 8 && half_wide)) &&
+                                    span % vec_bytes == 0 && call.alignment >= vec_bytes);
   };
   if (!forced) return static_cast<int>(fits(16) ? 16 : fits(8) ? 8 : element);
   if (!fits(*forced)) {
-    refuse("width=" + std::to_string(*forced) + " with elements of " + std::to_string(element) + " bytes, spans of " +
-           std::to_string(span) + " bytes and addresses aligned to " + std::to_string(call.alignment));
+    refuse("vec_bytes=" + std::to_string(*forced) + " with elements of " + std::to_string(element) +
+           " bytes, spans of " + std::to_string(span) + " bytes and addresses aligned to " +
+           std::to_string(call.alignment));
   }
   return static_cast<int>(*forced);
 }
 
-int lanes_for_rows(int64_t rows, int threads, const Forced& forced) {
-  int lanes = 1;
-  while (lanes < kColumns && 2 * lanes * rows <= threads) lanes *= 2;
-  return one_of("lanes", {1, 2, 4, 8, 16, 32}, forced.lanes.value_or(lanes));
+int threads_per_staged_row(int64_t rows, int threads, const PlanOverrides& overrides) {
+  int threads_per_row = 1;
+  while (threads_per_row < kColumns && 2 * threads_per_row * rows <= threads) threads_per_row *= 2;
+  return one_of("threads_per_row", {1, 2, 4, 8, 16, 32}, overrides.threads_per_row.value_or(threads_per_row));
 }
 
-Reduction whole_reduction(const Call& call, int64_t channels, const Forced& forced) {
+Reduction whole_reduction(const Call& call, int64_t channels, const PlanOverrides& overrides) {
   Reduction reduction{};
   const int64_t row = (call.channels_last ? call.c : call.l) * element_bytes(call.dtype);
-  reduction.width = width_for(call, row, !call.channels_last, forced.width);
+  reduction.vec_bytes = vec_bytes_for(call, row, !call.channels_last, overrides.vec_bytes);
   if (call.channels_last) {
-    const int64_t vectors = channels * element_bytes(call.dtype) / reduction.width;
-    const int64_t lanes = std::min<int64_t>(kColumns, next_power_of_two(vectors));
-    reduction.lanes = one_of("lanes", {1, 2, 4, 8, 16, 32}, forced.lanes.value_or(lanes));
+    const int64_t vectors = channels * element_bytes(call.dtype) / reduction.vec_bytes;
+    const int64_t threads_per_row = std::min<int64_t>(kColumns, next_power_of_two(vectors));
+    reduction.threads_per_row =
+        one_of("threads_per_row", {1, 2, 4, 8, 16, 32}, overrides.threads_per_row.value_or(threads_per_row));
   }
   return reduction;
 }
@@ -136,7 +158,7 @@ void add_weight_gradients(Plan& plan) {
 Call call_of(const Forward& f) {
   Call call = planning::call_of(f, Direction::kForward);
   call.alignment = planning::alignment_of({f.x, f.residual, f.y});
-  call.keeps = f.p1 != nullptr;
+  call.saves_p1 = f.p1 != nullptr;
   return call;
 }
 
@@ -151,8 +173,8 @@ Call call_of(const Backward& f) {
 
 const std::vector<Device>& device_presets() {
   constexpr int64_t kKiB = 1 << 10, kMiB = 1 << 20;
-  // Clusters and copies of the H200 are measured (benchmarks/results/h200); clusters of the RTX 5090 are QuACK's. The
-  // others are predicted: clusters in proportion, copies as 85 to 92 % of the memory's peak.
+  // The H200's clusters and copy speed are measured (benchmarks/results/h200); the RTX 5090's clusters are QuACK's. The
+  // others are predicted: clusters in proportion to the SMs, copies at 85 to 92 % of the memory's peak.
   static const std::vector<Device> presets{
       {"T4", 75, 40, 64 * kKiB, 64 * kKiB, {}, 0.26e6, 4 * kMiB},
       {"A100", 80, 108, 163 * kKiB, 164 * kKiB, {}, 1.75e6, 40 * kMiB},
@@ -177,24 +199,24 @@ std::string text_of(const Prediction& predicted) {
 
 }  // namespace
 
-Plan make_plan(const Call& call, const Device& device, const std::string& forced_text) {
+Plan make_plan(const Call& call, const Device& device, const std::string& forced) {
   using planning::refuse;
-  const planning::Forced forced(forced_text);
+  const planning::PlanOverrides overrides(forced);
   if (device.capability < 75) refuse(device.name + " is sm_" + std::to_string(device.capability) + "; wanted sm_75 on");
   for (const auto& [what, size] : {std::pair{"positions", call.l}, {"channels", call.c}, {"hidden units", call.r}}) {
     if (size > planning::kLongestRow) refuse(std::to_string(size) + " " + what + "; wanted at most 2^30");
   }
   Plan plan{};
   plan.call = call;
-  const std::string why =
-      forced.algorithm == Algorithm::kTwoPass ? "two_pass was asked for" : planning::plan_cluster(plan, device, forced);
-  if (!why.empty() && forced.algorithm == Algorithm::kCluster) refuse("cluster: " + why);
-  if (forced.algorithm == Algorithm::kCluster) {
-    plan.other = "not two_pass: cluster was asked for";
+  const std::string why = overrides.algorithm == Algorithm::kTwoPass ? "two_pass is forced"
+                                                                     : planning::plan_cluster(plan, device, overrides);
+  if (!why.empty() && overrides.algorithm == Algorithm::kCluster) refuse("cluster: " + why);
+  if (overrides.algorithm == Algorithm::kCluster) {
+    plan.other = "not two_pass: cluster is forced";
   } else {
     Plan two_pass{};
     two_pass.call = call;
-    planning::plan_two_pass(two_pass, device, forced);
+    planning::plan_two_pass(two_pass, device, overrides);
     if (!why.empty()) {
       plan = two_pass;
       plan.other = "not cluster: " + why;
@@ -236,15 +258,15 @@ std::string Plan::text() const {
     if (launch.cluster > 0) out << " in clusters of " << launch.cluster;
     out << ", " << launch.shared_bytes << " bytes of shared memory";
     if (launch.cluster > 0 && call.n > 1) {
-      out << ", the first " << std::min(call.n, residence.first_wave) << " clusters " << residence.stagger_ns
+      out << ", the first " << std::min(call.n, cluster_config.first_wave) << " clusters " << cluster_config.stagger_ns
           << " ns apart";
     }
     out << '\n';
   }
-  out << "  reduction: accesses of " << reduction.width << " bytes, " << reduction.lanes << " threads along "
-      << (call.channels_last ? "the channels" : "a row") << ", " << reduction.splits << " splits";
+  out << "  reduction: " << reduction.vec_bytes << "-byte accesses, " << reduction.threads_per_row << " threads per "
+      << (call.channels_last ? "row of channels" : "row") << ", " << reduction.splits << " splits";
   if (reduction.rows > 0) out << ", " << reduction.rows << " rows at a time through shared memory";
-  out << "\n  elementwise: accesses of " << elementwise.width << " bytes, " << elementwise.per_block
+  out << "\n  elementwise: " << elementwise.vec_bytes << "-byte accesses, " << elementwise.per_block
       << (call.channels_last ? " positions of " : " elements of at most ") << elementwise.channels
       << " channels per block\n"
       << "  maps: " << map_bytes_read << " bytes read, " << map_bytes_written << " written; scratch: " << scratch_bytes

@@ -1,5 +1,6 @@
-// mbarriers, and what they count: bulk copies from global memory, pushes into the shared memory of another block of the
-// cluster. Each arrives at a moment of its own between its issue and the end of the phase that waits for it.
+// mbarriers and the transfers that they count: bulk copies from global memory, and pushes into the shared memory of
+// another block of the cluster. Each transfer arrives at a random moment between its issue and the end of the phase
+// that waits for it.
 #include <algorithm>
 
 #include "state.h"
@@ -13,14 +14,14 @@ Mbarrier& find(const void* mbarrier, const char* otherwise = "an mbarrier that i
   return found->second;
 }
 
-// Ends the phase if nothing is missing. Returns what is wrong, or null.
+// Ends the phase if nothing is missing. Returns an error message, or null.
 const char* try_to_end_phase(const void* mbarrier) {
   Mbarrier& m = machine.mbarriers.at(mbarrier);
   if (m.arrivals > 0 || m.bytes > 0) return nullptr;
   if (m.bytes < 0) return "more bytes at an mbarrier than it expects";
   ++m.phase;
   m.arrivals = m.count;
-  // Only the cluster's own: those of a larger one may be left from a launch that was abandoned.
+  // Only this cluster's fibers are searched: fibers of a larger cluster may be left from a launch that was abandoned.
   const size_t count = machine.blocks.size() * machine.threads;
   for (size_t i = 0; i < count; ++i) {
     Fiber& fiber = *machine.fibers[i];

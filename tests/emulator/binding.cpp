@@ -1,6 +1,6 @@
-// Registers the CUDA kernels, run by machine.cpp, as emulator::forward_out and emulator::backward_out for CPU
-// tensors. Every call is checked: each access lies in one of the call's buffers, and the bytes of the maps that are
-// read and written are those of the plan.
+// Registers the CUDA kernels, which machine.cpp runs, as emulator::forward_out and emulator::backward_out for CPU
+// tensors. Every call checks that each access is inside one of the call's buffers, and that it reads and writes as many
+// bytes of the maps as the plan says.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -30,7 +30,7 @@ void watch_inputs(const se::Problem& p, int64_t map) {
   emulator::watch("b2", p.b2, p.c * w, false);
 }
 
-// Poisoned, so that what a kernel leaves unwritten is NaN.
+// Watches an output and poisons it, so that an element that no kernel writes is NaN.
 void watch_output(const char* name, void* p, int64_t size, bool map = false) {
   if (p) std::memset(p, 0xff, size);
   emulator::watch(name, p, size, map);
@@ -100,7 +100,7 @@ STABLE_TORCH_LIBRARY_IMPL(emulator, CPU, m) {
   m.impl("backward_out", &se::Boxed<&se::backward_out<OnCpu>>::call);
 }
 
-// For ctypes.
+// The functions that Python calls through ctypes.
 #define EMULATOR_API extern "C" __attribute__((visibility("default")))
 
 EMULATOR_API void emulator_setup(const char* device_name, const char* plan, uint64_t seed) {

@@ -1,4 +1,4 @@
-// Stands in for CUDA's header of this name: as much of it as the kernels use.
+// Replaces CUDA's header of this name, with the part of it that the kernels use.
 #pragma once
 
 #include "machine.h"

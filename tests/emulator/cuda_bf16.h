@@ -1,4 +1,4 @@
-// Stands in for CUDA's header of this name.
+// Replaces CUDA's header of this name.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ inline float __bfloat162float(__nv_bfloat16 v) {
   std::memcpy(&out, &wide, sizeof(out));
   return out;
 }
-// To the nearest, to even at a tie; NaN stays NaN.
+// Rounds to the nearest, ties to even; NaN stays NaN.
 inline __nv_bfloat16 __float2bfloat16_rn(float v) {
   uint32_t wide;
   std::memcpy(&wide, &v, sizeof(wide));

@@ -1,4 +1,4 @@
-// Stands in for CUDA's header of this name: as much of it as the kernels use.
+// Replaces CUDA's header of this name, with the part of it that the kernels use.
 #pragma once
 
 #include <cfloat>
@@ -19,11 +19,11 @@
 #define __ldg ::emulator::read_only
 #define __ldcs ::emulator::read
 
-// No macros: members of cudaLaunchConfig_t have these names.
+// These are not macros, because members of cudaLaunchConfig_t have the same names.
 inline const emulator::Index& blockDim = emulator::position().threads;
 inline const emulator::Index& gridDim = emulator::position().blocks;
 
-// Of integers only: sums of floats have an order.
+// Only for integers, because a sum of floats depends on its order.
 inline int atomicAdd(int* p, int v) { return emulator::atomic_add(p, v); }
 inline unsigned atomicAdd(unsigned* p, unsigned v) { return emulator::atomic_add(p, v); }
 
@@ -37,14 +37,14 @@ struct alignas(16) uint4 {
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(uint64_t{a} * b >> 32); }
 
-inline float __saturatef(float v) { return v > 0 ? v < 1 ? v : 1 : 0; }  // of NaN: 0
+inline float __saturatef(float v) { return v > 0 ? v < 1 ? v : 1 : 0; }  // NaN gives 0
 
 namespace emulator {
 
-// The special function unit at its worst: off by 2 units in the last place, as the tables of maximum errors in the CUDA
-// Programming Guide allow for exp2f, for __expf near 0 and for __fdividef, which are made of these instructions. A hash
-// of the argument draws whether up or down; a bit of `directions` turns that round for all. A subnormal result is 0, as
-// the PTX ISA has it for .ftz.
+// The special function unit with its largest errors: 2 ulp, which the error tables of the CUDA Programming Guide allow
+// for exp2f, for __expf near 0 and for __fdividef, which consist of these instructions. A hash of the argument chooses
+// the direction of the error; a bit of `directions` reverses it for all arguments. A subnormal result becomes 0, as the
+// PTX ISA specifies for .ftz.
 inline unsigned directions = 0;
 inline float approximation(double exact, float argument, unsigned direction) {
   auto result = static_cast<float>(exact);
@@ -104,7 +104,7 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs = 0;
 };
 
-// Runs the launch at once, if at all; what it finds is raised.
+// Runs the launch at once, unless calls are only counted, and raises the errors that it finds.
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                const Arguments&... arguments) {

@@ -1,3 +1,4 @@
+// The scheduler: runs the fibers of one cluster at a time, and ends their barriers and shuffles.
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -18,13 +19,13 @@ Machine machine;
 
 namespace {
 
-constexpr int kStay = 200;  // steps, on average, before another block of the cluster goes on: for the caches
+constexpr int kStay = 200;  // average steps before the scheduler switches to another block: rare, for the caches
 constexpr unsigned char kPoison = 0xff;  // NaN in every floating-point type
 
-std::mutex allowed_mutex;                               // hosts launch from many threads
-std::map<std::pair<const void*, int>, size_t> allowed;  // shared memory, by kernel and device
+std::mutex allowed_mutex;                               // because hosts launch from many threads
+std::map<std::pair<const void*, int>, size_t> allowed;  // bytes of shared memory, by kernel and device
 
-void hop(Place& from, Place& to) {
+void hop(FiberContext& from, FiberContext& to) {
   from.started = true;
 #if defined(__SANITIZE_ADDRESS__)
   swapcontext(&from.start, &to.start);  // AddressSanitizer takes _longjmp for an exception
@@ -35,14 +36,14 @@ void hop(Place& from, Place& to) {
 #endif
 }
 
-// AddressSanitizer has to be told which stack runs.
+// AddressSanitizer must know which stack is running.
 void to_scheduler([[maybe_unused]] bool for_good) {
   Fiber* self = machine.now;
 #if defined(__SANITIZE_ADDRESS__)
   void* fake = nullptr;
   __sanitizer_start_switch_fiber(for_good ? nullptr : &fake, machine.scheduler_stack, machine.scheduler_stack_size);
 #endif
-  hop(self->place, machine.scheduler);
+  hop(self->context, machine.scheduler);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(fake, &machine.scheduler_stack, &machine.scheduler_stack_size);
 #endif
@@ -54,7 +55,7 @@ void to_fiber(Fiber& fiber) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&machine.scheduler_fake_stack, fiber.stack, kStack);
 #endif
-  hop(machine.scheduler, fiber.place);
+  hop(machine.scheduler, fiber.context);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(machine.scheduler_fake_stack, nullptr, nullptr);
 #endif
@@ -83,15 +84,15 @@ void start(Fiber& fiber, int number, Index block) {
   fiber.copies.clear();
   fiber.block = &machine.blocks[number / machine.threads];
   fiber.thread = {thread % block.x, thread / block.x % block.y, thread / block.x / block.y};
-  fiber.place.started = false;
-  getcontext(&fiber.place.start);
-  fiber.place.start.uc_stack.ss_sp = fiber.stack;
-  fiber.place.start.uc_stack.ss_size = kStack;
-  fiber.place.start.uc_link = nullptr;
-  makecontext(&fiber.place.start, fiber_main, 0);
+  fiber.context.started = false;
+  getcontext(&fiber.context.start);
+  fiber.context.start.uc_stack.ss_sp = fiber.stack;
+  fiber.context.start.uc_stack.ss_size = kStack;
+  fiber.context.start.uc_link = nullptr;
+  makecontext(&fiber.context.start, fiber_main, 0);
 }
 
-// Wakes the threads of a block, all of which wait at a barrier.
+// Wakes the threads of a block when all of them wait at a barrier.
 void end_barrier(Block& block) {
   const auto first = machine.fibers.begin() + (&block - machine.blocks.data()) * machine.threads;
   const auto end = first + machine.threads;
@@ -106,7 +107,7 @@ void end_barrier(Block& block) {
   for (auto fiber = first; fiber != end; ++fiber) wake(**fiber);
 }
 
-// Wakes the lanes of a warp if all that the mask names have come to the same shuffle.
+// Wakes the lanes of a warp once all lanes in the mask have reached the same shuffle.
 void try_shuffle(const Fiber& one, int count) {
   const int base = one.number / kWarp * kWarp;
   Fiber* lanes[kWarp]{};
@@ -164,7 +165,7 @@ void run_cluster(Index block, int count) {
     wake(*machine.fibers[i]);
   }
   int done = 0;
-  // Steps, on average, before one of what is under way arrives, or all of it.
+  // The average number of steps before a transfer arrives, or before all transfers arrive.
   const unsigned pace = 1u << machine.random() % 9;
   const bool all = machine.random() % 2 == 0;
   std::vector<int>* ready = &machine.blocks[0].ready;
@@ -328,7 +329,7 @@ void run(Index grid, Index block, unsigned cluster, size_t shared_bytes, const s
   for (const unsigned first : order) {
     machine.blocks.clear();
     for (unsigned i = 0; i < cluster; ++i) {
-      // A new buffer each time, of just this size, so that AddressSanitizer sees what lies outside.
+      // A new buffer of exactly this size, so that AddressSanitizer detects accesses outside it.
       machine.blocks.push_back({{first + i, 0, 0}, std::vector<unsigned char>(shared_bytes, kPoison), 0, 0, {}});
     }
     run_cluster(block, count);

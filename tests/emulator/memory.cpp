@@ -1,3 +1,4 @@
+// Checks every access to global memory against the watched buffers, and counts the bytes of maps.
 #include <string>
 #include <vector>
 
@@ -10,7 +11,7 @@ struct Buffer {
   std::string name;
   uintptr_t begin, end;
   bool map;
-  std::vector<uint64_t> written, read_only;  // in this launch: a bit for each byte, a number for 64 in line
+  std::vector<uint64_t> written, read_only;  // by this launch: one bit per byte, so one number per 64 bytes
 };
 constexpr size_t kBits = 64;
 std::vector<Buffer> buffers;
@@ -43,7 +44,7 @@ void check_access(const void* p, size_t bytes, Use use) {
   const bool write = use == Use::kWrite;
   for (Buffer& buffer : buffers) {
     if (begin < buffer.begin || end > buffer.end) continue;
-    // No access crosses the border of two numbers: it is aligned to its size.
+    // An access never crosses two numbers, because it is aligned to its size.
     const size_t word = begin / kBits - buffer.begin / kBits;
     const uint64_t bits = ((uint64_t{1} << bytes) - 1) << begin % kBits;
     if (write) buffer.written[word] |= bits;

@@ -1,5 +1,5 @@
-// The device's state: threads as fibers, the blocks of a cluster, what is under way to them. Shared by machine.cpp,
-// which schedules, and async.cpp.
+// The state of the device: threads as fibers, the blocks of a cluster, and transfers to them. machine.cpp, the
+// scheduler, and async.cpp use it.
 #pragma once
 
 #include <setjmp.h>
@@ -17,13 +17,13 @@
 namespace emulator {
 
 constexpr int kWarp = 32;
-constexpr size_t kStack = 256 << 10;  // of address space; pages come as they are touched
+constexpr size_t kStack = 256 << 10;  // of address space; a page is allocated when it is first touched
 
 enum class State { kReady, kBarrier, kCluster, kShuffle, kMbarrier, kDone };
 
-// Where a stack was left. swapcontext changes the signal mask by a system call each time, which took a third of all
-// time; so it only starts a fiber, and _setjmp and _longjmp go on.
-struct Place {
+// The point at which a fiber was suspended. swapcontext makes a system call for the signal mask each time, which took a
+// third of all time. So it only starts a fiber, and _setjmp and _longjmp resume it.
+struct FiberContext {
   ucontext_t start;
   jmp_buf jump;
   bool started = false;
@@ -38,34 +38,34 @@ struct Copy {
 struct Block {
   Index index;
   std::vector<unsigned char> shared;
-  int waiting, done;       // threads
-  std::vector<int> ready;  // and those that can run
+  int waiting, done;       // numbers of threads at the barrier; of threads that have ended
+  std::vector<int> ready;  // threads that can run
 };
 
 struct Fiber {
-  Place place;
+  FiberContext context;
   void* stack = nullptr;
   State state;
   Block* block;
   Index thread;
   int number;                // in the cluster
-  int arrived, waited;       // at so many of the cluster's barriers
-  std::vector<Copy> copies;  // under way
+  int arrived, waited;       // numbers of cluster barriers at which it has arrived; for which it has waited
+  std::vector<Copy> copies;  // not yet waited for
   const char* file;          // where it waits
   int line;
   unsigned mask;  // of a shuffle, with its value and partner
   uint64_t value;
   int partner;
-  const void* mbarrier;  // that it waits at
+  const void* mbarrier;  // at which it waits
 };
 
 struct Mbarrier {
   unsigned count;           // arrivals of a phase
-  int64_t arrivals, bytes;  // that the present phase waits for; bytes may come before they are expected
+  int64_t arrivals, bytes;  // missing in the present phase; bytes may arrive before they are expected
   unsigned phase;
 };
 
-// Bytes on their way to shared memory, and the mbarrier that counts them when they are there.
+// Bytes in transit to shared memory, and the mbarrier that counts their arrival.
 struct Transfer {
   unsigned char* to;
   std::vector<unsigned char> data;
@@ -74,7 +74,7 @@ struct Transfer {
 
 struct Machine {
   std::vector<std::unique_ptr<Fiber>> fibers;
-  Place scheduler;
+  FiberContext scheduler;
   void* scheduler_fake_stack;
   const void* scheduler_stack;
   size_t scheduler_stack_size;
@@ -82,28 +82,28 @@ struct Machine {
   Position position;
   std::vector<Block> blocks;  // of the cluster
   int threads;                // of a block
-  int arrived, phase;         // threads at the cluster's present barrier; barriers that are over
-  std::vector<bool> relaxed;  // whether an arrival at each of those, or at the present one, was
+  int arrived, phase;         // threads that have arrived at the cluster's present barrier; barriers that have ended
+  std::vector<bool> relaxed;  // for each of these barriers and the present one: whether an arrival was relaxed
   const std::function<void()>* kernel;
-  std::map<const void*, Mbarrier> mbarriers;  // by their place in shared memory
+  std::map<const void*, Mbarrier> mbarriers;  // by their address in shared memory
   std::vector<Transfer> transfers;
   std::string error;
   std::mt19937_64 random;
 };
 extern Machine machine;
 
-// Called inside a thread, which goes on when it has been woken.
+// Called by a thread, which continues when another thread wakes it.
 void wait(State state, const char* file, int line);
 void wake(Fiber& fiber);
 bool lies_in(const Block& block, const void* p, size_t bytes);
 
-// One of the transfers, drawn by the seed, arrives.
+// Lets one transfer arrive, which the seed chooses.
 void deliver();
-// After the last thread of `block`; of the cluster's last block, also for the cluster.
+// Checks the state after the last thread of `block`; `last`: also the cluster's state after its last block.
 void check_end(const Block& block, bool last);
 
-// Of shared memory by vectors (shared.cpp): at the start of a cluster of so many threads, and where threads
-// [fiber, fiber + fibers), whole warps, have come together.
+// Vector reads from shared memory (shared.cpp). forget_reads: a cluster of so many threads starts. count_reads: the
+// threads [fiber, fiber + fibers), which are whole warps, have converged.
 void forget_reads(int fibers);
 void count_reads(int fiber, int fibers);
 

@@ -1,10 +1,10 @@
-// What of the device no kernel uses yet: integer atomics. A block counts its threads in shared memory; its last one
+// Uses integer atomics, which no product kernel uses yet. A block counts its threads in shared memory; its last thread
 // takes a ticket from a counter in global memory.
 #include "../../csrc/cuda/device.cuh"
 
 namespace {
 
-// tickets [blocks]: the order in which the blocks took them; counter: one, 0 at first.
+// tickets [blocks]: the order in which the blocks took their tickets; counter: one number, initially 0.
 void take_tickets(int* tickets, int* counter) {
   int* arrived = se::cuda::shared_memory<int>();
   if (threadIdx.x == 0) *arrived = 0;
