@@ -17,9 +17,9 @@ namespace se {
 // Any number of threads may use it.
 class Plans {
  public:
-  // The most calls per device. A model has tens of layers, so a process has some hundred different calls. Inputs whose
-  // sizes never recur would fill a cache of any size; after the cache is emptied, a call costs only the time to make
-  // its plan.
+  // The most calls per device and forced plan. A model has tens of layers, so a process has some hundred different
+  // calls. Inputs whose sizes never recur would fill a cache of any size; after the cache is emptied, a call costs only
+  // the time to make its plan.
   static constexpr size_t kMost = 1024;
 
   // limits(index) returns the limits of a device; it is called once for each device, unless it raises.
