@@ -230,7 +230,8 @@ def _described(layers: tuple[_Layer, ...]) -> str:
 
 
 def _run(module: nn.Module) -> tuple[_Flow, Tensor, object, str] | None:
-    """Run a copy of `module` on the first x that it takes. Returns flow, x, result, and what is unusual about x."""
+    """Run a copy of `module` on the first x that it takes. Returns the flow, x, the result, and a note on what is
+    unusual about x; None if it takes no x that is tried."""
     if isinstance(module, (torch.jit.ScriptModule, torch._dynamo.OptimizedModule, nn.ModuleList, nn.ModuleDict)) or (
         type(module).__module__.startswith("torch.nn.") and not module._modules
     ):

@@ -53,9 +53,7 @@ def recognise(layer: nn.Module) -> Recognised | str | None:
     ):
         try:
             found = _recognise(layer, shapes)
-        except (
-            Exception
-        ) as error:  # foreign code may fail in any way, and one layer must not end the examination of all
+        except Exception as error:  # foreign code may fail in any way, which must not end the examination of others
             return f"its examination failed: {type(error).__name__}: {error}"
     if put_back and isinstance(found, Recognised):
         return f"a call changes {put_back[0]}"
