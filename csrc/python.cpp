@@ -78,10 +78,10 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "The instruction sets of this CPU, the plans of calls on a GPU, the fast path to the CPU kernels.";
   m.def("cpu_features", &cpu_features, "Those instruction sets, of the ones compiled for, that this CPU has.");
 
-  m.def("connect", &se::fast_path::connect, py::arg("forward"), py::arg("types"), py::arg("empty_like"),
-        "Make forward() call the function at this address, for tensors of these types. Returns False if this torch has "
-        "no "
-        "DLPack exchange.");
+  m.def(
+      "connect", &se::fast_path::connect, py::arg("forward"), py::arg("types"), py::arg("empty_like"),
+      "Make forward() call the function at this address, for tensors of these types. False if this torch has no DLPack "
+      "exchange.");
   m.def("forward", &se::fast_path::forward,
         "squeeze_excite of x, w1, b1, w2, b2, residual, inplace, then the options as numbers (se.h). Returns None, "
         "without computing anything, if the call must take the dispatcher.");
