@@ -1,7 +1,8 @@
-"""Adds the native code to the package: its sources, and its libraries, without which there is no installation.
+"""Adds the native code to the package: its sources and its libraries. If a library cannot be built, installation fails.
 
-Environment: SE_FUSED_BUILD, what to build: "cpu", "cpu,cuda", "all" (cuda where nvcc is) or "none" (then the first
-import compiles). Unset: cpu, and cuda where nvcc is and a GPU is or TORCH_CUDA_ARCH_LIST is set.
+Environment: SE_FUSED_BUILD says what to build: "cpu", "cpu,cuda", "all" (cuda only if there is nvcc) or "none" (then
+the first import compiles). If it is not set: cpu, and also cuda if there is nvcc and either a GPU or
+TORCH_CUDA_ARCH_LIST.
 """
 
 import os
@@ -15,14 +16,14 @@ from setuptools.command.build_py import build_py
 from setuptools.dist import Distribution
 
 ROOT = Path(__file__).resolve().parent
-# se_fused.native without se_fused, which needs torch.
+# Makes se_fused.native importable without importing se_fused, which needs torch.
 sys.modules["se_fused"] = types.ModuleType("se_fused")
 sys.modules["se_fused"].__path__ = [str(ROOT / "se_fused")]
 from se_fused.native import BuildError, build, gpus, recipe, toolchain  # noqa: E402
 
 
 def groups():
-    """What to build. Raises BuildError if SE_FUSED_BUILD names nothing that can be built."""
+    """The groups to build. Raises BuildError if SE_FUSED_BUILD names one that does not exist."""
     asked = os.environ.get("SE_FUSED_BUILD", "").strip()
     if asked == "none":
         return []
@@ -40,7 +41,7 @@ def groups():
 
 
 class Log(build.Watcher):
-    """The steps of a compilation, in the log of the installation."""
+    """Prints the steps of a compilation to the log of the installation."""
 
     def waits(self):
         print(build.WAITING, flush=True)
@@ -55,7 +56,7 @@ class Log(build.Watcher):
 class BuildWithNative(build_py):
     def run(self):
         package = ROOT / "se_fused" if self.editable_mode else Path(self.build_lib) / "se_fused"
-        if not self.editable_mode:  # nothing of an earlier build goes into a wheel
+        if not self.editable_mode:  # no file of an earlier build may get into a wheel
             shutil.rmtree(package, ignore_errors=True)
         super().run()
         if not self.editable_mode:
@@ -64,7 +65,7 @@ class BuildWithNative(build_py):
         native.mkdir(exist_ok=True)
         try:
             chosen = groups()
-            if "cuda" in chosen:  # what is asked for wrongly is said before anything is compiled
+            if "cuda" in chosen:  # report a wrong request before anything is compiled
                 toolchain.nvcc()
                 gpus.architectures()
             for group in chosen:
@@ -77,7 +78,7 @@ class BuildWithNative(build_py):
 
 
 class PlatformDistribution(Distribution):
-    """The wheel holds compiled code though setuptools sees no extension module."""
+    """Marks the wheel as holding compiled code, although setuptools sees no extension module."""
 
     def has_ext_modules(self):
         return True

@@ -10,12 +10,12 @@ namespace py = pybind11;
 namespace se::fast_path {
 namespace {
 
-// DLPack's C exchange (dlpack.h, 1.3), as far as it is used here. Every torch from 2.10 to 2.14 has it; what is asked
-// is the type's attribute.
+// The parts of DLPack's C exchange (dlpack.h, 1.3) that are used here. Every torch from 2.10 to 2.14 has it, as an
+// attribute of the tensor type.
 constexpr uint32_t kMajor = 1;
 enum : int32_t { kCpu = 1 };
 enum : uint8_t { kFloat = 2, kBfloat = 4 };
-struct Described {
+struct DlTensor {
   void* data;
   int32_t device_type, device_id;
   int32_t dim;
@@ -24,28 +24,28 @@ struct Described {
   int64_t *sizes, *strides;
   uint64_t byte_offset;
 };
-struct Exchange {
+struct DlpackExchange {
   uint32_t major, minor;
-  Exchange* previous;
+  DlpackExchange* previous;
   void (*unused[3])();
-  int (*describe)(void* object, Described* out);  // borrowed, and without waiting for a stream
+  int (*to_dltensor)(void* object, DlTensor* out);  // `out` borrows from the object; does not wait for a stream
 };
 
-int (*describe)(void*, Described*) = nullptr;
+int (*to_dltensor)(void*, DlTensor*) = nullptr;
 
 bool find_exchange(py::handle type) {
   const auto capsule =
       py::reinterpret_steal<py::object>(PyObject_GetAttrString(type.ptr(), "__dlpack_c_exchange_api__"));
   const void* table = capsule ? PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api") : nullptr;
   if (!table) PyErr_Clear();
-  const auto* exchange = static_cast<const Exchange*>(table);
-  describe = exchange && exchange->major == kMajor ? exchange->describe : nullptr;
-  return describe != nullptr;
+  const auto* exchange = static_cast<const DlpackExchange*>(table);
+  to_dltensor = exchange && exchange->major == kMajor ? exchange->to_dltensor : nullptr;
+  return to_dltensor != nullptr;
 }
 
-bool describe_tensor(PyObject* object, View& out) {
-  Described t;
-  if (describe(object, &t) != 0) return false;
+bool read_dltensor(PyObject* object, View& out) {
+  DlTensor t;
+  if (to_dltensor(object, &t) != 0) return false;
   if (t.device_type != kCpu || t.lanes != 1) return false;
   if (t.code == kFloat && t.bits == 32) {
     out.dtype = DType::kFloat32;
@@ -64,12 +64,12 @@ bool describe_tensor(PyObject* object, View& out) {
 }
 
 void (*run)(const Forward*) = nullptr;
-std::vector<PyTypeObject*> plain;  // these and the functions live as long as torch does
+std::vector<PyTypeObject*> plain_types;  // torch keeps the types and the functions alive
 PyObject *empty_like = nullptr, *is_neg = nullptr, *storage_offset = nullptr, *untyped_storage = nullptr;
 
 bool is_zero(PyObject* number) { return number && PyLong_Check(number) && PyLong_AsLongLong(number) == 0; }
 
-// A view keeps its address when its storage was freed; what starts its storage then has none.
+// A view whose storage was freed still has a non-null address, unlike a tensor at the start of the storage.
 bool has_storage(py::handle tensor) {
   const auto start = py::reinterpret_steal<py::object>(PyObject_CallOneArg(storage_offset, tensor.ptr()));
   if (is_zero(start.ptr())) return true;
@@ -77,23 +77,24 @@ bool has_storage(py::handle tensor) {
   return storage && !storage.attr("nbytes")().equal(py::int_(0));
 }
 
-// What a subclass of Tensor computes is its own affair; and DLPack does not tell of lazy negation.
+// Fails for a subclass of Tensor, which may redefine operators, and for a lazily negated tensor, which DLPack does not
+// mark.
 bool view(py::handle object, View& out) {
   if (object.is_none()) return true;
   bool is_plain = false;
-  for (const PyTypeObject* type : plain) is_plain |= Py_TYPE(object.ptr()) == type;
+  for (const PyTypeObject* type : plain_types) is_plain |= Py_TYPE(object.ptr()) == type;
   if (!is_plain) return false;
   PyObject* negative = PyObject_CallOneArg(is_neg, object.ptr());
-  const bool as_stored = negative == Py_False;
+  const bool is_not_negated = negative == Py_False;
   Py_XDECREF(negative);
-  return as_stored && has_storage(object) && describe_tensor(object.ptr(), out);
+  return is_not_negated && has_storage(object) && read_dltensor(object.ptr(), out);
 }
 
 }  // namespace
 
 bool connect(uintptr_t forward, const py::tuple& types, py::object empty) {
-  plain.clear();
-  for (const py::handle type : types) plain.push_back(reinterpret_cast<PyTypeObject*>(type.ptr()));
+  plain_types.clear();
+  for (const py::handle type : types) plain_types.push_back(reinterpret_cast<PyTypeObject*>(type.ptr()));
   auto keep = [](PyObject*& place, py::object function) {
     Py_XDECREF(place);
     place = function.release().ptr();
@@ -121,18 +122,18 @@ py::object forward(py::handle x, py::handle w1, py::handle b1, py::handle w2, py
   Forward f{};
   py::object y;
   try {
-    fill(f, in, {act, gate, slope, offset, squeeze, pre_act, post_act}, channels_last);
+    fill_problem(f, in, {act, gate, slope, offset, squeeze, pre_act, post_act}, channels_last);
     y = inplace ? py::reinterpret_borrow<py::object>(x) : py::handle(empty_like)(x);
     View out;
     if (!view(y, out)) {
       PyErr_Clear();
       return py::none();
     }
-    f.y = result(out, in, channels_last);
+    f.y = y_data(out, in, channels_last);
   } catch (const std::runtime_error&) {
-    return py::none();  // wrong, or in need of a conversion: found on the other way
+    return py::none();  // an error, or inputs that need a conversion: the dispatcher path reports or converts them
   }
-  const py::gil_scoped_release others;
+  const py::gil_scoped_release without_gil;
   run(&f);
   return y;
 }

@@ -1,5 +1,5 @@
-// se_fused._C: what this CPU runs, the plans of calls on a GPU, and the fast path to the CPU kernels. It links to no
-// torch, so importing it needs none.
+// se_fused._C: the instruction sets of this CPU, the plans of calls on a GPU, and the fast path to the CPU kernels. It
+// does not link to torch, so importing it needs no torch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -75,16 +75,16 @@ se::Plan plan(const se::Device& device, bool backward, int64_t n, int64_t c, int
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "What this CPU runs, the plans of calls on a GPU, the fast path to the CPU kernels.";
-  m.def("cpu_features", &cpu_features, "The instruction sets that this CPU runs, of those that are compiled.");
+  m.doc() = "The instruction sets of this CPU, the plans of calls on a GPU, the fast path to the CPU kernels.";
+  m.def("cpu_features", &cpu_features, "Those instruction sets, of the ones compiled for, that this CPU has.");
 
   m.def(
       "connect", &se::fast_path::connect, py::arg("forward"), py::arg("types"), py::arg("empty_like"),
-      "From now on forward() runs the function at this address, for tensors of these types; false where this torch has "
-      "no DLPack exchange.");
+      "Make forward() call the function at this address, for tensors of these types. False if this torch has no DLPack "
+      "exchange.");
   m.def("forward", &se::fast_path::forward,
-        "squeeze_excite(x, w1, b1, w2, b2, residual, inplace), then the options as numbers (se.h); None, and nothing "
-        "done, where it takes the dispatcher.");
+        "squeeze_excite of x, w1, b1, w2, b2, residual, inplace, then the options as numbers (se.h). Returns None, "
+        "without computing anything, if the call must take the dispatcher.");
 
   py::class_<se::Device>(m, "Device", "The limits of a GPU that plans depend on.")
       .def(py::init<std::string, int, int, int64_t, int64_t, std::array<int, 5>, double, int64_t>(), py::arg("name"),
@@ -98,14 +98,14 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("clusters", &se::Device::clusters)
       .def_readonly("bytes_per_us", &se::Device::bytes_per_us)
       .def_readonly("l2_bytes", &se::Device::l2_bytes);
-  m.def("device_presets", &se::device_presets, "Known GPUs.");
+  m.def("device_presets", &se::device_presets, "The known GPUs.");
   m.def("preset", &preset, py::arg("name"), "The known GPU of this name.");
 
-  py::class_<se::Plan>(m, "Plan", "Which kernels serve a call (csrc/plan.h).")
+  py::class_<se::Plan>(m, "Plan", "The kernels that a call launches, and how (csrc/plan.h).")
       .def("__str__", &se::Plan::text)
       .def_property_readonly(
           "launches", &launches,
-          "Name, blocks, bytes of shared memory, blocks of a cluster and threads of a block of each launch, in order.")
+          "Of each launch, in order: name, blocks, bytes of shared memory, blocks per cluster, threads per block.")
       .def_readonly("fused_hidden", &se::Plan::fused_hidden)
       .def_readonly("map_bytes_read", &se::Plan::map_bytes_read)
       .def_readonly("map_bytes_written", &se::Plan::map_bytes_written)
@@ -122,5 +122,5 @@ PYBIND11_MODULE(_C, m) {
         py::arg("r"), py::arg("l"), py::arg("dtype") = "float32", py::arg("channels_last") = false,
         py::arg("alignment") = 16, py::arg("squeeze") = 0, py::arg("pre_act") = false, py::arg("post_act") = false,
         py::arg("residual") = false, py::arg("forced") = "",
-        "The plan of a call; ValueError, naming the limit, where a forced one cannot serve it.");
+        "The plan of a call. Raises ValueError, naming the limit, if a forced plan cannot run the call.");
 }

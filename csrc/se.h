@@ -1,16 +1,16 @@
-// The map of the native code: the operation's alphabet, its options, and one argument struct for every backend.
+// Read this first: the symbols and options of the operation, and the argument structs that all native backends take.
 //
 //   u = pre_act(x)   z = squeeze(u)   h = act(W1 z + b1)   s = gate(W2 h + b2)   y = post_act(u * s + residual)
 //
-// Every map is dense, [N, C, L] or (channels_last) [N, L, C], with L the number of spatial positions. Reductions and
-// the excitation are computed in the accumulation type A: double for float64 maps, else float.
+// Every map is dense, [N, C, L] or (channels_last) [N, L, C], where L is the number of spatial positions. Reductions
+// and the excitation are computed in the accumulation type A: double for float64 maps, else float.
 #pragma once
 
 #include <cstdint>
 
 namespace se {
 
-// The order is that of ACTIVATIONS in se_fused/reference.py; kHardSigmoid serves as a gate only.
+// The order is that of ACTIVATIONS in se_fused/options.py; kHardSigmoid is only a gate.
 enum class Activation : int32_t {
   kIdentity,
   kRelu,
@@ -27,7 +27,7 @@ enum class Activation : int32_t {
 };
 constexpr int kActivations = static_cast<int>(Activation::kHardSigmoid) + 1;
 
-// The order is that of SQUEEZES in se_fused/reference.py.
+// The order is that of SQUEEZES in se_fused/options.py.
 enum class Squeeze : int32_t { kMean, kMax, kMeanMax };
 
 enum class DType : int32_t { kFloat32, kFloat64, kFloat16, kBFloat16 };
@@ -55,18 +55,18 @@ struct Problem {
 
 struct Forward : Problem {
   void* y;   // map; may be x
-  void* z;   // A [N, C], or null: what backward needs, beside the inputs
+  void* z;   // A [N, C], or null; z, p1 and p2 are what backward needs besides the inputs
   void* p1;  // A [N, R], or null: W1 z + b1
   void* p2;  // A [N, C], or null: W2 h + b2
 };
 
 struct Backward : Problem {
   const void* g;       // map: the gradient of y
-  const void* z;       // as forward left them
-  const void* p1;      //
-  const void* p2;      //
+  const void* z;       // A [N, C], as forward wrote it
+  const void* p1;      // A [N, R], as forward wrote it; null in the one-FC form
+  const void* p2;      // A [N, C], as forward wrote it
   bool residual_is_x;  // the gradient of the residual is added to dx
-  void* dx;            // map, or null if not wanted; so are the following
+  void* dx;            // map; this and each gradient below is null if not wanted
   void* dw1;           // [R, C]
   void* db1;           // [R]
   void* dw2;           // [C, R]

@@ -1,4 +1,4 @@
-// The operators of a backend, registered by the LibTorch stable ABI: a tensor of torch becomes a View (arguments.h).
+// Registers the operators of a backend by the LibTorch stable ABI, and converts torch's tensors to Views (arguments.h).
 #pragma once
 
 #include <cstring>
@@ -12,12 +12,12 @@
 #include "torch_c.h"
 
 namespace se {
-namespace {
+namespace {  // as in arguments.h
 
 void check(AOTITorchError error, const char* what) { require(error == 0, "torch: ", what, " failed"); }
 
 template <class Handle, AOTITorchError (*destroy)(Handle)>
-struct Owner {
+struct Deleter {
   void operator()(Handle handle) const { destroy(handle); }
 };
 
@@ -40,7 +40,7 @@ class Tensor {
     return value;
   }
 
-  std::unique_ptr<AtenTensorOpaque, Owner<AtenTensorHandle, aoti_torch_delete_tensor_object>> handle_;
+  std::unique_ptr<AtenTensorOpaque, Deleter<AtenTensorHandle, aoti_torch_delete_tensor_object>> handle_;
 };
 using OptionalTensor = std::optional<Tensor>;
 
@@ -59,7 +59,13 @@ View view(const Tensor& t) {
 }
 View view(const OptionalTensor& t) { return t ? view(*t) : View{}; }
 
-// The operators, for a Backend with run(const Forward&, const Tensor& x) and run(const Backward&, const Tensor& x).
+// As data_of; `t` must be row-major.
+void* row_major_data(const char* name, const View& t, int64_t numel, DType dtype) {
+  require(!t || numel == 0 || is_dense(t), name, " is not row-major");
+  return data_of(name, t, numel, dtype);
+}
+
+// The operators of a Backend, which has run(const Forward&, const Tensor& x) and run(const Backward&, const Tensor& x).
 template <class Backend>
 void forward_out(const Tensor& x, const OptionalTensor& w1, const OptionalTensor& b1, const Tensor& w2,
                  const OptionalTensor& b2, const OptionalTensor& residual, int64_t act, int64_t gate, double slope,
@@ -67,11 +73,11 @@ void forward_out(const Tensor& x, const OptionalTensor& w1, const OptionalTensor
                  const OptionalTensor& z, const OptionalTensor& p1, const OptionalTensor& p2) {
   Forward f{};
   const Inputs in{view(x), view(w1), view(b1), view(w2), view(b2), view(residual)};
-  fill(f, in, {act, gate, slope, offset, squeeze, pre_act, post_act}, channels_last);
-  f.y = result(view(y), in, channels_last);
-  f.z = row_major("z", view(z), f.n * f.c, accumulator(f));
-  f.p1 = row_major("p1", view(p1), f.n * f.r, accumulator(f));
-  f.p2 = row_major("p2", view(p2), f.n * f.c, accumulator(f));
+  fill_problem(f, in, {act, gate, slope, offset, squeeze, pre_act, post_act}, channels_last);
+  f.y = y_data(view(y), in, channels_last);
+  f.z = row_major_data("z", view(z), f.n * f.c, accumulator_dtype(f));
+  f.p1 = row_major_data("p1", view(p1), f.n * f.r, accumulator_dtype(f));
+  f.p2 = row_major_data("p2", view(p2), f.n * f.c, accumulator_dtype(f));
   Backend::run(f, x);
 }
 
@@ -84,23 +90,23 @@ void backward_out(const Tensor& g, const Tensor& x, const OptionalTensor& w1, co
                   const OptionalTensor& dw2, const OptionalTensor& db2, const OptionalTensor& dresidual) {
   Backward f{};
   const Inputs in{view(x), view(w1), view(b1), view(w2), view(b2), view(residual)};
-  fill(f, in, {act, gate, slope, offset, squeeze, pre_act, post_act}, channels_last);
-  f.g = map("g", view(g), in.x, channels_last);
-  f.z = row_major("z", view(z), f.n * f.c, accumulator(f));
-  f.p1 = row_major("p1", view(p1), f.n * f.r, accumulator(f));
-  f.p2 = row_major("p2", view(p2), f.n * f.c, accumulator(f));
+  fill_problem(f, in, {act, gate, slope, offset, squeeze, pre_act, post_act}, channels_last);
+  f.g = map_data("g", view(g), in.x, channels_last);
+  f.z = row_major_data("z", view(z), f.n * f.c, accumulator_dtype(f));
+  f.p1 = row_major_data("p1", view(p1), f.n * f.r, accumulator_dtype(f));
+  f.p2 = row_major_data("p2", view(p2), f.n * f.c, accumulator_dtype(f));
   require(f.g && f.z && f.p2 && (f.p1 || f.r == 0), "no g, z, p1 or p2");
   f.residual_is_x = residual_is_x;
-  f.dx = map("dx", view(dx), in.x, channels_last);
-  f.dw1 = row_major("dw1", view(dw1), f.r * f.c, f.weight_dtype);
-  f.db1 = row_major("db1", view(db1), f.r, f.weight_dtype);
-  f.dw2 = row_major("dw2", view(dw2), f.c * (f.r ? f.r : f.c), f.weight_dtype);
-  f.db2 = row_major("db2", view(db2), f.c, f.weight_dtype);
-  f.dresidual = map("dresidual", view(dresidual), in.x, channels_last);
+  f.dx = map_data("dx", view(dx), in.x, channels_last);
+  f.dw1 = row_major_data("dw1", view(dw1), f.r * f.c, f.weight_dtype);
+  f.db1 = row_major_data("db1", view(db1), f.r, f.weight_dtype);
+  f.dw2 = row_major_data("dw2", view(dw2), f.c * (f.r ? f.r : f.c), f.weight_dtype);
+  f.db2 = row_major_data("db2", view(db2), f.c, f.weight_dtype);
+  f.dresidual = map_data("dresidual", view(dresidual), in.x, channels_last);
   Backend::run(f, x);
 }
 
-// `function` as torch calls it: its arguments on a stack, which is left empty.
+// Calls `function` by torch's boxed convention: the arguments are on a stack, and no result is pushed.
 template <auto function>
 struct Boxed;
 template <class... Parameters, void (*function)(Parameters...)>
@@ -133,14 +139,15 @@ struct Boxed<function> {
   }
 };
 
-// The two operators of a Backend, for the dispatch key, as long as this object lives.
+// Registers the two operators of a Backend for a dispatch key, as long as the object lives.
 template <class Backend>
 class Registered {
  public:
   explicit Registered(const char* dispatch_key) {
     constexpr uint64_t kTorch_2_10 = 0x020a000000000000;
     TorchLibraryHandle library = nullptr;
-    // An exception would end the process, as a library is loaded; a call of what is not registered says so itself.
+    // No error is thrown: an exception while the library is loaded would end the process, and torch reports a call of
+    // an operator that is not registered.
     if (aoti_torch_library_init_impl("se_fused", dispatch_key, __FILE__, __LINE__, &library) != 0) return;
     library_.reset(library);
     torch_library_impl(library, "forward_out", &Boxed<&forward_out<Backend>>::call, kTorch_2_10);
@@ -148,7 +155,7 @@ class Registered {
   }
 
  private:
-  std::unique_ptr<TorchLibraryOpaque, Owner<TorchLibraryHandle, aoti_torch_delete_library_object>> library_;
+  std::unique_ptr<TorchLibraryOpaque, Deleter<TorchLibraryHandle, aoti_torch_delete_library_object>> library_;
 };
 
 }  // namespace

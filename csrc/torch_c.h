@@ -1,6 +1,6 @@
-// What the native code takes of torch: the C functions of its stable ABI, as they are from torch 2.10 on, declared here
-// so that building needs no torch and one library serves every later one. tests/emulator/binding.cpp includes
-// torch's own headers as well, where a declaration that differs does not compile.
+// The C functions of torch's stable ABI that the native code calls, as they are from torch 2.10 on. They are declared
+// here so that building needs no torch, and one library works with every later torch. tests/emulator/binding.cpp also
+// includes torch's own headers: it does not compile if a declaration differs.
 #pragma once
 
 #include <cstdint>
@@ -12,9 +12,9 @@ using TorchLibraryHandle = TorchLibraryOpaque*;
 struct DeviceGuardOpaque;
 using DeviceGuardHandle = DeviceGuardOpaque*;
 
-using AOTITorchError = int32_t;  // 0: done
-// An argument of an operator, in 8 bytes: a number, a tensor's handle, or where it may be None, null or a pointer to
-// such a value; handles and pointers belong to the callee.
+using AOTITorchError = int32_t;  // 0: success
+// An argument of an operator, in 8 bytes: a number or a tensor's handle; if the argument may be None, null or a pointer
+// to such a value. The callee owns handles and pointers.
 using StableIValue = uint64_t;
 
 extern "C" {
@@ -49,6 +49,6 @@ AOTITorchError torch_get_num_threads(uint32_t* count);
 
 AOTITorchError aoti_torch_create_device_guard(int32_t index, DeviceGuardHandle* guard);
 AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle guard);
-// In a torch for CUDA alone.
+// Only in a torch that is built for CUDA.
 AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream) __attribute__((weak));
 }

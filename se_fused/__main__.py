@@ -25,7 +25,7 @@ from se_fused import backends, cases, installed, measure, native
 from se_fused import verify as grid
 from se_fused.native import BuildError
 
-_LARGEST = 2**63 - 1
+_INT64_MAX = 2**63 - 1
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 console = Console(markup=False, emoji=False)
 
@@ -37,7 +37,7 @@ def _fail(message: str) -> NoReturn:
 
 @app.command()
 def info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
-    """What is installed here, and which backend serves which device or why it does not."""
+    """Print what is installed, and for each device and backend whether the backend runs on it, or why not."""
     facts = installed.facts()
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
@@ -49,13 +49,13 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON ob
 def verify(
     device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, ...")] = "cpu",
 ) -> None:
-    """Compare outputs and gradients on this machine with the formula in float64; fails if one is out of tolerance."""
+    """Compare outputs and gradients on this machine with the formula in float64; fail if one is out of tolerance."""
     try:
         backend = backends.select(torch.device(device)).name
         results = list(track(grid.run(device), "verifying", total=len(cases.grid()), console=console))
     except (RuntimeError, AssertionError) as error:
         _fail(f"cannot verify on {device}: {str(error).splitlines()[0]}")
-    table = Table(title=f"squeeze_excite on {device}, served by the {backend} backend, against the formula in float64")
+    table = Table(title=f"squeeze_excite on {device}, run by the {backend} backend, against the formula in float64")
     for column in ("maps", "cases", "largest error", "in", "tolerance", "verdict"):
         table.add_column(column)
     passed = True
@@ -82,7 +82,7 @@ def _model(spec: str, given: list[str]) -> nn.Module:
     positional, named = _arguments(given)
     try:
         model = getattr(importlib.import_module(module), name)(*positional, **named)
-    except Exception as error:  # whatever the named code raises is the user's answer
+    except Exception as error:  # the user's code may raise anything; the message passes it on
         _fail(f"{spec} raised {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
     if not isinstance(model, nn.Module):
         _fail(f"{spec}() gave a {type(model).__name__}; wanted a torch.nn.Module")
@@ -90,7 +90,8 @@ def _model(spec: str, given: list[str]) -> nn.Module:
 
 
 def _arguments(given: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """Texts as positional arguments, name=value as keywords: a number, True, False or None where it reads as one."""
+    """Parse texts as positional arguments, and name=value as keyword arguments. A value that reads as a number, True,
+    False or None becomes that."""
     positional, named = [], {}
     for text in given:
         name, equals, value = text.partition("=")
@@ -115,7 +116,7 @@ def plan(
     backward: Annotated[bool, typer.Option("--backward", help="The gradients, instead of y.")] = False,
     forced: Annotated[str, typer.Option(help="What the plan must have: 'two_pass splits=4', 'cluster size=8'.")] = "",
 ) -> None:
-    """Print what the CUDA kernels would launch for a call on some GPU, and the bytes they would move; needs no GPU."""
+    """Print the kernels that a call would launch on some GPU, and the bytes that they would move; needs no GPU."""
     try:
         sizes = _sizes(shape)
     except ValueError:
@@ -124,7 +125,7 @@ def plan(
         _fail(f"SHAPE is {shape!r}; wanted three to five sizes joined by x, such as 32x256x56x56")
     n, c, *spatial = sizes
     for name, size in [("SHAPE", n), ("SHAPE", c), ("SHAPE", math.prod(spatial)), ("--hidden", hidden)]:
-        if size > _LARGEST:
+        if size > _INT64_MAX:
             _fail(f"{name} gives {size}; wanted at most 2^63 - 1, the product of the spatial sizes too")
     if min(spatial) < 1:
         _fail(f"SHAPE is {shape!r}; wanted sizes of 1 or more")
@@ -183,7 +184,7 @@ def replace(
     channels_last: Annotated[bool, typer.Option("--channels-last", help="The order of model and input.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show what se_fused.replace does to a model, how far the output moves, and both times, in eval mode.
+    """Show what se_fused.replace does to a model in eval mode, how much the output changes, and both times.
 
     Fails if nothing is replaced, a pattern matches no module, or the outputs differ by more than rounding.
     """
@@ -264,18 +265,18 @@ def _run_from_checkout(module: str, arguments: list[str]) -> None:
         _fail(f"{module} needs {error.name}, which is not installed: pip install 'se_fused[demo,models,bench]'")
 
 
-_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+_PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 
-@app.command(context_settings=_PASS_ON)
+@app.command(context_settings=_PASS_THROUGH)
 def bench(context: typer.Context) -> None:
-    """Time the layer on the CPU beside its baselines; options are those of benchmarks.layer_cpu."""
+    """Time the layer on the CPU against the baselines; takes the options of benchmarks.layer_cpu."""
     _run_from_checkout("benchmarks.layer_cpu", context.args)
 
 
-@app.command(context_settings=_PASS_ON)
+@app.command(context_settings=_PASS_THROUGH)
 def demo(context: typer.Context) -> None:
-    """Train on digits and swap layers in known networks; options are those of examples.demo."""
+    """Train on digits and replace layers in known networks; takes the options of examples.demo."""
     _run_from_checkout("examples.demo", context.args)
 
 

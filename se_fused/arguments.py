@@ -1,4 +1,4 @@
-"""The checks of the tensors of the public call; its options have theirs in options.py."""
+"""Checks the tensors of the public call; options.py checks its options."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def _check_map(name: str, t: Any) -> None:
 
 
 def _check_parameter(name: str, t: Any, shape: tuple[int, ...], like: Tensor, *, kernel: bool = False) -> None:
-    """`like`: w2, whose dtype and device the others share. `kernel`: a 1x1 convolution's trailing ones are allowed."""
+    """Check a weight or bias. `like`: w2, whose dtype and device it must have. `kernel`: trailing sizes of 1, as in the
+    weight of a 1x1 convolution, are allowed."""
     if not isinstance(t, Tensor):
         refuse(TypeError, name, _describe(t), f"a tensor of shape {list(shape)}")
     got = t.shape
@@ -57,7 +58,7 @@ def _check_kinds(x: Any, w1: Any, b1: Any, w2: Any, b2: Any, residual: Any, sque
     c = x.shape[1]
     if squeeze != "mean" and 0 in x.shape[2:]:
         refuse(ValueError, "x", _describe(x), f"at least one position, because squeeze is {squeeze!r}")
-    if not isinstance(w2, Tensor) or w2.is_nested:  # with which the others are compared
+    if not isinstance(w2, Tensor) or w2.is_nested:  # first, because the others are compared with it
         refuse(TypeError, "w2", _describe(w2), "a tensor of shape [C, R]")
     if w2.layout is not torch.strided or (
         w2.dtype is not x.dtype and not (w2.dtype is torch.float32 and x.dtype in _HALF)
@@ -88,46 +89,50 @@ def _check_kinds(x: Any, w1: Any, b1: Any, w2: Any, b2: Any, residual: Any, sque
 
 
 def check(x: Any, w1: Any, b1: Any, w2: Any, b2: Any, residual: Any, squeeze: str, inplace: Any) -> None:
-    """Raise TypeError or ValueError naming the first argument that `se_fused.squeeze_excite` does not take."""
+    """Check the tensors and `inplace` of a call of `se_fused.squeeze_excite`.
+
+    Raises:
+        TypeError, ValueError: for the first argument that the call does not take, naming it.
+    """
     if not isinstance(inplace, bool):
         refuse(TypeError, "inplace", _describe(inplace), "True or False")
     try:
         _check_kinds(x, w1, b1, w2, b2, residual, squeeze)
-    except RuntimeError:  # a nested tensor has no shape, and that is too rare to ask each for
+    except RuntimeError:  # from a nested tensor, which has no shape; too rare for a check of each tensor beforehand
         for name, t in zip(_TENSORS, (x, w1, b1, w2, b2, residual), strict=True):
             if isinstance(t, Tensor) and t.is_nested:
                 refuse(TypeError, name, _describe(t), "a dense tensor")
         raise
-    readable = memory.has_addresses()
-    if readable:
+    has_addresses = memory.has_addresses()
+    if has_addresses:
         for i, t in enumerate((x, w1, b1, w2, b2, residual)):
-            if t is not None and type(t) in memory.PLAIN and memory.is_freed(t):
+            if t is not None and type(t) in memory.PLAIN_TYPES and memory.is_freed(t):
                 got = f"{_describe(t)}, whose storage was freed"
                 refuse(ValueError, _TENSORS[i], got, "a tensor that has its memory")
     if inplace:
-        _check_written((x, w1, b1, w2, b2, residual), readable)
+        _check_inplace((x, w1, b1, w2, b2, residual), has_addresses)
 
 
-def _check_written(tensors: tuple[Tensor | None, ...], readable: bool) -> None:
-    """As what PyTorch's `out=` refuses: x, written in place, must not change what is read after it."""
+def _check_inplace(tensors: tuple[Tensor | None, ...], has_addresses: bool) -> None:
+    """Refuse what PyTorch's `out=` refuses: writing x in place must not change a value that is read afterwards."""
     x = tensors[0]
     assert x is not None
     if needs_grad(*tensors):
         refuse(ValueError, "inplace", "True", "False, because an input requires grad: backward needs x as it was")
-    if readable and writes_a_past_inference(x):
+    if has_addresses and is_locked_inference_tensor(x):
         refuse(ValueError, "x", "an inference tensor outside inference mode", "a tensor that may be written to")
     if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)) or (
-        readable and memory.overlaps_itself(x)
+        has_addresses and memory.overlaps_itself(x)
     ):
         refuse(ValueError, "x", "a tensor that overlaps itself", "memory of its own for each element, to write to")
-    for name, t in zip(_TENSORS[1:], tensors[1:], strict=True) if readable else ():
-        if t is not None and not (name == "residual" and memory.same(t, x)) and memory.overlap(t, x):
+    for name, t in zip(_TENSORS[1:], tensors[1:], strict=True) if has_addresses else ():
+        if t is not None and not (name == "residual" and memory.same_elements(t, x)) and memory.overlap(t, x):
             wanted = "memory apart from x, which is written in place"
             refuse(ValueError, name, "in the memory of x", wanted + (", or x itself" if name == "residual" else ""))
 
 
-def writes_a_past_inference(x: Tensor) -> bool:
-    """Whether `x` was made in inference mode, which is over: PyTorch lets nobody write to it then."""
+def is_locked_inference_tensor(x: Tensor) -> bool:
+    """Whether `x` was made in inference mode and inference mode is off: PyTorch then forbids writing to it."""
     return x.is_inference() and not torch.is_inference_mode_enabled()
 
 
@@ -141,21 +146,22 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return False
 
 
-def mixes(x: Any, w2: Any, residual: Any) -> bool:
-    """Whether autocast is on and has to bring the dtypes of these together (`autocast`)."""
+def needs_autocast(x: Any, w2: Any, residual: Any) -> bool:
+    """Whether these have different dtypes and autocast is on, so that `autocast` must convert them."""
     try:
         if x.dtype is w2.dtype and (residual is None or residual.dtype is x.dtype):
             return False
     except AttributeError:
-        return False  # no tensor
+        return False  # not a tensor
     if not isinstance(x, Tensor):
         return False
-    device = x.device.type  # of which "meta" knows no autocast, and asking raises
+    device = x.device.type  # "meta" has no autocast, and is_autocast_enabled raises for it
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def autocast(x: Tensor, *others: Tensor | None) -> list[Tensor | None]:
-    """`x`, w1, b1, w2, b2, residual in dtypes that `check` takes, where eager PyTorch under autocast would mix them.
+    """Convert `x`, w1, b1, w2, b2 and residual, of dtypes that eager PyTorch mixes under autocast, to dtypes that
+    `check` takes.
 
     As in eager, y has the wider dtype of x and residual; the interior is float32 whatever the autocast dtype.
     """

@@ -1,6 +1,6 @@
-"""The bodies of the operators: they bring maps into an order that backends read, allocate outputs, call the backend.
+"""The bodies of the operators: they convert maps to an order that backends read, allocate outputs, call the backend.
 
-The backend comes first in each of them; then x, w1, b1, w2, b2, residual and the seven options, as numbers.
+The arguments of each are the backend, then x, w1, b1, w2, b2, residual, then the seven options as numbers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .memory import is_channels_last
 
 
 def dense(t: Tensor | None, channels_last: bool = False) -> Tensor | None:
-    """`t` in one of the two orders that a backend reads."""
+    """`t` in one of the two orders that a backend reads: [N, *spatial, C] if `channels_last`, else row-major."""
     if t is None:
         return None
     if t._is_zerotensor():  # it has no memory
@@ -23,8 +23,9 @@ def dense(t: Tensor | None, channels_last: bool = False) -> Tensor | None:
     return t.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else t.contiguous()
 
 
-def _fillable(t: Tensor, channels_last: bool) -> Tensor:
-    """`t`, or where it is dense in some third order (a transposed map), a contiguous stand-in to be copied from."""
+def _dense_out(t: Tensor, channels_last: bool) -> Tensor:
+    """A tensor that a backend can fill: `t` itself, or if `t` is dense in a third order (a transposed map), a
+    contiguous buffer, from which the caller copies."""
     return t if channels_last or t.is_contiguous() else torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
@@ -33,9 +34,9 @@ def forward(
     x: Tensor, w1: Tensor | None, b1: Tensor | None, w2: Tensor, b2: Tensor | None, residual: Tensor | None,
     *options: Any, saved: tuple[Tensor | None, ...] = (None, None, None),
 ) -> Tensor:  # fmt: skip
-    y = torch.empty_like(x)  # eager's strides
+    y = torch.empty_like(x)  # has the strides that eager PyTorch's result has
     channels_last = is_channels_last(y)
-    out = _fillable(y, channels_last)
+    out = _dense_out(y, channels_last)
     backend.forward_out(
         dense(x, channels_last), dense(w1), dense(b1), dense(w2), dense(b2), dense(residual, channels_last),
         *options, channels_last, out, *saved,
@@ -74,7 +75,7 @@ def forward_train(backend: Backend, *args: Any) -> tuple[Tensor, Tensor, Tensor,
 def empty_grads(inputs: tuple[Tensor | None, ...], needs: list[bool]) -> list[Tensor]:
     x = inputs[0]
     assert x is not None
-    # dresidual is allocated like x, whose order the backend walks in.
+    # dresidual is allocated like x, because the backend writes both gradients in one order.
     shapes = (x, *inputs[1:5], x)
     return [
         torch.empty_like(t) if need and t is not None else x.new_empty(0) for t, need in zip(shapes, needs, strict=True)
@@ -86,7 +87,7 @@ def backward(backend: Backend, g: Tensor, *args: Any) -> tuple[Tensor, ...]:
     grads = empty_grads(inputs, needs)
     maps = [grads[i] for i in (0, 5) if needs[i]]
     channels_last = is_channels_last(maps[0] if maps else inputs[0])
-    outs = [_fillable(grads[i], channels_last and i in (0, 5)) if need else None for i, need in enumerate(needs)]
+    outs = [_dense_out(grads[i], channels_last and i in (0, 5)) if need else None for i, need in enumerate(needs)]
     backend.backward_out(
         dense(g, channels_last),
         dense(inputs[0], channels_last),

@@ -1,9 +1,9 @@
-"""What the inside of a layer was when it was examined, so that a later change of it is noticed.
+"""A snapshot of the inside of a layer, taken when it is examined, so that later changes are noticed.
 
-Watched are, of the layer and each module below it: class, what its class defines, attributes, children and their order,
-buffers, hooks (those of the layer itself are called as ever), and which parameters there are. Not watched are the
-parameters' values, PyTorch's own classes but for their `forward`, and what lies inside an attribute that is neither a
-module nor a list, tuple, dict, set or deque.
+For the layer and each module below it, the snapshot covers the class, the members of the class, attributes, children
+and their order, buffers, hooks (but not the layer's own, which are still called), and which parameters exist. It does
+not cover the values of parameters, PyTorch's own classes except their `forward`, and the inside of an attribute that is
+neither a module nor a list, tuple, dict, set or deque.
 """
 
 from __future__ import annotations
@@ -19,83 +19,84 @@ from torch.nn.modules import module as _nn
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 GLOBAL_HOOKS = tuple(getattr(_nn, f"_global{hooks}") for hooks in HOOKS)
-SWAP = "_se_fused_swap"  # the attribute of a replaced layer
-# What forward does not read of nn.Module's own attributes; hooks and parameters are asked about apart.
-_UNREAD = {
+SWAP = "_se_fused_swap"  # the attribute of a replaced layer that holds its Swap
+# Attributes of nn.Module that its forward does not read; hooks and parameters are checked separately.
+_IGNORED = {
     *("training", "_parameters", "_non_persistent_buffers_set", "_is_full_backward_hook", SWAP, *HOOKS),
     *("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"),
     *("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
 }
-# By these, libraries mark modules.
-_MARKS = {"_is_hf_initialized", "_is_fsdp_managed_module"}
+# Attributes by which libraries mark modules.
+_LIBRARY_MARKS = {"_is_hf_initialized", "_is_fsdp_managed_module"}
 _NAMES = {"_modules": "children", "_buffers": "buffers"}
 _forward = attrgetter("forward")
 _hooks = itemgetter(*HOOKS)
 _parameters = itemgetter("_parameters")
 
 
-def _frozen(value: Any) -> Any:
-    """A copy of containers, which may be changed where they stand."""
+def _snapshot(value: Any) -> Any:
+    """`value`, with containers copied, because they may be changed in place."""
     if type(value) in (list, tuple):
-        return type(value)(map(_frozen, value))
+        return type(value)(map(_snapshot, value))
     if isinstance(value, dict):
-        return {key: _frozen(inner) for key, inner in value.items()}
+        return {key: _snapshot(inner) for key, inner in value.items()}
     return copy.copy(value) if isinstance(value, (list, set, deque)) else value
 
 
 class _Watched:
-    """The attributes of one module or class that are read: names, values, and how many it has in all."""
+    """The watched attributes of one module or class: their names and values, and the number of all its attributes."""
 
     def __init__(self, whose: str, attributes: Mapping[str, Any], names: list[str]) -> None:
         self.whose, self.names = whose, names
         self.get = itemgetter(*names) if len(names) > 1 else lambda these: tuple(these[name] for name in names)
         values = self.get(attributes)
-        self.values = tuple(map(_frozen, values))
+        self.values = tuple(map(_snapshot, values))
         self.count = len(attributes)
 
 
-def _read_of_module(attributes: Mapping[str, Any]) -> list[str]:
-    return [name for name in attributes if name not in _UNREAD]
+def _watched_in_module(attributes: Mapping[str, Any]) -> list[str]:
+    return [name for name in attributes if name not in _IGNORED]
 
 
-def _read_of_class(attributes: Mapping[str, Any]) -> list[str]:
+def _watched_in_class(attributes: Mapping[str, Any]) -> list[str]:
     return [name for name in attributes if not name.startswith("__") or name in ("__call__", "__getattr__")]
 
 
 class Inside:
-    """The inside of `layer`, whose class was `original`, as it is now. It does not refer to `layer` itself."""
+    """A snapshot of the inside of `layer`, whose class was `original`. It holds no reference to `layer` itself."""
 
     def __init__(self, layer: nn.Module, original: type[Any]) -> None:
         below = dict(layer.named_modules())
         del below[""]
         self._names, self._below = list(below), tuple(below.values())
         self._types = tuple(map(type, self._below))
-        own = [cls for each in (original, *self._types) for cls in each.__mro__ if not is_pytorchs(cls)]
+        own = [cls for each in (original, *self._types) for cls in each.__mro__ if not is_torch_or_builtin(cls)]
         self._classes = [vars(cls) for cls in dict.fromkeys(own)]
-        self._torchs = tuple(cls for cls in dict.fromkeys(self._types) if is_pytorchs(cls))
-        self._forwards = tuple(map(_forward, self._torchs))
+        self._torch_classes = tuple(cls for cls in dict.fromkeys(self._types) if is_torch_or_builtin(cls))
+        self._forwards = tuple(map(_forward, self._torch_classes))
         self._dicts = [vars(module) for module in self._below]
         self._watched = [
             *(
-                _Watched(f"of its {name}" if name else "of it", attributes, _read_of_module(attributes))
+                _Watched(f"of its {name}" if name else "of it", attributes, _watched_in_module(attributes))
                 for name, attributes in zip(["", *below], [vars(layer), *self._dicts], strict=True)
             ),
-            *(_Watched(f"of {cls.__name__}", vars(cls), _read_of_class(vars(cls))) for cls in dict.fromkeys(own)),
+            *(_Watched(f"of {cls.__name__}", vars(cls), _watched_in_class(vars(cls))) for cls in dict.fromkeys(own)),
         ]
-        self._freeze()
+        self._update_columns()
         containers = [module._modules for module in (layer, *self._below) if module._modules]
         self._containers, self._order = containers, list(map(list, containers))
         parameters = [module._parameters for module in (layer, *self._below)]
         self._parameters = list(map(list, parameters))
         self._absent = [(i, name) for i, named in enumerate(parameters) for name, p in named.items() if p is None]
 
-    def _freeze(self) -> None:
+    def _update_columns(self) -> None:
+        """List the parts of `_watched` for `unchanged`, whose comparisons take whole lists."""
         self._getters = [each.get for each in self._watched]
         self._values = [each.values for each in self._watched]
         self._counts = [each.count for each in self._watched]
 
-    def holds(self, layer: nn.Module) -> bool:
-        """Whether `change` would find nothing. Each forward asks, so the comparisons are such as run in C."""
+    def unchanged(self, layer: nn.Module) -> bool:
+        """Whether `change` would find nothing. Every forward asks this, so the comparisons are ones that run in C."""
         modules = [vars(layer), *self._dicts]
         watched = [*modules, *self._classes]
         try:
@@ -104,17 +105,17 @@ class Inside:
                 or (self._below and any(GLOBAL_HOOKS))
                 or [get(attributes) for get, attributes in zip(self._getters, watched)] != self._values  # noqa: B905
                 or tuple(map(type, self._below)) != self._types
-                or tuple(map(_forward, self._torchs)) != self._forwards
+                or tuple(map(_forward, self._torch_classes)) != self._forwards
                 or list(map(list, self._containers)) != self._order
                 or list(map(list, map(_parameters, modules))) != self._parameters
                 or any(modules[i]["_parameters"][name] is not None for i, name in self._absent)
                 or (list(map(len, watched)) != self._counts and self.change(layer) is not None)
             )
-        except Exception:  # an attribute is gone, or two of a foreign kind cannot be compared
+        except Exception:  # an attribute is gone, or objects of a foreign type cannot be compared
             return False
 
     def change(self, layer: nn.Module, marks: bool = False) -> str | None:
-        """What has changed, in words; None if nothing has. `marks`: the marks of libraries count too."""
+        """Describe the first change; None if there is none. `marks`: the marks of libraries count as changes."""
         if self._below and any(GLOBAL_HOOKS):
             return "a hook for all modules was registered"
         for name, module, cls in zip(self._names, self._below, self._types, strict=True):
@@ -122,7 +123,7 @@ class Inside:
                 return f"the class of its {name} is {type(module).__name__}"
             if any(_hooks(vars(module))):
                 return f"its {name} has hooks"
-        for cls, forward in zip(self._torchs, self._forwards, strict=True):
+        for cls, forward in zip(self._torch_classes, self._forwards, strict=True):
             if _forward(cls) is not forward:
                 return f"the forward of {cls.__name__} was replaced"
         modules = [vars(layer), *self._dicts]
@@ -131,14 +132,15 @@ class Inside:
                 if name not in attributes or not _equal(attributes[name], value):
                     return f"the {_NAMES.get(name, name)} {each.whose} changed"
             of_class = not isinstance(attributes, dict)
-            read = (_read_of_class if of_class else _read_of_module)(attributes)
-            for name in read:
-                if name not in each.names and (marks or name not in _MARKS):
+            watched = (_watched_in_class if of_class else _watched_in_module)(attributes)
+            for name in watched:
+                if name not in each.names and (marks or name not in _LIBRARY_MARKS):
                     return f"the {name} {each.whose} is new"
             if len(attributes) != each.count:
-                # What is new is nothing that is read; its going, too, is to be seen.
-                self._watched[i] = _Watched(each.whose, attributes, read)
-                self._freeze()
+                # Only attributes that do not count as changes came or went. Record the present ones, so that their
+                # removal is noticed too.
+                self._watched[i] = _Watched(each.whose, attributes, watched)
+                self._update_columns()
         if list(map(list, self._containers)) != self._order:
             return "the order of children changed"
         if list(map(list, map(_parameters, modules))) != self._parameters:
@@ -148,13 +150,13 @@ class Inside:
         return None
 
 
-def is_pytorchs(cls: type) -> bool:
-    """Whether a class is PyTorch's or Python's own."""
+def is_torch_or_builtin(cls: type) -> bool:
+    """Whether a class belongs to PyTorch or is one of Python's builtins."""
     return cls.__module__.split(".")[0] in ("torch", "builtins")
 
 
-def _equal(value: Any, frozen: Any) -> bool:
+def _equal(value: Any, snapshot: Any) -> bool:
     try:
-        return value is frozen or bool(value == frozen)
-    except Exception:  # a foreign __eq__, as that of arrays, whose truth is ambiguous
+        return value is snapshot or bool(value == snapshot)
+    except Exception:  # from a foreign __eq__, such as that of arrays, whose truth value is ambiguous
         return False

@@ -1,4 +1,4 @@
-"""What is installed here: for `python -m se_fused info`."""
+"""Describes the installation, for `python -m se_fused info`."""
 
 from __future__ import annotations
 
@@ -26,17 +26,18 @@ def _devices() -> list[str]:
 
 
 def facts() -> dict[str, Any]:
-    """Versions, builds of the native code, variables, and why each backend does not serve each device."""
+    """Collect versions, builds of the native code, environment variables, and for each device and backend the reason
+    why the backend cannot run on it, or None."""
     found: dict[str, Any] = {
         "se_fused": se_fused.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
     }
-    # Where the compiled part is not loaded, asking for its facts would compile it.
+    # If the extension module is not loaded, asking it for the CPU's features would compile it.
     found["cpu_features"] = None
     if backends.CPU.why_not(torch.device("cpu")) is None:
-        with contextlib.suppress(BuildError):  # the module alone may be missing; the list of builds says why
+        with contextlib.suppress(BuildError):  # only the module may be missing; the list of builds says why
             found["cpu_features"] = native.load_extension().cpu_features()
     found["native"] = native.status()
     found["environment"] = {name: os.environ.get(name) for name in VARIABLES}
@@ -48,12 +49,12 @@ def facts() -> dict[str, Any]:
 
 
 def table(facts: dict[str, Any], encoding: str) -> Table:
-    """`facts` for a terminal of this encoding."""
+    """Format `facts` for a terminal with this encoding."""
     rows = Table(show_header=False)
     rows.add_column(no_wrap=True)
-    rows.add_column(overflow="fold")  # a folder to be copied
+    rows.add_column(overflow="fold")  # not cut short, so that a path can be copied
 
-    def add(name: str, text: str) -> None:  # a path may have what this terminal cannot show
+    def add(name: str, text: str) -> None:  # a path may have characters that this terminal cannot show
         rows.add_row(name, text.encode(encoding, "backslashreplace").decode(encoding))
 
     for name, value in facts.items():
@@ -66,7 +67,7 @@ def table(facts: dict[str, Any], encoding: str) -> Table:
                     add(f"{backend} on {device}", reason or "usable")
         elif name == "native":
             for build in value["builds"]:
-                add(f"build in the {build['place']}", _described(build))
+                add(f"build in the {build['place']}", _describe(build))
             if value["others"]:
                 add("for other sources, flags or Pythons", "\n".join(value["others"]))
             for tool in ("cache", "compiler", "nvcc", "ninja"):
@@ -76,8 +77,8 @@ def table(facts: dict[str, Any], encoding: str) -> Table:
     return rows
 
 
-def _described(build: dict[str, Any]) -> str:
-    """A build as `info` prints it: what, for what, when, by what, where, and what is wrong with it."""
+def _describe(build: dict[str, Any]) -> str:
+    """A build in lines of text: its group and targets, date and compiler, folder, and problem."""
     targets = build.get("architectures") or build.get("instruction_sets") or ["?"]
     lines = [
         f"{build.get('group')} kernels for {', '.join(map(str, targets))}",

@@ -1,4 +1,4 @@
-"""`SqueezeExcite`, the operation as a layer."""
+"""`SqueezeExcite`: the operation as a layer."""
 
 from __future__ import annotations
 
@@ -33,16 +33,17 @@ class SqueezeExcite(nn.Module):
         channels: C.
         reduction: C / R; R = max(1, channels // reduction).
         hidden: R itself; takes precedence over `reduction`.
-        bias: whether both layers have one.
+        bias: whether the two fully connected layers have biases.
         act, gate, squeeze, pre_act, post_act: as in `se_fused.squeeze_excite`.
-        inplace: write the result over the input wherever autograd does not record.
+        inplace: write the result over the input while grad mode is off.
+        device, dtype: of the parameters; None: PyTorch's defaults.
 
-    The five options can be read by their names, and are fixed when the layer is made.
-    Parameters: `w1` [R, C], `b1` [R], `w2` [C, R], `b2` [C]; initialised as by `nn.Linear`.
+    The five options can be read as attributes, and are fixed when the layer is made.
+    Parameters: `w1` [R, C], `b1` [R], `w2` [C, R], `b2` [C], initialised as `nn.Linear` does.
 
     Raises:
-        TypeError: for a size that is no int, or a `bias` or `inplace` that is no bool.
-        ValueError: for a size below 1 or an unknown name.
+        TypeError: for a size that is not an int, or a `bias` or `inplace` that is not a bool.
+        ValueError: for a size below 1, or an option with an unknown name.
     """
 
     def __init__(

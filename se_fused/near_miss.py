@@ -1,7 +1,7 @@
-"""Finds SE in modules that are no SE layer to replace: written into a block, without its product, grouped, ...
+"""Finds SE in modules that `replace` cannot replace: written into a block, without the product, grouped, ...
 
-A copy of the module runs on the meta device, where nothing is computed, and each operator is seen on the way: what
-comes from the map x, what was pooled, which fully connected layers that went through, and whether it multiplies a map.
+A copy of the module runs on the meta device, where nothing is computed. A dispatch mode tracks which tensors come from
+the map x, which were pooled, which fully connected layers those passed, and whether they multiply a map.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from . import tracing
 
 _N = 2
-# Larger than the kernels and strides of common blocks.
+# Spatial sizes, larger than the kernels and strides of common blocks.
 _SPATIAL = (37, 41, 43, 47, 53, 59, 61)
 _CHANNEL_GUESSES = 4
-# A loop over positions runs through thousands of operators, a block with SE through tens.
-_MOST_OPERATORS = 500
-# SE names its layers fc1, or fc.0: deeper weights belong to a module inside, which is asked itself.
+# A block with SE runs tens of operators, a loop over positions thousands.
+_MAX_OPERATORS = 500
+# The layers of SE have names such as fc1 or fc.0. Deeper weights belong to a module inside, which is examined itself.
 _DEPTH = 2
 _LAYERS = {"convolution", "mm", "bmm", "addmm", "baddbmm"}
 _REDUCTIONS = {"mean", "sum", "amax", "max", "var", "std", "var_mean", "linalg_vector_norm"}
 _GATES = {"sigmoid", "hardsigmoid", "tanh"}
-# Operators that are no views but give the same numbers.
+# Operators that are not views, but return the same numbers.
 _COPIES = {"clone", "_to_copy", "_unsafe_view"}
 _WINDOWS = "it pools windows of a fixed size"
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """A fully connected layer: `inputs` to `outputs` channels."""
+    """A fully connected layer from `inputs` channels to `outputs` channels."""
 
     inputs: int
     outputs: int
@@ -46,14 +46,14 @@ class _Layer:
 
 @dataclass(frozen=True)
 class _Map:
-    """A tensor made from x; `plain` where it is x itself, in whatever shape, or x pooled in part."""
+    """A tensor computed from x. plain: it is x itself, in any shape, or x pooled in part."""
 
     plain: bool
 
 
 @dataclass(frozen=True)
 class _Pooled:
-    """A tensor made from a map of `channels` channels by pooling and `layers`; `last` changed its numbers last."""
+    """A tensor computed from a map of `channels` channels by pooling and `layers`; `last` changed its numbers last."""
 
     channels: int
     plain: bool
@@ -62,20 +62,22 @@ class _Pooled:
 
     @property
     def is_gate(self) -> bool:
-        """Whether the layers give as many channels as the pooled map has."""
+        """Whether there are layers, and they lead back to the channels of the pooled map."""
         return bool(self.layers) and self.layers[0].inputs == self.layers[-1].outputs == self.channels
 
 
 class _TooLong(Exception):
-    """A run with more operators than a block has."""
+    """Ends a run with more operators than a block has."""
 
 
 class _Flow(TorchDispatchMode):
-    """Follows x through a run. `gate` is what a map was multiplied by, `cast` the dtype that x was cast to."""
+    """Follows x through a run. `gate` is the pooled tensor that a map was multiplied by, `cast` the dtype that x was
+    cast to, `in_block` whether other layers compute a map, `spatial_gate` whether a map of one channel multiplied
+    another, and `windows` whether windows were pooled instead of the whole map."""
 
     def __init__(self, x: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        # Holds the tensors too, so that no id is used twice.
+        # Keeps the tensors alive too, so that no id is used twice.
         self._tags: dict[int, tuple[Tensor, _Map | _Pooled]] = {id(x): (x, _Map(plain=True))}
         self._one_channel = False
         self._operators = 0
@@ -88,7 +90,7 @@ class _Flow(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         self._operators += 1
-        if self._operators > _MOST_OPERATORS:
+        if self._operators > _MAX_OPERATORS:
             raise _TooLong
         out = func(*args, **(kwargs or {}))
         given = [t for t in _pytree.tree_leaves((args, kwargs)) if id(t) in self._tags]
@@ -103,7 +105,7 @@ class _Flow(TorchDispatchMode):
         name = func.overloadpacket.__name__.rstrip("_")
         dtypes = {t.dtype for t in args if isinstance(t, Tensor)}
         if name in _LAYERS and len(dtypes) > 1:
-            # The meta device lets this pass.
+            # The meta device raises no error for this.
             raise TypeError(f"one layer of {' and '.join(sorted(str(d).removeprefix('torch.') for d in dtypes))}")
         kept = func.is_view or name in _COPIES
         maps = [t for t in given if isinstance(self.tag(t), _Map)]
@@ -122,7 +124,7 @@ class _Flow(TorchDispatchMode):
             if out.numel() < x.numel() and (name in _REDUCTIONS or "pool" in name):
                 return self._pool(name, args, x, tag, out)
             return _Map(plain=tag.plain and kept and out.numel() == x.numel())
-        # Where branches meet, as mean and maximum do, the longest has the layers.
+        # Where branches meet, such as mean and maximum, the one with the most layers counts.
         gate = max(pooled, key=lambda tag: len(tag.layers))
         if name.startswith("upsample"):
             return _Map(plain=False)
@@ -149,7 +151,7 @@ class _Flow(TorchDispatchMode):
 
 
 def _layer(name: str, args: tuple[Any, ...], pooled: Tensor) -> _Layer | None:
-    """The fully connected layer that an operator applies to what was pooled."""
+    """The fully connected layer that an operator applies to the tensor `pooled`; None if it is not one."""
     if name == "convolution":
         weight, groups = args[1], args[8]
         pointwise = weight is not pooled and math.prod(weight.shape[2:]) == 1
@@ -161,10 +163,10 @@ def _layer(name: str, args: tuple[Any, ...], pooled: Tensor) -> _Layer | None:
 
 
 def near_miss(module: nn.Module) -> str | None:
-    """Why `module`, which is no SE layer that `replace` can replace, holds one all the same; None if it does not.
+    """Describe the SE inside `module`, which is not an SE layer that `replace` can replace; None if there is none.
 
-    `module` is only read; the random state of PyTorch is as before. What SE layers inside it do counts as its own: ask
-    about the inner modules first. A module that needs more than a map, or fails on every map tried, gives None.
+    `module` is only read; the random state of PyTorch stays as it was. SE layers inside `module` count as its own: ask
+    about them first. None also if `module` needs more arguments than a map, or fails on every map that is tried.
     """
     run = _run(module)
     if run is None:
@@ -188,7 +190,7 @@ def near_miss(module: nn.Module) -> str | None:
 
 
 def float64_refusal(module: nn.Module) -> str | None:
-    """Why `module`, SE in its own dtype, is not in float64, in which `recognise` examines it; None if nothing differs.
+    """Why `module` is SE in its own dtype but not in float64, in which `recognise` examines it; None if it is not so.
 
     `module` is only read.
     """
@@ -198,7 +200,7 @@ def float64_refusal(module: nn.Module) -> str | None:
     x = run[1].double()
     flow, why = _Flow(x), None
     try:
-        _follow_through(flow, _meta_copy(module, torch.float64), x)
+        _run_on_meta(flow, _meta_copy(module, torch.float64), x)
     except Exception as error:
         why = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0].rstrip(": ")
     if flow.cast is not None:
@@ -210,7 +212,7 @@ def _gate_alone(flow: _Flow, x: Tensor, y: object) -> str | None:
     tag = flow.tag(y)
     if not isinstance(y, Tensor) or not isinstance(tag, _Pooled) or not tag.is_gate:
         return None
-    # A classifier's head gives [N, C] without a gate, a pooling branch (ASPP) is one layer and then an activation.
+    # A classifier's head returns [N, C] without a gate, a pooling branch (ASPP) is one layer and then an activation.
     is_map = y.dim() > 2 and y.numel() in (_N * tag.channels, x.numel())
     if tag.last in _GATES or (is_map and (tag.last == "layer" or len(tag.layers) > 1)):
         return "it returns the gate only, its parent multiplies"
@@ -228,13 +230,14 @@ def _described(layers: tuple[_Layer, ...]) -> str:
 
 
 def _run(module: nn.Module) -> tuple[_Flow, Tensor, object, str] | None:
-    """x, and a run of a copy of `module` on it: the first x that it takes, with a note on what is unusual about x."""
+    """Run a copy of `module` on the first x that it takes. Returns the flow, x, the result, and a note on what is
+    unusual about x; None if it takes no x that is tried."""
     if isinstance(module, (torch.jit.ScriptModule, torch._dynamo.OptimizedModule, nn.ModuleList, nn.ModuleDict)) or (
         type(module).__module__.startswith("torch.nn.") and not module._modules
     ):
         return None
     shapes = list(_weights(module, _DEPTH))
-    # A recurrent layer, which has square weights too, takes its operators one step after the other on the meta device.
+    # A recurrent layer has square weights too, but on the meta device it runs its operators step by step.
     if not _leads_back(shapes) or any(isinstance(inner, nn.RNNBase) for inner in module.modules()):
         return None
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
@@ -246,15 +249,15 @@ def _run(module: nn.Module) -> tuple[_Flow, Tensor, object, str] | None:
         x = torch.empty(sizes, dtype=dtype, device="meta")
         flow = _Flow(x)
         try:
-            return flow, x, _follow_through(flow, bare, x), note
+            return flow, x, _run_on_meta(flow, bare, x), note
         except _TooLong:
             return None
-        except Exception:  # a map that it was not made for
+        except Exception:  # the module does not take this map
             continue
     return None
 
 
-def _follow_through(flow: _Flow, bare: nn.Module, x: Tensor) -> object:
+def _run_on_meta(flow: _Flow, bare: nn.Module, x: Tensor) -> object:
     with (
         torch.random.fork_rng(devices=[]),
         torch.inference_mode(False),
@@ -266,7 +269,7 @@ def _follow_through(flow: _Flow, bare: nn.Module, x: Tensor) -> object:
 
 
 def _weights(module: nn.Module, depth: int) -> Iterator[tuple[int, ...]]:
-    """[outputs, inputs, *kernel] of the weights down to `depth` names below `module`, in order of registration."""
+    """The shapes [outputs, inputs, *kernel] of the weights up to `depth` names below `module`, as registered."""
     groups = getattr(module, "groups", 1)
     for p in module._parameters.values():
         if p is not None and not nn.parameter.is_lazy(p) and p.dim() > 1:
@@ -279,7 +282,7 @@ def _weights(module: nn.Module, depth: int) -> Iterator[tuple[int, ...]]:
 
 
 def _leads_back(shapes: list[tuple[int, ...]]) -> bool:
-    """Whether one, two or three weights of kernel size 1 lead from some number of channels back to it."""
+    """Whether one, two or three weights of kernel size 1 lead from some number of channels back to the same number."""
     steps: dict[int, set[int]] = {}
     for outputs, inputs, *kernel in shapes:
         if math.prod(kernel) == 1:
@@ -292,7 +295,7 @@ def _leads_back(shapes: list[tuple[int, ...]]) -> bool:
 
 
 def _trials(module: nn.Module, shapes: list[tuple[int, ...]]) -> Iterator[tuple[tuple[int, ...], str]]:
-    """Shapes of x that `module` may take, the likelier first."""
+    """Shapes of x that `module` may take, the likelier ones first, each with a note on what is unusual about it."""
     channels = list(dict.fromkeys(shape[1] for shape in shapes))[:_CHANNEL_GUESSES]
     taken = {size for shape in shapes for size in shape[:2]}
     spatial = [size for size in _SPATIAL if size not in taken] or list(_SPATIAL)
@@ -311,10 +314,10 @@ def _trials(module: nn.Module, shapes: list[tuple[int, ...]]) -> Iterator[tuple[
 
 
 def _meta_copy(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """A copy in eval mode on the meta device, without hooks; its floating point numbers in `dtype` if given."""
+    """A copy on the meta device, in eval mode and without hooks. dtype: of its floating-point tensors, if given."""
 
     def tensor(t: Tensor) -> Tensor:
         own = dtype if dtype is not None and t.is_floating_point() else t.dtype
         return torch.empty(t.shape, dtype=own, device="meta")
 
-    return tracing.copy_apart(module, lambda p: nn.Parameter(tensor(p), requires_grad=False), tensor)
+    return tracing.detached_copy(module, lambda p: nn.Parameter(tensor(p), requires_grad=False), tensor)

@@ -1,4 +1,4 @@
-"""Who else looks at a call than who made it: compilers, tracers, transforms, modes."""
+"""Whether a compiler, tracer, transform or mode observes a call, and so must see its operators."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from torch import _C, Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from .memory import PLAIN
+from .memory import PLAIN_TYPES
 
 
 def recorded() -> bool:
-    """Whether a compiler or a tracer makes a program of the call."""
+    """Whether a compiler or a tracer records the call into a program."""
     return is_compiling() or _C._get_tracing_state() is not None
 
 
 def observed() -> bool:
-    """Whether a compiler, a tracer or a dispatch mode has to see the operators."""
+    """Whether a compiler, a tracer or a dispatch mode must see the operators."""
     return is_compiling() or _C._len_torch_dispatch_stack() > 0 or _C._get_tracing_state() is not None
 
 
 def unobserved(*tensors: Tensor | None) -> bool:
-    """Whether nothing but autograd has to see the operators: no observer, and no tensor subclass."""
+    """Whether only autograd must see the operators: there is no observer and no tensor subclass."""
     for t in tensors:
-        if t is not None and type(t) not in PLAIN:
+        if t is not None and type(t) not in PLAIN_TYPES:
             return False
     return not observed()
 
@@ -34,11 +34,11 @@ def under_transform() -> bool:
 
 
 def decomposes(device: torch.device, is_forced: bool) -> bool:
-    """Whether the call is to be plain PyTorch for whoever records it.
+    """Whether the call is recorded, and must be recorded as plain PyTorch instead of as one operator.
 
-    TorchScript and ONNX do not know the operators. Inductor fuses the formula with what stands around it, and is faster
-    that way wherever that was measured: on CPUs (benchmarks/results/compiled.csv) and on an H200
-    (benchmarks/results/h200/, in a graph). Elsewhere, and where a backend `is_forced`, the operator stays.
+    TorchScript and ONNX do not know the operators. Inductor fuses the formula with the operators around it, which was
+    faster wherever it was measured: on CPUs (benchmarks/results/compiled.csv) and on an H200
+    (benchmarks/results/h200/, in a graph). On other devices, and if a backend `is_forced`, the operator stays.
     """
     if not recorded():
         return False

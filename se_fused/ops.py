@@ -3,12 +3,12 @@
     squeeze_excite (public)  -> plain inference on the CPU: the fast path (se_fused/backends/cpu.py); else checks, then
                                 the reference or one of
       torch.ops.se_fused.squeeze_excite            inference: y
-      torch.ops.se_fused.squeeze_excite_           inference, y written over x
+      torch.ops.se_fused.squeeze_excite_           inference in place: y is written over x
       torch.ops.se_fused.squeeze_excite_train      y, and for backward z, p1 = W1 z + b1, p2 = W2 h + b2
       torch.ops.se_fused.squeeze_excite_backward   the gradients
-        torch.ops.se_fused.forward_out, backward_out: what a backend implements, into memory allocated here
+        torch.ops.se_fused.forward_out, backward_out: implemented by each backend; they fill memory allocated here
 
-A compiled backend (backends/backend.py) registers `forward_out` and `backward_out` for its dispatch key, nothing else.
+A compiled backend (backends/backend.py) registers only `forward_out` and `backward_out` for its dispatch key.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import _C, Tensor
 from torch.autograd import profiler
 
 from . import backends, implementation, reference
-from .arguments import autocast, check, mixes, needs_grad
+from .arguments import autocast, check, needs_autocast, needs_grad
 from .backends import forcing
 from .observers import decomposes, under_transform, unobserved
 from .options import SQUEEZES, Codes, HardSigmoid, OptionNames, Options, encode
@@ -38,7 +38,7 @@ for _schema in (
     f"squeeze_excite({_INPUTS}, {_OPTIONS}) -> Tensor",
     f"squeeze_excite_({_INPUTS.replace('Tensor x', 'Tensor(a!) x')}, {_OPTIONS}) -> ()",
     f"squeeze_excite_train({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
-    # needs: which of dx, dw1, db1, dw2, db2, dresidual are wanted; each other one comes back with no elements.
+    # needs: which of dx, dw1, db1, dw2, db2, dresidual are wanted; each of the others is returned with no elements.
     # residual_is_x: dresidual is added to dx.
     f"squeeze_excite_backward(Tensor g, {_INPUTS}, {_SAVED}, {_OPTIONS}, bool[6] needs, bool residual_is_x)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -50,15 +50,15 @@ for _schema in (
     _LIBRARY.define(_schema, tags=torch.Tag.pt2_compliant_tag)
 
 
-def _body(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` with the backend for the device of its first tensor, chosen when the operator runs."""
+def _with_backend(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Pass `function` the backend for the device of its first tensor, chosen when the operator runs."""
     return lambda *args: function(backends.select(args[0].device), *args)
 
 
-_LIBRARY.impl("squeeze_excite", _body(implementation.forward), "CompositeExplicitAutograd")
-_LIBRARY.impl("squeeze_excite_", _body(implementation.forward_inplace), "CompositeExplicitAutograd")
-_LIBRARY.impl("squeeze_excite_train", _body(implementation.forward_train), "CompositeExplicitAutograd")
-_LIBRARY.impl("squeeze_excite_backward", _body(implementation.backward), "CompositeExplicitAutograd")
+_LIBRARY.impl("squeeze_excite", _with_backend(implementation.forward), "CompositeExplicitAutograd")
+_LIBRARY.impl("squeeze_excite_", _with_backend(implementation.forward_inplace), "CompositeExplicitAutograd")
+_LIBRARY.impl("squeeze_excite_train", _with_backend(implementation.forward_train), "CompositeExplicitAutograd")
+_LIBRARY.impl("squeeze_excite_backward", _with_backend(implementation.backward), "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("se_fused::squeeze_excite", lib=_LIBRARY)
@@ -81,10 +81,10 @@ def _(g: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return tuple(implementation.empty_grads(args[:6], args[-2]))
 
 
-# Autograd. What is saved beside the inputs is of the size of the gates; u, u * s and y are computed again from x.
+# Autograd. Besides the inputs, only tensors of the gates' size are saved; backward recomputes u, u * s and y from x.
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], saved: tuple[Tensor, ...]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], saved: tuple[Tensor, ...]) -> None:
     ctx.options = Options(*inputs[6:])
     ctx.residual_is_x = inputs[5] is inputs[0]
     ctx.forced = forcing.current()
@@ -92,62 +92,62 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], saved: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     nothing = (None,) * len(ctx.options)
     if g is None:
         return (None,) * 6 + nothing
     tensors = ctx.saved_tensors  # read once, as checkpointing demands
     inputs, saved, needs = tensors[:6], tensors[6:], list(ctx.needs_input_grad[:6])
     if torch.is_grad_enabled() or _is_batched(g):
-        return _gradients_of_reference(g, inputs, needs, ctx.options) + nothing
-    into_x = ctx.residual_is_x and needs[0]
-    g_is_dresidual = ctx.options.post_act == 0 and not into_x
-    ask = [*needs[:5], needs[5] and not (into_x or g_is_dresidual)]
-    with forcing.resume(ctx.forced):  # autograd may run in a thread of its own
-        if not saved:  # a program that was exported without gradients, and is trained
+        return _reference_gradients(g, inputs, needs, ctx.options) + nothing
+    add_to_dx = ctx.residual_is_x and needs[0]  # dresidual is added to dx
+    g_is_dresidual = ctx.options.post_act == 0 and not add_to_dx
+    computed = [*needs[:5], needs[5] and not (add_to_dx or g_is_dresidual)]
+    with forcing.resume(ctx.forced):  # autograd may run backward in its own thread
+        if not saved:  # in the training of a program that was exported without gradients
             _, *saved = torch.ops.se_fused.squeeze_excite_train.default(*inputs, *ctx.options)
-        args = (g, *inputs, *saved, *ctx.options, ask, into_x)
+        args = (g, *inputs, *saved, *ctx.options, computed, add_to_dx)
         if unobserved(g, *inputs):
             found = implementation.backward(backends.select(g.device), *args)
         else:
             found = torch.ops.se_fused.squeeze_excite_backward.default(*args)
-    grads: list[Tensor | None] = [grad if wanted else None for grad, wanted in zip(found, ask, strict=True)]
+    grads: list[Tensor | None] = [grad if wanted else None for grad, wanted in zip(found, computed, strict=True)]
     if needs[5] and g_is_dresidual:
         grads[5] = g
     return tuple(grads) + nothing
 
 
 def _is_batched(g: Tensor) -> bool:
-    """Whether `torch.autograd.grad(is_grads_batched=True)` gave several gradients in one, by either form of vmap."""
+    """Whether `g` is a batch of gradients, from `torch.autograd.grad(is_grads_batched=True)` by either form of vmap."""
     return _C._functorch.is_batchedtensor(g) or _C._functorch.is_legacy_batchedtensor(g)
 
 
-def _gradients_of_reference(
+def _reference_gradients(
     g: Tensor, inputs: tuple[Tensor | None, ...], needs: list[bool], options: Options
 ) -> tuple[Tensor | None, ...]:
-    """The gradients by PyTorch's operators: under `create_graph=True` they can be differentiated, to any order."""
-    again = torch.is_grad_enabled()
+    """Compute the gradients with PyTorch's operators, which `create_graph=True` can differentiate to any order."""
+    create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        # One input may come from another (w2 = w1.t(), residual = x): autograd.grad would count that way twice, so each
-        # is differentiated by an alias of its own.
+        # One input may be computed from another (w2 = w1.t(), residual = x). autograd.grad would then count the
+        # gradient that flows through it twice, so each input gets its own alias.
         aliases = [t if t is None else t.view_as(t) for t in inputs]
         y = reference.compute(*aliases, options=options)  # type: ignore[arg-type, misc]
         wanted = [t for t, need in zip(aliases, needs, strict=True) if need and t is not None]
-        found = iter(torch.autograd.grad(y, wanted, g, create_graph=again))
+        found = iter(torch.autograd.grad(y, wanted, g, create_graph=create_graph))
     return tuple(next(found) if need else None for need in needs)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _keep(ctx, inputs, output[1:])
+def _setup_train(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _save(ctx, inputs, output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _setup_inference(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _keep(ctx, inputs, ())
+    _save(ctx, inputs, ())
 
 
-for _name, _setup in (("squeeze_excite_train", _setup_context), ("squeeze_excite", _setup_inference)):
-    torch.library.register_autograd(f"se_fused::{_name}", _differentiate, setup_context=_setup, lib=_LIBRARY)
+for _name, _setup in (("squeeze_excite_train", _setup_train), ("squeeze_excite", _setup_inference)):
+    torch.library.register_autograd(f"se_fused::{_name}", _backward, setup_context=_setup, lib=_LIBRARY)
 
 
 def _inplace_under_autograd(*args: Any) -> None:
@@ -163,22 +163,22 @@ _LIBRARY.impl("squeeze_excite_", _inplace_under_autograd, "Autograd")
 
 
 class _Train(torch.autograd.Function):
-    """squeeze_excite_train and its gradient without the dispatcher, which takes longer than a small map."""
+    """squeeze_excite_train and its gradient without the dispatcher, which takes longer than the work on a small map."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         *inputs, backend = args
         y, *saved = implementation.forward_train(backend, *inputs)
-        _keep(ctx, tuple(inputs), tuple(saved))
+        _save(ctx, tuple(inputs), tuple(saved))
         return y
 
     @staticmethod
     def backward(ctx: Any, *g: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (*_differentiate(ctx, *g), None)
+        return (*_backward(ctx, *g), None)
 
 
 def _check(*arguments: Any) -> None:
-    """`check`, of which nothing gets into a trace."""
+    """`check`, hidden from torch.jit.trace."""
     state = _C._get_tracing_state()
     if state is None:
         return check(*arguments)
@@ -209,11 +209,11 @@ def squeeze_excite(
     `s = gate(w2 @ act(w1 @ squeeze(u) + b1) + b2)`.
 
     Source: Hu et al., "Squeeze-and-Excitation Networks", equations 2 to 4. The interior is computed in float32 (float64
-    for float64 `x`), sums are taken in a fixed order, and differentiation of every order and mode is right.
+    for float64 `x`), and sums are taken in a fixed order. Derivatives are right in every order and mode.
 
     Args:
         x: [N, C, *spatial] with 1 to 3 spatial dimensions, any strides; float32, float64, float16 or bfloat16.
-        w1: [R, C] or a 1x1 convolution's [R, C, 1, ...]; None for the one-FC form (eSE), where `act` is not used.
+        w1: [R, C], or [R, C, 1, ...] of a 1x1 convolution; None for the one-FC form (eSE), where `act` is not used.
         b1: [R] or None.
         w2: [C, R] or [C, R, 1, ...]; [C, C] in the one-FC form.
         b2: [C] or None. The weights share one dtype: that of `x`, or float32 beside a half-precision `x`.
@@ -221,17 +221,18 @@ def squeeze_excite(
             "sigmoid" or "tanh".
         gate: "sigmoid", "hard_sigmoid", "tanh", "relu", "identity" or a `HardSigmoid(slope, offset)`.
         squeeze: "mean", "max", or "mean_max" for half their sum, over all spatial positions.
-        pre_act: an activation of `x`, by the names of `act`, or None.
-        residual: like `x`, added before `post_act`, or None. `residual=x` gives x * (1 + s).
-        post_act: an activation of the sum, or None.
-        inplace: write the result over `x` and return `x`. Only where no input requires grad.
+        pre_act: an activation of `x`, with the names of `act`, or None.
+        residual: of the shape, dtype and device of `x`, added before `post_act`, or None. `residual=x`
+            gives x * (1 + s).
+        post_act: an activation of the sum, with the names of `act`, or None.
+        inplace: write the result over `x` and return `x`. Allowed only while autograd does not record the call.
 
     Returns:
         y, with the shape, dtype and memory format of `x`.
 
     Raises:
-        TypeError, ValueError: for an argument of a wrong kind, shape, dtype, device or name, before it computes.
-        BackendUnavailable: if a backend was forced that cannot serve the call.
+        TypeError, ValueError: for an argument of a wrong kind, shape, dtype, device or name, before any computation.
+        BackendUnavailable: if a backend is forced that cannot run the call.
     """
     codes = encode("squeeze_excite", act, gate, squeeze, pre_act, post_act)
     return call(x, w1, b1, w2, b2, residual, codes, inplace)
@@ -241,33 +242,33 @@ def call(
     x: Tensor, w1: Tensor | None, b1: Tensor | None, w2: Tensor, b2: Tensor | None, residual: Tensor | None,
     codes: Codes, inplace: bool = False,
 ) -> Tensor:  # fmt: skip
-    """`squeeze_excite` of `Options`, which a layer makes once, or of their plain tuple."""
+    """`squeeze_excite` with encoded options: `Options`, which a layer makes once, or a plain tuple."""
     y: Tensor | None = backends.CPU.fast_path(x, w1, b1, w2, b2, residual, *codes, inplace=inplace)
     if y is not None:
         return y
     options = Options(*codes)
-    if mixes(x, w2, residual):
+    if needs_autocast(x, w2, residual):
         x, w1, b1, w2, b2, residual = autocast(x, w1, b1, w2, b2, residual)  # type: ignore[assignment]
     _check(x, w1, b1, w2, b2, residual, SQUEEZES[options.squeeze], inplace)
     if decomposes(x.device, forcing.current().name != "auto"):
         return reference.compute(x, w1, b1, w2, b2, residual, options, inplace)
     backend = backends.select(x.device)
-    # An empty map has nothing to compute fast, and the reference knows what its mean and maximum are.
+    # An empty map needs no speed, and the reference defines its mean and maximum.
     if backend is backends.REFERENCE or under_transform() or x.numel() == 0:
         return reference.compute(x, w1, b1, w2, b2, residual, options, inplace)
     tensors = (x, w1, b1, w2, b2, residual)
-    alone = unobserved(*tensors)
+    bypass = unobserved(*tensors)  # the dispatcher
     if needs_grad(*tensors):
-        if alone:
+        if bypass:
             return _Train.apply(*tensors, *options, backend)  # type: ignore[no-any-return, no-untyped-call]
         return torch.ops.se_fused.squeeze_excite_train.default(*tensors, *options)[0]  # type: ignore[no-any-return]
-    # Who records calls is to see the operator.
-    alone = alone and not (profiler._is_profiler_enabled or _C._len_torch_function_stack() > 0)
-    if not inplace and alone:
+    # A profiler or a torch function mode must see the operator.
+    bypass = bypass and not (profiler._is_profiler_enabled or _C._len_torch_function_stack() > 0)
+    if not inplace and bypass:
         return implementation.forward(backend, *tensors, *options)
     if not inplace:
         return torch.ops.se_fused.squeeze_excite.default(*tensors, *options)  # type: ignore[no-any-return]
-    if alone:
+    if bypass:
         implementation.forward_inplace(backend, *tensors, *options)
     else:
         torch.ops.se_fused.squeeze_excite_.default(*tensors, *options)
@@ -279,9 +280,9 @@ def explain(
     x: Tensor, w1: Tensor | None, b1: Tensor | None, w2: Tensor, b2: Tensor | None,
     *, residual: Tensor | None = None, inplace: bool = False, **options: Unpack[OptionNames],
 ) -> backends.Explanation:  # fmt: skip
-    """Which backend would serve `squeeze_excite` with these arguments, and why each other one would not.
+    """Which backend would run `squeeze_excite` with these arguments, and why each of the others would not.
 
-    Whatever it says, the reference serves empty maps, forward-mode AD, torch.func transforms and double backward.
+    Empty maps, forward-mode AD, torch.func transforms and double backward run on the reference whatever this says.
 
     Raises:
         TypeError, ValueError, BackendUnavailable: as the call itself would.

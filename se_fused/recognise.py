@@ -1,12 +1,12 @@
 """Recognises SE layers by what they compute, whatever their class, names or style.
 
-A layer that may be SE by the shapes of its weights is run once, as a copy (see `tracing`), and its formula is read off:
+If the shapes of a layer's weights can be SE's, a copy of it is run once (see `tracing`), and its formula is read off:
 
-    z    against each squeeze of x           tells the squeeze
-    h    against the values planted as p1    tells act
-    y/x  against the values planted as p2    tells the gate, and whether x is added
+    z    compared with each squeeze of x           gives the squeeze
+    h    compared with the values planted as p1    gives act
+    y/x  compared with the values planted as p2    gives the gate, and whether x is added
 
-Last, copy and formula are compared on random maps: a layer is called an SE layer only if this check finds them equal.
+Finally the copy is compared with the formula on random maps. Only if they agree is the layer called an SE layer.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .options import ACTIVATIONS, GATES, SQUEEZES, HardSigmoid, Options
 from .recognised import Recognised
 from .undisturbed import undisturbed
 
-# The ways in which a class can say how it is copied: `replace` has its own.
+# The methods by which a class can define how it is copied. `replace` adds its own.
 _COPYING = (
     *("__new__", "__reduce__", "__reduce_ex__", "__getstate__", "__getnewargs__", "__getnewargs_ex__"),
     *("__deepcopy__", "__copy__"),
@@ -38,9 +38,9 @@ _COPYING = (
 
 
 def recognise(layer: nn.Module) -> Recognised | str | None:
-    """What `layer` computes if it is an SE layer; a text that says why not if it is like one; None if it is not.
+    """What `layer` computes, if it is an SE layer; a reason why not, if it resembles one; else None.
 
-    The layer, its class and PyTorch's state are as before.
+    The layer, its class and PyTorch's state stay as they were.
     """
     shapes = tracing.weight_shapes(layer)
     if shapes is None:
@@ -53,7 +53,7 @@ def recognise(layer: nn.Module) -> Recognised | str | None:
     ):
         try:
             found = _recognise(layer, shapes)
-        except Exception as error:  # foreign code fails in its own ways, and one layer must not end it for all
+        except Exception as error:  # foreign code may fail in any way, which must not end the examination of others
             return f"its examination failed: {type(error).__name__}: {error}"
     if put_back and isinstance(found, Recognised):
         return f"a call changes {put_back[0]}"
@@ -68,18 +68,18 @@ def _recognise(layer: nn.Module, shapes: list[tuple[int, ...]]) -> Recognised | 
     scripted = any(isinstance(module, torch.jit.ScriptModule) for module in layer.modules())
     before = None if scripted else Inside(bare, type(bare))
     arity = tracing.arity(layer)
-    alike = False
+    resembles_se = False
     for x in tracing.trial_maps(shapes):
         trace = tracing.trace(bare, x, arity)
-        alike = alike or trace is not None
+        resembles_se = resembles_se or trace is not None
         squeeze = None if trace is None else _name_of_squeeze(x, trace.calls[0].input)
         if trace is not None and squeeze is not None:
-            if arity > 1 and _factor(trace) is None:
+            if arity > 1 and _channel_factor(trace) is None:
                 return None
             found = _obstacle(layer, arity) or _identify(type(layer).__name__, bare, trace, squeeze)
             change = before.change(bare, marks=True) if before and isinstance(found, Recognised) else None
             return f"a call leaves something behind in it: {change}" if change else found
-    if not alike:
+    if not resembles_se:
         return None
     return "its squeeze is not the mean, the maximum or half their sum over all positions of a map [N, C, *spatial]"
 
@@ -89,7 +89,7 @@ def _name_of_squeeze(x: Tensor, z: Tensor) -> str | None:
 
 
 def _obstacle(layer: nn.Module, arity: int) -> str | None:
-    """What a run does not show but replacing would lose."""
+    """A property of `layer` that prevents replacing it and that a run does not show; None if there is none."""
     cls = type(layer)
     for name, module in layer.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
@@ -125,7 +125,7 @@ def _obstacle(layer: nn.Module, arity: int) -> str | None:
 
 
 def _held_by(value: Any) -> Iterator[Any]:
-    """`value`, or what containers in it hold."""
+    """`value`, or if it is a container, the values in it, at every depth."""
     if isinstance(value, (list, tuple, set, deque)):
         for each in value:
             yield from _held_by(each)
@@ -139,16 +139,16 @@ def _identify(name: str, bare: nn.Module, trace: tracing.Trace, squeeze: str) ->
     """Read the formula off the trace, then check it."""
     if trace.wrote:
         return "it writes over its input"
-    # Before a run with gradients: what that might leave behind could not be copied.
+    # Copied before any run with gradients, which could leave something behind that cannot be copied.
     meta = copy.deepcopy(bare).to("meta").eval()
     parameters = dict(bare.named_parameters())
     calls = trace.calls
     uses = Counter(call.weight for call in calls)
     if max(uses.values()) > 1:
         return f"its layers are applied more than once: {', '.join(f'{w} {n} times' for w, n in uses.items())}"
-    strangers = parameters.keys() - uses.keys() - {call.bias for call in calls}
-    if strangers:
-        return f"it uses parameters beside those of its layers: {', '.join(sorted(strangers))}"
+    others = parameters.keys() - uses.keys() - {call.bias for call in calls}
+    if others:
+        return f"it uses parameters beside those of its layers: {', '.join(sorted(others))}"
     first, last = calls[0], calls[-1]
     c = trace.x.shape[1]
     for call in calls:
@@ -159,7 +159,7 @@ def _identify(name: str, bare: nn.Module, trace: tracing.Trace, squeeze: str) ->
         act = _name_of_act(first.planted, last.input)
         if act is None:
             return f"its activation is none of {', '.join(ACTIVATIONS)}"
-    m = _factor(trace)
+    m = _channel_factor(trace)
     found = None if m is None else _name_of_gate(last.planted, m)
     if found is None:
         return f"its output is not x * s or x * (1 + s) with a gate s that is one of {', '.join(GATES)}"
@@ -169,14 +169,14 @@ def _identify(name: str, bare: nn.Module, trace: tracing.Trace, squeeze: str) ->
         first.weight if act else None, first.bias if act else None, last.weight, last.bias,
     )  # fmt: skip
     dims = trace.x.dim()
-    # A convolution's rank is its weight's; a Linear may serve maps of every rank.
-    others = (3, 4, 5) if parameters[last.weight].dim() == 2 else (dims,)
-    checked = tuple(d for d in others if d == dims or mismatch(bare, meta, recognised, d) is None)
+    # The weight of a convolution fixes the rank of its maps; an nn.Linear may take maps of every rank.
+    candidates = (3, 4, 5) if parameters[last.weight].dim() == 2 else (dims,)
+    checked = tuple(d for d in candidates if d == dims or mismatch(bare, meta, recognised, d) is None)
     return mismatch(bare, meta, recognised, dims) or replace(recognised, dims=checked)
 
 
-def _factor(trace: tracing.Trace) -> Tensor | None:
-    """What each channel is multiplied by, [N, C]; None if that depends on the position."""
+def _channel_factor(trace: tracing.Trace) -> Tensor | None:
+    """The factor [N, C] by which each channel is multiplied; None if it depends on the position."""
     m = (trace.y / trace.x).flatten(2)
     return m[..., 0] if same(m, m[..., :1].expand_as(m).contiguous()) else None
 
@@ -198,16 +198,18 @@ def _name_of_gate(p2: Tensor, m: Tensor) -> tuple[str | HardSigmoid, bool] | Non
 
 
 def _fitted_hard_sigmoid(v: Tensor, s: Tensor) -> HardSigmoid | None:
-    """The hard sigmoid through the outermost two of the points strictly inside (0, 1), if s is one at all."""
+    """The hard sigmoid through the two outermost points with s strictly inside (0, 1); None without such points."""
     inside = ((s > 1e-6) & (s < 1 - 1e-6)).nonzero().flatten()
     if len(inside) == 0:
         return None
     a, b = inside[v[inside].argmin()], inside[v[inside].argmax()]
     slope = float((s[b] - s[a]) / (v[b] - v[a]))
-    return HardSigmoid(_simple(slope), _simple(float(s[a]) - slope * float(v[a]))) if math.isfinite(slope) else None
+    if not math.isfinite(slope):
+        return None
+    return HardSigmoid(_nearest_fraction(slope), _nearest_fraction(float(s[a]) - slope * float(v[a])))
 
 
-def _simple(value: float) -> float:
-    """1/6 for what was fitted as 0.16666666666666669."""
+def _nearest_fraction(value: float) -> float:
+    """`value`, or a simple fraction that differs only by rounding: 1/6 for a fitted 0.16666666666666669."""
     fraction = float(Fraction(value).limit_denominator(1000))
     return fraction if abs(fraction - value) < 1e-12 else value

@@ -1,4 +1,4 @@
-"""What an SE layer computes, as `recognise` finds it."""
+"""`Recognised`: what `recognise` finds out about an SE layer."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from .options import HardSigmoid, Options
 
 @dataclass(frozen=True)
 class Recognised:
-    """What an SE layer computes, in the words of `se_fused.squeeze_excite`.
+    """What an SE layer computes, in the terms of `se_fused.squeeze_excite`.
 
-    `w1`, `b1`, `w2`, `b2` are the names of the parameters below the layer, None where there is none; `dims` are the
-    numbers of dimensions of x at which the match was checked; `residual` says that the layer gives x * (1 + s).
+    layer: the name of its class. channels, hidden: C and R; in the one-FC form `hidden` and `act` are None.
+    residual: whether the layer returns x * (1 + s). dims: the numbers of dimensions of x at which the match was checked.
+    w1, b1, w2, b2: the dotted names of the parameters below the layer; None for a parameter that it does not have.
     """
 
     layer: str
@@ -48,5 +49,5 @@ class Recognised:
         return w1, b1, attrgetter(self.w2)(layer), b2
 
     def options(self) -> Options:
-        """The one-FC form has no act; which one is named is not used there."""
+        """The options of the call. The one-FC form has no act, and does not use the one that is named here."""
         return Options.of(self.act or "identity", self.gate, self.squeeze)

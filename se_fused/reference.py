@@ -1,4 +1,4 @@
-"""The formula in plain differentiable PyTorch: the truth that every backend is tested against.
+"""The formula in plain differentiable PyTorch. Every backend is tested against it.
 
     u = pre_act(x)                     x [N, C, *spatial]
     z = squeeze(u)                     [N, C]   over the spatial positions
@@ -29,14 +29,14 @@ def _squeeze(u: Tensor, how: str) -> Tensor:
     spatial = tuple(range(2, u.dim()))
     if how == "mean":
         return u.mean(spatial)
-    # amax shares the gradient among equal maxima.
+    # amax divides the gradient equally among equal maxima.
     return u.amax(spatial) if how == "max" else (u.mean(spatial) + u.amax(spatial)) / 2
 
 
 def before_gate(
     u: Tensor, w1: Tensor | None, b1: Tensor | None, w2: Tensor, b2: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """z [N, C], W1 z + b1 [N, R] (None in the one-FC form) and W2 h + b2 [N, C]."""
+    """Compute z [N, C], W1 z + b1 [N, R] (None in the one-FC form) and W2 h + b2 [N, C]."""
     z = _squeeze(u, SQUEEZES[options.squeeze])
     p1 = None if w1 is None else _linear(z, w1, b1)
     return z, p1, _linear(z if p1 is None else FUNCTIONS[options.act](p1), w2, b2)
@@ -50,9 +50,12 @@ def squeeze_excite(
     x: Tensor, w1: Tensor | None, b1: Tensor | None, w2: Tensor, b2: Tensor | None,
     *, residual: Tensor | None = None, inplace: bool = False, **options: Unpack[OptionNames],
 ) -> Tensor:  # fmt: skip
-    """What `se_fused.squeeze_excite` computes, with its arguments; see there for shapes, dtypes and meaning.
+    """Compute `se_fused.squeeze_excite` in plain PyTorch; see there for the arguments, their shapes and dtypes.
 
     Options are checked, tensors are not. The interior is float32, or float64 for float64 `x`.
+
+    Raises:
+        ValueError: for an option with an unknown name.
     """
     return compute(x, w1, b1, w2, b2, residual, Options.of(**options), inplace)
 
@@ -61,9 +64,9 @@ def compute(
     x: Tensor, w1: Tensor | None, b1: Tensor | None, w2: Tensor, b2: Tensor | None, residual: Tensor | None,
     options: Options, inplace: bool = False,
 ) -> Tensor:  # fmt: skip
-    """`squeeze_excite` of `Options`."""
+    """`squeeze_excite` with its options already encoded as `Options`."""
     device = x.device.type
-    # A context that is not needed would stand in every traced graph.
+    # Without this condition, every traced graph would contain the context.
     casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     with torch.autocast(device, enabled=False) if casts else nullcontext():
         u = FUNCTIONS[options.pre_act](x.to(torch.promote_types(x.dtype, torch.float32)))

@@ -1,7 +1,8 @@
-"""`replace` and `restore`: the SE layers of a model, fused where they stand.
+"""`replace` and `restore`: they fuse the SE layers of a model in place, and undo it.
 
-A layer keeps its identity: `replace` only changes the object's class, as PyTorch's `fully_shard` does, to a subclass of
-what it was with another `forward`. So parameters, state_dict keys, attributes, hooks, mode and references to it stay.
+A layer keeps its identity: as PyTorch's `fully_shard` does, `replace` only changes the object's class, to a subclass of
+the original class with another `forward`. So parameters, state_dict keys, attributes, hooks, mode and references to the
+layer stay the same.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ from .undisturbed import undisturbed
 
 
 class FusedSE(nn.Module):
-    """Comes before the class of a replaced layer, whose `forward` remains for calls that were not checked."""
+    """The first base of a replaced layer's class. The second is the original class, whose `forward` runs the calls that
+    were not checked."""
 
-    # None: it computes as the original does, as one that `type(layer)(...)` makes.
+    # None: the layer computes as the original does, for example if it was made by `type(layer)(...)`.
     _se_fused_swap: Swap | None = None
 
     def extra_repr(self) -> str:
@@ -43,7 +45,7 @@ class FusedSE(nn.Module):
         raise RuntimeError("TorchScript cannot compile a fused SE layer: call se_fused.restore on the model first")
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made at run time, so that pickle and deepcopy cannot find it by name.
+        # Pickle and deepcopy cannot find the class by name, because it is made at run time.
         original, swap = _original_class(self), self._se_fused_swap
         state = {name: value for name, value in vars(self).items() if name != SWAP}
         if swap is None or swap.change(self) is not None:
@@ -53,15 +55,15 @@ class FusedSE(nn.Module):
     def __setstate__(self, state: Any) -> None:
         recognised, inplace = self.__dict__.pop(SWAP)
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        with contextlib.suppress(AttributeError):  # its children are not whole yet, because they refer to it
+        with contextlib.suppress(AttributeError):  # from a child that refers to this layer, and is not complete yet
             Swap.attach(self, _original_class(self), recognised, inplace)
 
 
 def _fused_forward(original: type[Any]) -> Callable[..., Any]:
-    # The signature stays the original's: torch.fx, transformers and others read it.
+    # functools.wraps keeps the signature of the original, which torch.fx, transformers and others read.
     @functools.wraps(original.forward)
     def forward(self: FusedSE, *args: Any, **kwargs: Any) -> Any:
-        # Compilers and tracers see the layer as it was written: Inductor fuses it with what stands around it, and
+        # Compilers and tracers see the layer as it was written: Inductor fuses it with the operators around it, and
         # TorchScript and ONNX know its operators.
         swap = self._se_fused_swap
         if swap is not None and not recorded():
@@ -71,7 +73,8 @@ def _fused_forward(original: type[Any]) -> Callable[..., Any]:
                 assert x is not None
                 given = (x, *weights, x if swap.recognised.residual else None, swap.options)
                 if swap.inplace and not (torch.is_grad_enabled() or x.requires_grad or under_transform()):
-                    # Refused before anything is written: x overlaps itself or a weight, or is an inference tensor.
+                    # ValueError, raised before anything is written: x overlaps itself or a weight, or is an inference
+                    # tensor. Then the call is not made in place.
                     with contextlib.suppress(ValueError):
                         return ops.call(*given, inplace=True)  # type: ignore[misc]
                 return ops.call(*given)
@@ -94,13 +97,13 @@ def _original_class(layer: nn.Module) -> type[Any]:
     original = type(layer).__bases__[-1]
     if type(layer) is not _classes.get(original):
         raise RuntimeError(
-            f"the class of a replaced layer was changed since, to {type(layer).__name__}: undo that first"
+            f"the class of a replaced layer was changed afterwards, to {type(layer).__name__}: undo that first"
         )
     return original
 
 
 def _blank(original: type[Any], recognised: Recognised, inplace: bool) -> FusedSE:
-    """A layer of which all is to come by its __setstate__."""
+    """An empty layer, to be filled by its __setstate__."""
     cls = _fused_class(original)
     layer = cls.__new__(cls)
     layer.__dict__[SWAP] = recognised, inplace
@@ -108,24 +111,28 @@ def _blank(original: type[Any], recognised: Recognised, inplace: bool) -> FusedS
 
 
 def _swap(layers: dict[nn.Module, Recognised], inplace: bool) -> dict[nn.Module, str]:
-    """Change the classes of layers; of those where that fails, why."""
+    """Change the classes of `layers`. Returns the layers for which that fails, with the reason."""
     failed: dict[nn.Module, str] = {}
     changed: list[tuple[nn.Module, type[Any]]] = []
     for layer in layers:
         original = type(layer)
         try:
             layer.__class__ = _fused_class(original)
-        except Exception as error:  # such as of its own __init_subclass__
+        except Exception as error:  # for example from the class's own __init_subclass__
             failed[layer] = f"its class cannot be changed: {error}"
         else:
             changed.append((layer, original))
-    for layer, original in changed:  # now that no class below changes any more
+    for layer, original in changed:  # after the loop above, because a Swap records the classes of the modules inside
         Swap.attach(layer, original, layers[layer], inplace)
     return failed
 
 
 class _Examination:
-    """One walk over a model: what it holds, and what of that is wanted."""
+    """One walk over a model, which finds its SE layers and decides which of them to replace.
+
+    names: every module, with all its dotted names. outcome: for each SE layer that was found, what it computes if it is
+    to be replaced, else the reason why not.
+    """
 
     def __init__(self, model: nn.Module, include: Sequence[str] | None, exclude: Sequence[str] | None) -> None:
         self.names: dict[nn.Module, list[str]] = {}
@@ -133,9 +140,10 @@ class _Examination:
             self.names.setdefault(module, []).append(name)
         self.include, self.exclude = include, exclude
         self.outcome: dict[nn.Module, Recognised | str] = {}
-        self.seen: dict[nn.Module, bool] = {}
+        self._examined: dict[nn.Module, bool] = {}  # by module: the result of `examine`
 
-    def unwanted(self, layer: nn.Module) -> str | None:
+    def _filtered(self, layer: nn.Module) -> str | None:
+        """Why `include` and `exclude` keep `layer` from being replaced; None if they do not."""
         inside = [name for module in layer.modules() for name in self.names[module]]
         for pattern in self.exclude or ():
             if any(fnmatchcase(name, pattern) for name in inside):
@@ -147,10 +155,11 @@ class _Examination:
         return "no pattern of include matches"
 
     def examine(self, layer: nn.Module) -> bool:
-        """Whether `layer` or one inside it has an outcome: the outermost that can be replaced, else the innermost."""
-        if layer not in self.seen:
-            self.seen[layer] = self._examine(layer)
-        return self.seen[layer]
+        """Give `layer` or layers inside it an outcome: to the outermost one that can be replaced, else to the innermost
+        ones. Returns whether any of them has an outcome. A module that is used in several places is examined once."""
+        if layer not in self._examined:
+            self._examined[layer] = self._examine(layer)
+        return self._examined[layer]
 
     def _examine(self, layer: nn.Module) -> bool:
         if isinstance(layer, (FusedSE, SqueezeExcite)):
@@ -159,9 +168,9 @@ class _Examination:
         fused_inside = any(isinstance(module, (FusedSE, SqueezeExcite)) for module in layer.modules())
         found = None if fused_inside else recognise(layer)
         if isinstance(found, Recognised):
-            found = self.unwanted(layer) or found
+            found = self._filtered(layer) or found
         elif found is not None:
-            # What rounds to float32 on the way fails the comparisons in float64, and for no other reason.
+            # A layer that rounds to float32 inside fails the comparisons in float64 for that reason alone.
             found = float64_refusal(layer) or found
         if not isinstance(found, Recognised):
             inside = [self.examine(child) for child in layer.children()]
@@ -172,10 +181,10 @@ class _Examination:
         return found is not None
 
     def near_misses(self) -> dict[nn.Module, str]:
-        """The smallest modules that hold SE and have no outcome, with the reason."""
+        """The smallest modules that contain SE and have no outcome, with the reason."""
         near: dict[nn.Module, str] = {}
         settled = {module for layer in self.outcome for module in layer.modules()}
-        for module in reversed(self.names):  # what is inside comes first
+        for module in reversed(self.names):  # so that inner modules come first
             if module not in settled:
                 inside = any(child in settled for child in module.children())
                 reason = None if inside else near_miss(module)
@@ -194,21 +203,21 @@ def replace(
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
 ) -> Report:
-    """Make every SE layer in `model` call `se_fused.squeeze_excite`, after a check by numbers that this is the same.
+    """Make every SE layer in `model` call `se_fused.squeeze_excite`, after a check by numbers that the results agree.
 
-    Nothing else of the model changes; `restore` undoes it. Where one layer stands inside another one that also is SE (a
-    wrapper x + SE(x)), the outermost is replaced.
+    Nothing else in the model changes; `restore` undoes it. If an SE layer contains another one (a wrapper x + SE(x)),
+    the outermost is replaced.
 
-    A replaced layer computes as the original does where a call or the layer is not what was checked: given a map
-    of another rank, or further arguments that are not the defaults; once its inside has changed (a swapped activation,
-    an adapter, a pruned or quantised weight, a hook on a module inside; it says so once); and wherever torch.compile,
-    torch.export, torch.jit.trace or an ONNX exporter looks at it.
+    A replaced layer computes as the original does whenever the check does not cover the call or the layer: for a map of
+    another rank, or further arguments that are not the defaults; after a change inside the layer (a swapped activation,
+    an adapter, a pruned or quantised weight, a hook on a module inside), which it logs once; and while torch.compile,
+    torch.export, torch.jit.trace or an ONNX exporter traces it.
 
     Args:
-        model: any module, also an SE layer itself.
-        inplace: let the layers overwrite their input wherever grad mode is off. Only for models that do not read that
+        model: any module; it may itself be an SE layer.
+        inplace: let the layers overwrite their input while grad mode is off. Only safe for models that do not read that
             input again.
-        dry_run: report, and change nothing.
+        dry_run: report, but change nothing.
         include, exclude: shell patterns (`fnmatch`) of the dotted names of layers. A layer is replaced if one of
             `include` matches (None: any name does) and none of `exclude` matches it or a module inside it.
 
@@ -216,7 +225,7 @@ def replace(
         The `Report`. `Report.model` is `model`. Its `near` misses do not depend on `include` and `exclude`.
 
     Raises:
-        TypeError: for another kind of argument than these.
+        TypeError: for an argument of another type.
     """
     if not isinstance(model, nn.Module):
         got = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
@@ -252,7 +261,7 @@ def restore(model: nn.Module) -> nn.Module:
     """Undo `replace` everywhere in `model`, and return it.
 
     Raises:
-        RuntimeError: if the class of a replaced layer was changed again since, as by `fully_shard` on it.
+        RuntimeError: if the class of a replaced layer was changed again afterwards, as `fully_shard` does.
     """
     layers = [module for module in model.modules() if isinstance(module, FusedSE)]
     originals = [_original_class(layer) for layer in layers]

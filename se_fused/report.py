@@ -16,8 +16,8 @@ _NAMES_IN_FULL = 4
 class Report:
     """What `replace` did. Every SE layer of `model` is named once, by its dotted name ("": `model` itself).
 
-    `replaced` tells what a layer computes; `skipped` why a layer was left as it is; `near` why a module that is no
-    layer to replace holds one all the same, as a block with SE written into its forward.
+    replaced: what each replaced layer computes. skipped: why each other layer was left as it is. near: why a module
+    that `replace` cannot replace contains SE all the same, such as a block with SE written into its forward.
     """
 
     model: nn.Module

@@ -1,4 +1,4 @@
-"""What a replaced layer knows of the check that it passed: for which calls, with which weights, and whether still."""
+"""What a replaced layer keeps of the check that it passed: for which calls and weights it holds, and if it still does."""
 
 from __future__ import annotations
 
@@ -11,66 +11,69 @@ import torch
 from torch import Tensor, nn
 
 from .inside import SWAP, Inside
-from .memory import PLAIN
+from .memory import PLAIN_TYPES
 from .recognised import Recognised
 
 _log = logging.getLogger("se_fused")
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-# Types whose equal values are the same to a program.
-_VALUES = (bool, int, float, str, tuple)
+# Types whose equal values are interchangeable.
+_VALUE_TYPES = (bool, int, float, str, tuple)
 
 
 class Swap:
-    """Of a layer whose class was `original`: what it is `recognised` as. It holds no reference to the layer itself."""
+    """What a layer, whose class was `original`, is `recognised` as. It holds no reference to the layer itself."""
 
     @classmethod
     def attach(cls, layer: nn.Module, original: type[Any], recognised: Recognised, inplace: bool) -> None:
-        """Give `layer` its own, past a __setattr__ that it may define."""
+        """Give `layer` a Swap of its own, without a call of a __setattr__ that it may define."""
         attributes = vars(layer)
-        attributes[SWAP] = None  # so that it is counted among them
+        attributes[SWAP] = None  # so that the snapshot counts this attribute too
         attributes[SWAP] = cls(layer, original, recognised, inplace)
 
     def __init__(self, layer: nn.Module, original: type[Any], recognised: Recognised, inplace: bool) -> None:
         self.recognised, self.inplace, self.options = recognised, inplace, recognised.options()
         self._name = original.__name__
         self._inside = Inside(layer, original)
-        self._places = [_place(layer, name) for name in (recognised.w1, recognised.b1, recognised.w2, recognised.b2)]
+        self._parameters = [
+            _parameter(layer, name) for name in (recognised.w1, recognised.b1, recognised.w2, recognised.b2)
+        ]
         _, *parameters = inspect.signature(original.forward).parameters.values()
         self._arguments = [p.name for p in parameters if p.kind in _POSITIONAL]
         self._defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
-        self._said = False
+        self._warned = False
 
     def map_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        """x, if the call is one that was checked: of x alone, or beside it of what `forward` takes by default."""
+        """x, if the check covers the call: its only argument is x, or all others are equal to the defaults of
+        `forward`; else None."""
         if len(args) == 1 and not kwargs:
             x = args[0]
         elif len(args) > len(self._arguments) or not self._arguments:
             return None
         else:
             given = dict(zip(self._arguments, args, strict=False)) | kwargs
-            if len(given) < len(args) + len(kwargs):  # one of them twice
+            if len(given) < len(args) + len(kwargs):  # an argument is given twice
                 return None
             x = given.pop(self._arguments[0], None)
             if not all(name in self._defaults and _same(v, self._defaults[name]) for name, v in given.items()):
                 return None
-        return x if type(x) in PLAIN and x.dim() in self.recognised.dims else None
+        return x if type(x) in PLAIN_TYPES and x.dim() in self.recognised.dims else None
 
     def weights(self, layer: nn.Module, x: Tensor) -> Any:
-        """[w1, b1, w2, b2] as they are now; None where x is of another dtype, or, said once, where the check does not
-        hold any more."""
-        if self._inside.holds(layer):
-            weights = [place(layer) for place, _ in self._places]
-            if all(type(w) in types for w, (_, types) in zip(weights, self._places)):  # noqa: B905
+        """[w1, b1, w2, b2] as they are now; None if x has another dtype, or if the check does not hold any more, which
+        is logged once."""
+        if self._inside.unchanged(layer):
+            weights = [get(layer) for get, _ in self._parameters]
+            if all(type(w) in types for w, (_, types) in zip(weights, self._parameters)):  # noqa: B905
                 return weights if self._is_of_one_dtype(x, weights) else None
-        if not self._said:
-            self._said = True
+        if not self._warned:
+            self._warned = True
             _log.warning(
                 "se_fused: a replaced %s computes as it did before `replace`: %s", self._name, self.change(layer)
             )
         return None
 
     def _is_of_one_dtype(self, x: Tensor, weights: list[Any]) -> bool:
-        """Whether casts in the original, which the check in one dtype cannot see, would do nothing."""
+        """Whether casts in the original, which a check in one dtype cannot detect, would change nothing."""
         dtypes = {w.dtype for w in weights if w is not None}
         if dtypes == {x.dtype}:
             return True
@@ -85,21 +88,22 @@ class Swap:
     def change(self, layer: nn.Module) -> str | None:
         """Why the check does not hold any more; None if it does."""
         change = self._inside.change(layer)
-        if change is None and not all(type(place(layer)) in types for place, types in self._places):
-            return "a weight of it is no plain parameter any more"
+        if change is None and not all(type(get(layer)) in types for get, types in self._parameters):
+            return "one of its weights is not a plain parameter any more"
         return change
 
     def __deepcopy__(self, memo: Any) -> None:
-        # It is of one layer. `FusedSE` makes another for a copy of it; who copies past that gets an original layer.
+        # A Swap belongs to one layer. `FusedSE` makes another for a copy of the layer; a copy made without `FusedSE`
+        # computes as the original does.
         return None
 
 
-def _place(layer: nn.Module, name: str | None) -> tuple[Callable[[nn.Module], Any], tuple[type, ...]]:
-    """Where to find a parameter, and the types of what may lie there. A bias may go."""
+def _parameter(layer: nn.Module, name: str | None) -> tuple[Callable[[nn.Module], Any], tuple[type, ...]]:
+    """A getter of a parameter, and the types that the parameter may have. A bias may become None."""
     if name is None:
         return (lambda layer: None), (type(None),)
     path, _, leaf = name.rpartition(".")
-    types = PLAIN if layer.get_parameter(name).dim() > 1 else (*PLAIN, type(None))
+    types = PLAIN_TYPES if layer.get_parameter(name).dim() > 1 else (*PLAIN_TYPES, type(None))
     if not path:
         return (lambda layer: layer._parameters[leaf]), types
     attributes = vars(layer.get_submodule(path))
@@ -107,4 +111,4 @@ def _place(layer: nn.Module, name: str | None) -> tuple[Callable[[nn.Module], An
 
 
 def _same(value: Any, default: Any) -> bool:
-    return value is default or (type(value) is type(default) and isinstance(value, _VALUES) and value == default)
+    return value is default or (type(value) is type(default) and isinstance(value, _VALUE_TYPES) and value == default)

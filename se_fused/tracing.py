@@ -1,7 +1,7 @@
-"""Runs a copy of a layer that may be SE, and records what its one or two fully connected layers meet.
+"""Runs a copy of a layer that may be SE, and records the inputs of its one or two fully connected layers.
 
-On the way, their outputs are overwritten by a grid of values, so that one run shows act and gate over their whole
-range, whatever the weights are.
+The run replaces their outputs by a grid of values, so that one run shows act and gate over their whole range, whatever
+the weights are.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Kinks of the piecewise activations (0, 3, 6, 2.5) are met or enclosed; beyond 20, softplus changes its formula.
+# The grid meets or encloses the kinks of the piecewise activations (0, 3, 6, 2.5). Beyond 20, softplus changes its
+# formula.
 GRID = torch.cat(
     [
         torch.linspace(-12, 12, 97, dtype=torch.float64, device="cpu"),
@@ -27,11 +28,11 @@ GRID = torch.cat(
         torch.tensor([-50.0, -21.0, 21.0, 50.0], dtype=torch.float64, device="cpu"),
     ]
 )
-# Random numbers repeat after so many, because drawing 2048 * 128 of them takes longer than all the rest. Prime, so that
-# rows of a matrix differ.
+# The period of the random numbers: drawing 2048 * 128 different ones takes longer than all the rest. It is prime, so
+# that the rows of a matrix differ.
 _PERIOD = 1999
 _aten = torch.ops.aten
-# The operators that a fully connected layer ends in, with the positions of its input, weight and bias.
+# The operators that compute a fully connected layer, with the positions of their input, weight and bias arguments.
 _LAYERS: dict[Any, tuple[int, int, int | None]] = {
     _aten.convolution.default: (0, 1, 2),
     _aten.addmm.default: (1, 2, 0),
@@ -42,7 +43,7 @@ _LAYERS: dict[Any, tuple[int, int, int | None]] = {
 
 @dataclass(frozen=True)
 class Call:
-    """One use of a weight: the names of the parameters, the input, and the grid that its output was overwritten by."""
+    """One use of a weight: the names of the parameters, the input, and the grid that replaced the output."""
 
     weight: str
     bias: str | None
@@ -52,7 +53,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Trace:
-    """One run of a layer: y for x, the uses of its weights in order, and whether x was written to."""
+    """One run of a layer: x, its result y, the uses of the weights in order, and whether the layer wrote to x."""
 
     x: Tensor
     y: Tensor
@@ -61,7 +62,8 @@ class Trace:
 
 
 def weight_shapes(layer: nn.Module) -> list[tuple[int, ...]] | None:
-    """The shapes of the weights of `layer` if they can be SE's: [R, C] and [C, R] in any order, or one [C, C]."""
+    """The shapes of the weights of `layer` if they can be SE's: [R, C] and [C, R] in any order, or one [C, C]; else
+    None."""
     if isinstance(layer, torch._dynamo.OptimizedModule) or (
         type(layer).__module__.startswith("torch.nn.modules.") and not layer._modules
     ):
@@ -71,7 +73,7 @@ def weight_shapes(layer: nn.Module) -> list[tuple[int, ...]] | None:
         parameters = [p for p in module._parameters.values() if p is not None]
         if any(nn.parameter.is_lazy(p) or not p.is_floating_point() for p in parameters):
             return None
-        # A reparametrised weight stands for its largest part: weight_norm's are [out, 1] and [out, in].
+        # The largest part of a reparametrised weight has its shape: weight_norm's parts are [out, 1] and [out, in].
         if parameters and (isinstance(module, parametrize.ParametrizationList) or "weight_v" in module._parameters):
             parameters = [max(parameters, key=Tensor.numel)]
         shapes += [tuple(p.shape) for p in parameters if p.dim() > 1]
@@ -83,32 +85,32 @@ def weight_shapes(layer: nn.Module) -> list[tuple[int, ...]] | None:
 
 
 def arity(layer: nn.Module) -> int:
-    """How many positional arguments `forward` cannot do without."""
+    """The number of positional arguments that `forward` requires."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = inspect.signature(layer.forward).parameters.values()
     return max(1, sum(p.kind in kinds and p.default is inspect.Parameter.empty for p in parameters))
 
 
 def numbers(*shape: int) -> Tensor:
-    """Normally distributed, in float64 on the CPU, repeating after 1999."""
+    """Normally distributed numbers in float64 on the CPU, which repeat after 1999."""
     count = math.prod(shape)
     few = torch.randn(min(count, _PERIOD), dtype=torch.float64, device="cpu")
     return few.repeat(-(-count // _PERIOD))[:count].reshape(shape)
 
 
 def random_map(*shape: int) -> Tensor:
-    """Both signs, away from zero (x is divided by), and another mean in each channel."""
+    """A map with both signs, away from zero (because y is divided by x), and with a different mean in each channel."""
     x = numbers(*shape) + numbers(*shape[:2], *(1 for _ in shape[2:]))
     return x + torch.copysign(torch.full_like(x, 0.5), x)
 
 
-def copy_apart(
+def detached_copy(
     layer: nn.Module, parameter: Callable[[nn.Parameter], nn.Parameter], tensor: Callable[[Tensor], Tensor]
 ) -> nn.Module:
-    """A copy in eval mode, without hooks, whose parameters and other tensors are what the two functions make of them.
+    """A copy in eval mode, without hooks, whose parameters and other tensors are those that the two functions return.
 
     Raises:
-        ValueError: if the layer's own way of copying gives the layer itself, which must not be run.
+        ValueError: if the layer defines copying so that the copy contains modules of the original, which must not run.
     """
     memo: dict[int, Any] = {}
     for module in layer.modules():
@@ -118,41 +120,41 @@ def copy_apart(
         for t in [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]:
             if isinstance(t, Tensor) and id(t) not in memo:
                 memo[id(t)] = parameter(t) if isinstance(t, nn.Parameter) else tensor(t)
-    apart = copy.deepcopy(layer, memo)
-    if not set(apart.modules()).isdisjoint(layer.modules()):
+    detached = copy.deepcopy(layer, memo)
+    if not set(detached.modules()).isdisjoint(layer.modules()):
         raise ValueError("its own way of copying gives itself")
-    return apart.eval()
+    return detached.eval()
 
 
 def bare_copy(layer: nn.Module) -> nn.Module:
-    """A float64 copy on the CPU with random parameters, in eval mode, without hooks and reparametrisation.
+    """A float64 copy on the CPU with random parameters, in eval mode, without hooks and reparametrisations.
 
-    Parameters are random because real ones can hide the formula: a zero-initialised W2 makes every gate constant.
+    The parameters are random because real ones can hide the formula: a zero-initialised W2 makes every gate constant.
     """
     if isinstance(layer, torch.jit.ScriptModule):
         return copy.deepcopy(layer).cpu().double().eval()
 
     def tensor(t: Tensor) -> Tensor:
-        # On the meta device there are no numbers: any will do, as for the parameters.
+        # Tensors on the meta device have no numbers; any will do, as for the parameters.
         own = torch.ones_like(t, device="cpu") if t.is_meta else t.detach().clone()
         return own.to("cpu", torch.float64 if t.is_floating_point() else t.dtype)
 
-    bare = copy_apart(layer, _random, tensor)
+    bare = detached_copy(layer, _random, tensor)
     for module in list(bare.modules()):
         if parametrize.is_parametrized(module):
-            _lay_bare(module)
+            _remove_parametrizations(module)
     return bare
 
 
 def _random(p: Tensor) -> nn.Parameter:
-    # The first layer's output is then of the size of its input, which meets both sides of act's kinks.
+    # This scale makes the first layer's output as large as its input, so that it reaches both sides of act's kinks.
     return nn.Parameter(numbers(*p.shape) * (2 / math.sqrt(p.shape[1]) if p.dim() > 1 else 1))
 
 
-def _lay_bare(module: nn.Module) -> None:
-    """Make the parametrized parameters of `module` plain ones, random again.
+def _remove_parametrizations(module: nn.Module) -> None:
+    """Replace the parametrized parameters of `module` by plain random ones.
 
-    `remove_parametrizations` would take their properties from the class, which is the original's too.
+    PyTorch's `remove_parametrizations` would delete their properties from the class, which the original layer shares.
     """
     lists = module._modules.pop("parametrizations")
     assert isinstance(lists, nn.ModuleDict)
@@ -163,9 +165,11 @@ def _lay_bare(module: nn.Module) -> None:
 
 
 def trial_maps(shapes: list[tuple[int, ...]]) -> Iterator[Tensor]:
-    """Maps of the ranks and numbers of channels that the weights allow, the likelier first; then with C at the end.
+    """Maps of the ranks and numbers of channels that the weights allow, the likelier ones first; for each number of
+    channels the maps with C last follow.
 
-    No two sizes are equal and H > W, so that no mistaken axis or kernel size goes unseen; N fits the grid in W1 z.
+    All sizes differ and H > W, so that every mistaken axis or kernel size shows. N is so large that W1 z has room for
+    the whole grid.
     """
     sizes = shapes[0][:2]
     spatial = [s for s in (2, 3, 5, 7, 11) if s not in sizes]
@@ -181,7 +185,7 @@ def trial_maps(shapes: list[tuple[int, ...]]) -> Iterator[Tensor]:
 
 
 class _Plant(TorchDispatchMode):
-    """Records each use of the weights and overwrites its output by the grid."""
+    """Records each use of the weights and replaces its output by the grid."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -208,14 +212,15 @@ class _Plant(TorchDispatchMode):
 
 
 def trace(bare: nn.Module, x: Tensor, arity: int) -> Trace | None:
-    """A run on `x`; None unless it is like SE's: the first layer sees less than the map, and y has the shape of x."""
+    """Run `bare` on `x`. Returns None unless the run is like SE's: y has the shape of x, and the input of the first
+    fully connected layer is smaller than the map."""
     given = x.clone()
-    # What a layer of several inputs may want besides the map is a map already pooled.
+    # If a layer takes several inputs, the others may be the pooled map.
     pooled = [x.mean(tuple(range(2, x.dim())), keepdim=True)] * (arity - 1)
     try:
         with _Plant(bare) as plant:
             y = bare(given, *pooled)
-    except Exception:  # foreign code fails in its own ways on a map it was not made for
+    except Exception:  # foreign code may fail in any way on a map that it was not made for
         return None
     if not isinstance(y, Tensor) or y.shape != x.shape or not plant.calls:
         return None

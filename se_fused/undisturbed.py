@@ -1,4 +1,4 @@
-"""Foreign code runs, and leaves the process as it was: what examination owes the model that it looks at."""
+"""Restores the state of the process after foreign code has run, so that examining a model has no side effects."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from .inside import GLOBAL_HOOKS, is_pytorchs
+from .inside import GLOBAL_HOOKS, is_torch_or_builtin
 
 _CONTAINERS = (list, dict, set, deque)
 
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[list[str]]:
-    """For running copies of `model`: afterwards its classes, the containers that its code names, random states and the
-    number of threads are as before.
+    """Run copies of `model` inside this block. Afterwards its classes, the containers that its code names, the random
+    states and the number of threads are as before.
 
-    Gives a list, which in the end names what was put back. Meanwhile hooks for all modules are not called, and there is
-    one thread: OpenMP's pool, once started, would hang in every process forked later.
+    Yields a list to which the end of the block adds the names of what it had to restore. Inside the block, global
+    module hooks are not called, and PyTorch uses one thread, because a process forked later would hang in an OpenMP
+    pool that was started here.
     """
     classes = {cls: dict(vars(cls)) for module in model.modules() for cls in type(module).__mro__}
     containers = {id(each): (name, each, _contents(each)) for name, each in _reachable(classes)}
@@ -39,21 +40,21 @@ def undisturbed(model: nn.Module) -> Iterator[list[str]]:
     finally:
         torch.set_num_threads(threads)
         for each, contents in hooks:
-            _put_back(each, contents)
+            _restore_container(each, contents)
         torch.set_rng_state(draws[0])
         random.setstate(draws[1])
         if draws[2] is not None:
             sys.modules["numpy.random"].set_state(draws[2])
         for cls, attributes in classes.items():
-            changed += _restore(cls, attributes)
+            changed += _restore_class(cls, attributes)
         for name, each, contents in containers.values():
             if not _is_same(_contents(each), contents):
-                _put_back(each, contents)
+                _restore_container(each, contents)
                 changed.append(name)
 
 
 def random_states() -> tuple[Any, Any, Any]:
-    """Of torch (on the CPU), Python, and NumPy if it is loaded."""
+    """The random states of torch (on the CPU), Python, and NumPy if it is loaded."""
     numpy = sys.modules.get("numpy.random")
     return torch.get_rng_state(), random.getstate(), numpy.get_state() if numpy else None
 
@@ -62,7 +63,7 @@ def are_equal(states: tuple[Any, Any, Any], others: tuple[Any, Any, Any]) -> boo
     return torch.equal(states[0], others[0]) and states[1] == others[1] and str(states[2]) == str(others[2])
 
 
-def _restore(cls: type, attributes: dict[str, Any]) -> Iterator[str]:
+def _restore_class(cls: type, attributes: dict[str, Any]) -> Iterator[str]:
     for name in {*vars(cls), *attributes}:
         if name not in attributes:
             delattr(cls, name)
@@ -70,16 +71,16 @@ def _restore(cls: type, attributes: dict[str, Any]) -> Iterator[str]:
             setattr(cls, name, attributes[name])
         else:
             continue
-        if name != "__slotnames__":  # in which copy keeps what it looked up
+        if name != "__slotnames__":  # a cache of the copy module
             yield f"{cls.__name__}.{name}"
 
 
 def _reachable(classes: dict[type, dict[str, Any]]) -> Iterator[tuple[str, Any]]:
-    """The lists, dicts, sets and deques that code of these classes names: their attributes, and its globals, closures
-    and defaults. Not PyTorch's."""
+    """The lists, dicts, sets and deques that the code of these classes can name, with their names: the attributes of
+    the classes, and the globals, closures and defaults of their functions. PyTorch's classes are left out."""
     seen: set[int] = set()
     for cls, attributes in classes.items():
-        if is_pytorchs(cls):
+        if is_torch_or_builtin(cls):
             continue
         for name, value in attributes.items():
             if name.startswith("__") and not isinstance(value, FunctionType):
@@ -99,7 +100,7 @@ def _named(name: str, value: Any, module: str, seen: set[int]) -> Iterator[tuple
         for used, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
             try:
                 yield from _named(used, cell.cell_contents, module, seen)
-            except ValueError:  # it is empty
+            except ValueError:  # the cell is empty
                 continue
         for default in (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()):
             yield from _named(f"a default of {name}", default, module, seen)
@@ -116,6 +117,6 @@ def _is_same(contents: list[Any], others: list[Any]) -> bool:
     return flat(contents) == flat(others)
 
 
-def _put_back(container: Any, contents: list[Any]) -> None:
+def _restore_container(container: Any, contents: list[Any]) -> None:
     container.clear()
     (container.extend if isinstance(container, (list, deque)) else container.update)(contents)

@@ -87,7 +87,7 @@ def test_a_gpu_that_it_runs_on_is_asked_once():
         assert among.select(GPU).name == "cuda"
     cuda = among.backends["cuda"]
     assert cuda.limits(0) == LIMITS
-    assert cuda.why_not(torch.device("cpu")) == "it serves CUDA tensors; x is on cpu"
+    assert cuda.why_not(torch.device("cpu")) == "it runs on CUDA tensors; x is on cpu"
     assert library.asked == 1
 
 

@@ -64,7 +64,7 @@ def test_without_a_library_the_reference_serves_and_says_why(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("reference")
     assert "no-such-compiler is not on the PATH" in done.stdout
-    assert "reference PyTorch serves cpu tensors" in done.stderr
+    assert "cpu tensors run on reference PyTorch" in done.stderr
 
 
 NUMBERS = """

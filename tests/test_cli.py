@@ -149,7 +149,7 @@ def test_verify_passes_on_the_grid(native, monkeypatch):
     monkeypatch.setattr(cases, "GRID_LAYOUTS", ("every_second",))
     result = run("verify")
     assert result.exit_code == 0, result.output
-    assert "served by the cpu backend" in result.stdout
+    assert "run by the cpu backend" in result.stdout
     assert "wrong" not in result.output
 
 

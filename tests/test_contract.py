@@ -336,7 +336,8 @@ def test_a_device_without_a_backend_falls_back_once_and_says_so(caplog, monkeypa
         for _ in range(2):
             assert call(se_fused.squeeze_excite, tensors, {}).shape == tensors["x"].shape
     assert [record.message for record in caplog.records] == [
-        "se_fused: reference PyTorch serves meta tensors: it serves CPU tensors; x is on meta (python -m se_fused info)"
+        "se_fused: meta tensors run on reference PyTorch: it runs on CPU tensors; x is on meta"
+        " (python -m se_fused info)"
     ]
     with se_fused.use_backend("cpu"), pytest.raises(se_fused.BackendUnavailable, match="x is on meta"):
         call(se_fused.squeeze_excite, tensors, {})

@@ -28,7 +28,7 @@ DAMAGE = {
     "missing": (lambda folder: (folder / LIBRARY).unlink(), f"No such file or directory: '.*{LIBRARY}"),
     "a folder": (
         lambda folder: ((folder / LIBRARY).unlink(), (folder / LIBRARY).mkdir()),
-        f"{LIBRARY} is no regular file",
+        f"{LIBRARY} is not a regular file",
     ),
     "without build.json": (lambda folder: (folder / manifest.NAME).unlink(), "it has no build.json"),
     "with half a build.json": (lambda folder: cut(folder / manifest.NAME), "JSONDecodeError"),

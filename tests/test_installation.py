@@ -61,7 +61,7 @@ def test_what_cannot_be_built_is_said_in_one_line_and_the_reference_serves(place
     served, _, facts = output.partition("\n")
     assert served == "reference"
     said = [line for line in said if "compiling the CPU kernels" not in line]
-    assert one(said, "se_fused: reference PyTorch serves cpu tensors: ", *words, "(python -m se_fused info)")
+    assert one(said, "se_fused: cpu tensors run on reference PyTorch: ", *words, "(python -m se_fused info)")
     assert all(word in json.loads(facts)["backends"]["cpu"]["cpu"] for word in words)
     if place.cache.exists():
         assert left(place.cache) == set()

@@ -172,7 +172,7 @@ def test_an_unknown_backend_in_the_environment_is_named_and_no_call_is_served():
     assert done.stdout == "imported\n"
     said = "SE_FUSED_BACKEND is 'gpu'; it must be one of auto, cuda, triton, cpu, reference"
     assert f"se_fused: {said}" in done.stderr.splitlines()
-    assert f"BackendUnavailable: backend 'gpu' was asked for and cannot serve this call: {said}" in done.stderr
+    assert f"BackendUnavailable: backend 'gpu' was asked for and cannot run this call: {said}" in done.stderr
     assert done.returncode == 1
 
 

@@ -208,7 +208,7 @@ def test_restore_refuses_a_class_changed_since() -> None:
     layer = SEModule(16)
     replace(layer)
     layer.__class__ = type("Other", (type(layer),), {})
-    with pytest.raises(RuntimeError, match="class of a replaced layer was changed since, to Other"):
+    with pytest.raises(RuntimeError, match="class of a replaced layer was changed afterwards, to Other"):
         restore(layer)
 
 

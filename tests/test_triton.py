@@ -218,7 +218,7 @@ def test_auto_never_interprets_and_explain_says_why():
         assert se_fused.explain(*positional).backend == "triton"
         with se_fused.use_backend("auto"):
             assert "only where it is asked for" in se_fused.explain(*positional).why_not["triton"]
-    assert Triton().why_not(torch.device("meta")) == "it serves CUDA and ROCm tensors; x is on meta"
+    assert Triton().why_not(torch.device("meta")) == "it runs on CUDA and ROCm tensors; x is on meta"
 
 
 class OnGpu(Triton):
@@ -232,7 +232,7 @@ def test_a_gpu_without_the_cuda_library_runs_on_triton_and_logs_it_once(caplog):
     among, device = Choice((cuda, OnGpu(), backends.CPU)), torch.device("cuda")
     with se_fused.use_backend("auto"):
         assert [among.select(device).name, among.select(device).name] == ["triton", "triton"]
-    assert caplog.messages == ["se_fused: Triton serves cuda tensors: no nvcc was found (python -m se_fused info)"]
+    assert caplog.messages == ["se_fused: cuda tensors run on Triton: no nvcc was found (python -m se_fused info)"]
 
 
 def test_without_triton_the_reason_is_kept(monkeypatch):

@@ -21,19 +21,19 @@ const se::cpu::Kernels& kernels() {
   }
   static const se::cpu::Kernels chosen = [] {
     const char* variable = std::getenv("SE_FUSED_CPU");
-    const std::string asked = variable ? variable : "";
+    const std::string requested = variable ? variable : "";
 #if defined(__x86_64__)
-    if (asked == "x86-64-v4" || (asked.empty() && se::cpu::has_x86_64_v4())) {
+    if (requested == "x86-64-v4" || (requested.empty() && se::cpu::has_x86_64_v4())) {
       if (!se::cpu::has_x86_64_v4()) throw std::runtime_error("SE_FUSED_CPU=x86-64-v4: this CPU has no AVX-512");
       return SE_KERNELS(v4, "x86-64-v4");
     }
-    if (asked == "x86-64-v3" || (asked.empty() && se::cpu::has_x86_64_v3())) {
+    if (requested == "x86-64-v3" || (requested.empty() && se::cpu::has_x86_64_v3())) {
       if (!se::cpu::has_x86_64_v3()) throw std::runtime_error("SE_FUSED_CPU=x86-64-v3: this CPU has no AVX2");
       return SE_KERNELS(v3, "x86-64-v3");
     }
 #endif
-    if (!asked.empty() && asked != "baseline") {
-      throw std::runtime_error("SE_FUSED_CPU is " + asked + "; wanted baseline, x86-64-v3 or x86-64-v4");
+    if (!requested.empty() && requested != "baseline") {
+      throw std::runtime_error("SE_FUSED_CPU is " + requested + "; wanted baseline, x86-64-v3 or x86-64-v4");
     }
     return SE_KERNELS(baseline, "baseline");
   }();
@@ -65,8 +65,9 @@ se::cpu::Pool pool() {
           threads()};
 }
 
-// Asks for huge pages for a new map, before it is written: the page faults of a 77 MB output in 4 KB pages take longer
-// than the whole operation. Maps smaller than kHugeMap usually get memory that the allocator has used before.
+// Requests huge pages for a new map before it is written: the page faults of a 77 MB output in 4 KB pages take longer
+// than the whole operation. Maps smaller than kHugeMap usually get memory that the allocator has used before, and that
+// has its pages already.
 constexpr size_t kHugeMap = 4 << 20, kHugePage = 2 << 20;
 void request_huge_pages([[maybe_unused]] const void* map, [[maybe_unused]] size_t bytes) {
 #if defined(__linux__)
@@ -106,5 +107,5 @@ const se::Registered<Cpu> registered("CPU");
 
 }  // namespace
 
-// For csrc/fast_path.cpp, which gets its address from se_fused/backends/cpu.py.
+// For csrc/fast_path.cpp. se_fused/backends/cpu.py passes it this function's address.
 extern "C" __attribute__((visibility("default"))) void se_fused_cpu_forward(const se::Forward* f) { run_forward(*f); }

@@ -22,7 +22,7 @@ class DeviceGuard {
   }
 
  private:
-  std::unique_ptr<DeviceGuardOpaque, se::Owner<DeviceGuardHandle, aoti_torch_delete_device_guard>> guard_;
+  std::unique_ptr<DeviceGuardOpaque, se::Deleter<DeviceGuardHandle, aoti_torch_delete_device_guard>> guard_;
 };
 
 void* current_stream(int index) {

@@ -4,7 +4,7 @@ backend.py      what a backend is
 cuda.py, triton.py, cpu.py, reference.py
                 the four, in the order in which "auto" tries them
 choice.py       which of them runs a call, and why each other one does not
-forcing.py      which one the code around a call asks for
+forcing.py      which one is forced, by `use_backend` or SE_FUSED_BACKEND
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _NAMES = ("auto", *ALL)
 
 
 def load() -> None:
-    """Read SE_FUSED_BACKEND and load the compiled backends, building them if need be."""
+    """Read SE_FUSED_BACKEND and load the compiled backends, building them if necessary."""
     name = os.environ.get("SE_FUSED_BACKEND") or "auto"
     if name not in _NAMES:
         logging.getLogger("se_fused").warning(
@@ -50,24 +50,24 @@ def load() -> None:
         else:
             backend.load()
     if CPU.why_not(torch.device("cpu")) is not None and name != "reference":
-        _choice.say_who_serves(torch.device("cpu"), "reference")
+        _choice.warn_of_fallback(torch.device("cpu"), "reference")
 
 
 @contextmanager
 def use_backend(name: str, plan: str = "") -> Iterator[None]:
     """Force a backend inside a `with` block, for the calls of this thread or asyncio task, and for their backward.
 
-    Threads that start inside do not take part. A region of torch.compile is compiled again when the block that was
-    opened last in the process changes.
+    The block does not apply to threads that start inside it. A torch.compile region is compiled again when the block
+    that the process opened last is another one.
 
     Args:
         name: "auto", "cuda", "triton", "cpu" or "reference" (`se_fused.reference` under PyTorch's autograd).
-        plan: for "cuda", what the plan of each call must have, such as "two_pass" or "cluster size=4" (csrc/plan.h). A
-            call that no such plan serves raises ValueError, naming the limit.
+        plan: for "cuda", requirements on the plan of each call, such as "two_pass" or "cluster size=4" (csrc/plan.h). A
+            call for which no such plan exists raises ValueError, naming the limit.
 
     Raises:
         ValueError: for any other name, or a plan for another backend.
-        BackendUnavailable: from a call inside the block that this backend cannot serve.
+        BackendUnavailable: from a call inside the block that this backend cannot run.
     """
     if plan and name != "cuda":
         raise ValueError(f"use_backend: plan must be empty for {name!r}; got {plan!r}")

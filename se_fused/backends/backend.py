@@ -13,8 +13,8 @@ from ..options import Options
 class Backend:
     """One implementation of the operation, for some devices.
 
-    forward_out and backward_out take the arguments of the operators of these names (se_fused/ops.py): every map dense,
-    in the order [N, C, *spatial] or [N, *spatial, C], every weight dense, and the memory that they fill.
+    `forward_out` and `backward_out` take the arguments of the operators of the same names (se_fused/ops.py): dense maps
+    in the order [N, C, *spatial] or [N, *spatial, C], dense weights, and the tensors that they fill.
     """
 
     name: str
@@ -30,10 +30,10 @@ class Backend:
         raise NotImplementedError
 
     def plan(self, x: Tensor, r: int, options: Options, own_residual: bool) -> str | None:
-        """The kernels that a forward call launches, in words; None if there is nothing to choose.
+        """A description of the kernels that a forward call launches; None if the backend has no choice of kernels.
 
-        x: [N, C, *spatial], of which only shape, dtype, strides and device count. r: R, or 0 in the one-FC form.
-        own_residual: whether there is a residual that is not x.
+        x: [N, C, *spatial]; only its shape, dtype, strides and device are read. r: R, or 0 in the one-FC form.
+        own_residual: whether there is a residual other than x.
         """
         return None
 
@@ -41,19 +41,19 @@ class Backend:
 class Compiled(Backend):
     """A backend whose library registers the operators with PyTorch's dispatcher for one type of device."""
 
-    _unusable: str | None = None  # why no call can use it
+    _unusable: str | None = None  # the reason why no call can use this backend
 
     def load(self) -> None:
-        """Load the library, building it if need be. A failure leaves its reason for `why_not`."""
+        """Load the library, building it if necessary. After a failure, `why_not` gives the reason."""
         raise NotImplementedError
 
     def leave_out(self, reason: str) -> None:
-        """Let `why_not` give this reason for every device."""
+        """Make `why_not` give this reason for every device."""
         self._unusable = reason
 
     def why_not(self, device: torch.device) -> str | None:
         if self._unusable is None and device.type != self.name:
-            return f"it serves {self.name.upper()} tensors; x is on {device}"
+            return f"it runs on {self.name.upper()} tensors; x is on {device}"
         return self._unusable
 
     def forward_out(self, *args: Any) -> None:

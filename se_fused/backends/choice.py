@@ -15,14 +15,15 @@ _log = logging.getLogger("se_fused")
 
 
 class BackendUnavailable(RuntimeError):
-    """The backend that was asked for cannot serve the call; the message says why."""
+    """The backend that was asked for cannot run the call; the message says why."""
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """Answer of `se_fused.explain`: `backend` serves the call; `why_not` has a reason for each other one.
+    """What `se_fused.explain` returns.
 
-    plan: the kernels that a "cuda" backend launches for the forward pass; None elsewhere.
+    backend: the backend that runs the call. why_not: for each other backend, the reason why it does not.
+    plan: the kernels that the "cuda" backend launches for the forward pass; None for every other backend.
     """
 
     backend: str
@@ -35,44 +36,44 @@ class Explanation:
 
 
 class Choice:
-    """Chooses among `backends`: the first that can run a call, or the one that is forced."""
+    """Chooses the first of `backends` that can run a call, or the one that is forced."""
 
     def __init__(self, backends: Sequence[Backend]) -> None:
         self.backends = {backend.name: backend for backend in backends}
-        self._said: set[str] = set()  # types of devices
+        self._warned: set[str] = set()  # device types
 
     def select(self, device: torch.device) -> Backend:
-        """The backend for a call on `device`. Raises BackendUnavailable if a forced one cannot serve it."""
+        """The backend for a call on `device`. Raises BackendUnavailable if a forced one cannot run it."""
         forced = forcing.current()
         if forced.name != "auto":
             reason = self._why_not_forced(forced, device)
             if reason is not None:
-                raise BackendUnavailable(f"backend {forced.name!r} was asked for and cannot serve this call: {reason}")
+                raise BackendUnavailable(f"backend {forced.name!r} was asked for and cannot run this call: {reason}")
             assert forced.backend is not None
             return forced.backend
         for backend in self.backends.values():
             if backend.why_not(device) is None:
                 break
-        self.say_who_serves(device, backend.name)
+        self.warn_of_fallback(device, backend.name)
         return backend
 
     def _why_not_forced(self, forced: forcing.Forced, device: torch.device) -> str | None:
-        if forced.backend is None:  # use_backend has checked its own
+        if forced.backend is None:  # only by SE_FUSED_BACKEND: use_backend has checked its name
             return f"SE_FUSED_BACKEND is {forced.name!r}; it must be one of auto, {', '.join(self.backends)}"
         return forced.backend.why_not(device)
 
-    def say_who_serves(self, device: torch.device, name: str) -> None:
-        """In one line, once: that a device has not its best backend, and why."""
+    def warn_of_fallback(self, device: torch.device, name: str) -> None:
+        """Log one line, once per device type, if `name` is not the best backend for `device`."""
         best = "cuda" if device.type == "cuda" else "cpu"
-        if name == best or device.type in self._said or torch.compiler.is_compiling():
+        if name == best or device.type in self._warned or torch.compiler.is_compiling():
             return
-        self._said.add(device.type)
-        server = "reference PyTorch" if name == "reference" else "Triton"
+        self._warned.add(device.type)
+        fallback = "reference PyTorch" if name == "reference" else "Triton"
         reason = (self.backends[best].why_not(device) or "").partition("\n")[0]
-        _log.warning("se_fused: %s serves %s tensors: %s (python -m se_fused info)", server, device.type, reason)
+        _log.warning("se_fused: %s tensors run on %s: %s (python -m se_fused info)", device.type, fallback, reason)
 
     def explain(self, device: torch.device, plan: Callable[[Backend], str | None] | None = None) -> Explanation:
-        """`Explanation` for a call on `device`. plan: of the chosen backend."""
+        """The `Explanation` of a call on `device`. plan: gives the plan of the chosen backend."""
         chosen = self.select(device)
         instead = f"{chosen.name} comes first" if forcing.current().name == "auto" else f"{chosen.name} was asked for"
         reasons = {

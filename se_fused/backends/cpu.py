@@ -14,8 +14,8 @@ from torch.autograd import profiler
 from torch.utils._device import DeviceContext
 
 from .. import native
-from ..arguments import needs_grad, writes_a_past_inference
-from ..memory import PLAIN
+from ..arguments import is_locked_inference_tensor, needs_grad
+from ..memory import PLAIN_TYPES
 from ..observers import observed, under_transform
 from . import forcing
 from .backend import Compiled
@@ -27,7 +27,7 @@ class Cpu(Compiled):
     name = "cpu"
 
     def __init__(self) -> None:
-        # The function `forward` of csrc/fast_path.cpp, once it is connected to the kernels.
+        # `forward` of csrc/fast_path.cpp once it is connected to the kernels, before that None.
         self._forward: Callable[..., Tensor | None] | None = None
 
     def load(self) -> None:
@@ -43,27 +43,30 @@ class Cpu(Compiled):
             _log.warning("se_fused: each call on the CPU takes some microseconds more: %s", error)
 
     def _connect(self, path: Path) -> None:
-        """Open the fast path to the kernels in `path`."""
+        """Connect the fast path to the kernels in the library `path`."""
         address = ctypes.cast(ctypes.CDLL(str(path)).se_fused_cpu_forward, ctypes.c_void_p).value
         extension = native.load_extension()
-        if extension.connect(address, PLAIN, torch.empty_like):
+        if extension.connect(address, PLAIN_TYPES, torch.empty_like):
             self._forward = extension.forward
 
     def has_fast_path(self) -> bool:
         return self._forward is not None
 
     def fast_path(self, *args: Any, inplace: bool) -> Tensor | None:
-        """y straight from the kernels: inference on dense CPU tensors, while nobody traces, transforms, watches or
-        forces another backend.
+        """Run inference on dense CPU tensors without Python checks and dispatcher, and return y.
 
-        args: x, w1, b1, w2, b2, residual, then the options as numbers. With nothing to compute a call takes a quarter
-        of what checks and dispatcher take, longer than many a small map does (benchmarks/results/call_overhead.csv,
-        "bare" and "strided"). Returns None if the call must take the dispatcher, which reports errors and converts
-        inputs.
+        Returns None if the call must take the dispatcher, which reports errors and converts inputs; also while a call
+        is traced, transformed or observed, or another backend is forced.
+
+        A call that computes nothing takes a quarter of the time that it takes with checks and dispatcher, and that is
+        longer than the work on many small maps (benchmarks/results/call_overhead.csv, "bare" and "strided").
+
+        args: x, w1, b1, w2, b2, residual, then the options as numbers.
         """
         if _C._len_torch_function_stack() == 0:
             return self._fast_path(*args, inplace=inplace)
-        # `torch.set_default_device` is about creation alone, but would be called for each attribute of a tensor.
+        # The mode of `torch.set_default_device` affects only the creation of tensors, but PyTorch would call it for
+        # each attribute of a tensor.
         if _C._len_torch_function_stack() > 1 or type(_C._get_function_stack_at(0)) is not DeviceContext:
             return None
         with _C.DisableTorchFunction():
@@ -79,12 +82,12 @@ class Cpu(Compiled):
             if needs_grad(x, w1, b1, w2, b2, residual):
                 return None
         except AttributeError:
-            return None  # no tensor
+            return None  # not a tensor
         if not x.is_cpu or profiler._is_profiler_enabled or under_transform():
             return None
         if not forcing.current().allows(self):
             return None
-        if inplace and x.is_inference() and writes_a_past_inference(x):
+        if inplace and x.is_inference() and is_locked_inference_tensor(x):
             return None
         y = self._forward(x, w1, b1, w2, b2, residual, inplace, *options)
         if inplace and y is not None:

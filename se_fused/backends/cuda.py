@@ -1,4 +1,4 @@
-"""The CUDA kernels (csrc/cuda/), launched as a plan says (csrc/plan.h)."""
+"""The CUDA kernels (csrc/cuda/). A plan says which of them a call launches, and how (csrc/plan.h)."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ from .backend import Compiled
 
 
 class Cuda(Compiled):
-    """library: the compiled part, for what is no operator; None until it is loaded."""
+    """library: the compiled library, for its functions that are not operators; None until it is loaded."""
 
     name = "cuda"
 
     def __init__(self, library: ctypes.CDLL | None = None) -> None:
         self._unusable = "there is no NVIDIA GPU"
-        self._gpus: dict[int, list[int] | str] = {}  # of each GPU that was asked: its limits, or why it cannot be used
-        self._of_thread = threading.local()  # .plan: the forced plan that the library knows
+        self._gpus: dict[int, list[int] | str] = {}  # by device index: the GPU's limits, or why it cannot be used
+        self._thread_state = threading.local()  # .plan: the plan that the library was last told to force
         if library is not None:
             self._use(library)
 
     def load(self) -> None:
-        # Where NVML is there, CUDA stays uninitialised: a GPU is asked for more when a call first meets it.
+        # device_count uses NVML where it is there, which leaves CUDA uninitialised. The first call on a GPU asks for
+        # its limits.
         if torch.version.cuda is None or torch.cuda.device_count() == 0:
             return
         try:
@@ -50,8 +51,10 @@ class Cuda(Compiled):
         return answer if isinstance(answer, str) else None
 
     def limits(self, index: int) -> list[int]:
-        """Of a GPU: capability, multiprocessors, shared memory per block and per multiprocessor, clusters of 1, 2, 4, 8
-        and 16 blocks, bytes per microsecond of a copy, bytes of the L2.
+        """The limits of GPU `index`, on which plans depend.
+
+        These are: compute capability, multiprocessors, bytes of shared memory per block and per multiprocessor, how
+        many clusters of 1, 2, 4, 8 and 16 blocks run at once, bytes per microsecond of a copy, bytes of the L2.
 
         Raises:
             RuntimeError: if the library is not loaded, or does not run on the device.
@@ -64,7 +67,7 @@ class Cuda(Compiled):
     def _ask_gpu(self, index: int) -> list[int] | str:
         """The limits of a GPU, or why the library does not run on it: a driver older than the toolkit, no code for it.
 
-        The library is asked once per GPU, and again only where it failed for a reason that may pass, such as too little
+        The library is asked once per GPU, and again only after a failure that may be temporary, such as too little
         memory.
         """
         if index not in self._gpus:
@@ -76,8 +79,8 @@ class Cuda(Compiled):
             self._gpus[index] = answer
         return self._gpus[index]
 
-    # torch.compile takes the answer and does not look inside: this is what torch.compiler.assume_constant_result does,
-    # which would import the compiler, 1.3 of 2.9 s of `import se_fused`.
+    # Makes torch.compile take the result as a constant instead of tracing the function. The decorator for this,
+    # torch.compiler.assume_constant_result, would import the compiler: 1.3 of 2.9 s of `import se_fused`.
     _ask_gpu._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def forward_out(self, *args: Any) -> None:
@@ -90,9 +93,9 @@ class Cuda(Compiled):
 
     def _force_plan(self) -> None:
         plan = forcing.current().plan
-        if plan != getattr(self._of_thread, "plan", ""):
+        if plan != getattr(self._thread_state, "plan", ""):
             self._library.se_fused_force_plan(plan.encode())
-            self._of_thread.plan = plan
+            self._thread_state.plan = plan
 
     def plan(self, x: Tensor, r: int, options: Options, own_residual: bool) -> str:
         extension = native.load_extension()

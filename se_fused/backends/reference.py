@@ -1,7 +1,7 @@
 """The formula in plain PyTorch (se_fused/reference.py), for every device.
 
-A public call computes it under PyTorch's own autograd. What follows is for operators in programs that were recorded
-elsewhere, such as an exported one.
+A public call computes the formula under PyTorch's own autograd, without this class. The class runs the operators of
+programs that were recorded elsewhere, such as exported ones.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Reference(Backend):
             x, w1, b1, w2, b2, residual = found
             return reference.compute(x, w1, b1, w2, b2, residual, options)
 
-        # An operator runs below autograd; torch.func does not mind.
+        # An operator runs below autograd, where torch.autograd.grad records nothing; torch.func still works there.
         vjp: Any = torch.func.vjp(function, *(inputs[i] for i in given))[1]
         for i, grad in zip(given, vjp(g), strict=True):
             if grads[i] is not None:

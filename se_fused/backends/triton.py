@@ -1,4 +1,4 @@
-"""The Triton kernels (se_fused/triton/), which are imported when a call first needs them."""
+"""The Triton kernels (se_fused/triton/). The first call that needs them imports them."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Triton(Backend):
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         if device.type == "cpu":
             if not interpreted:
-                return "it serves CUDA and ROCm tensors, and CPU tensors only under TRITON_INTERPRET=1"
+                return "it runs on CUDA and ROCm tensors, and on CPU tensors only under TRITON_INTERPRET=1"
             if forcing.current().backend is not self:
-                return "it interprets its kernels, slowly, for CPU tensors only where it is asked for"
+                return "it interprets its kernels on CPU tensors, slowly, and only where it is asked for"
         elif device.type != "cuda":
-            return f"it serves CUDA and ROCm tensors; x is on {device}"
+            return f"it runs on CUDA and ROCm tensors; x is on {device}"
         elif interpreted:
             return "TRITON_INTERPRET=1 is set, which is for CPU tensors"
         elif torch.version.hip is None and torch.cuda.get_device_capability(device) < (7, 5):
@@ -36,7 +36,7 @@ class Triton(Backend):
         if self._kernels is None and self._broken is None:
             try:
                 self._kernels = importlib.import_module("se_fused.triton")
-            except Exception as error:  # an installation may break in any way; the reference still serves the call
+            except Exception as error:  # an installation may break in any way; the reference can still run the call
                 self._broken = f"triton cannot be imported: {error}"
         return self._broken
 
@@ -48,5 +48,5 @@ class Triton(Backend):
 
 
 def _resolved(argument: Any) -> Any:
-    """A tensor whose memory holds its numbers: what the dispatcher does for the compiled backends."""
+    """`argument`, materialised if it is a lazily negated tensor. For the compiled backends the dispatcher does this."""
     return argument.resolve_neg() if isinstance(argument, Tensor) else argument

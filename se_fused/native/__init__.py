@@ -1,6 +1,6 @@
-"""Which build of the native code serves this process: found in the package or the cache, else built; then loaded.
+"""Finds a build of the native code for this process in the package or the cache, or else makes one, and loads it.
 
-What is there already, whole, and serves is not compiled anew. What is damaged is never loaded.
+A build that is there, undamaged and usable is not compiled again. A damaged one is never loaded.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from .progress import Progress
 from .toolchain import BuildError
 
 __all__ = ["BuildError", "library", "load", "load_extension", "status"]
-_GIVEN_UP = "does_not_load"  # a file in a build that was made here and cannot be loaded
+_LOAD_FAILED = "does_not_load"  # a file that marks a build that was made here and does not load
 _log = logging.getLogger("se_fused")
 T = TypeVar("T")
 
 
 def _found(parent: Path, group: str, enough: Callable[[Iterable[bool]], bool] = all) -> Path | None:
-    """A build of these sources in `parent`; for "cuda", one with code for all, or any, of this machine's GPUs."""
+    """A build of these sources in `parent`, or None. For "cuda", it has code for all of this machine's GPUs, or with
+    `enough=any` for one of them."""
     name = recipe.key(group)
     if group == "cpu":
         return parent / name if (parent / name).is_dir() else None
@@ -37,13 +38,13 @@ def _found(parent: Path, group: str, enough: Callable[[Iterable[bool]], bool] = 
     return None
 
 
-def _existing(group: str) -> Iterator[Path]:
-    """The builds that serve this machine and are whole: in the package, in the cache."""
+def _usable_builds(group: str) -> Iterator[Path]:
+    """The undamaged builds for this machine: first one in the package, then one in the cache."""
     places: list[Callable[[], Path]] = [lambda: build.PREBUILT, cache.folder]
     for place in places:
         try:
             parent = place()
-        except BuildError:  # no cache folder
+        except BuildError:  # there is no cache folder
             continue
         try:
             folder = _found(parent, group)
@@ -55,13 +56,19 @@ def _existing(group: str) -> Iterator[Path]:
         if manifest.damage(folder) is None:
             yield folder
             continue
-        damage = manifest.damage(folder)  # again: another process may just have replaced it
+        damage = manifest.damage(folder)  # checked again, because another process may just have replaced the build
         if damage is not None and folder.is_dir():
             _log.warning("se_fused: %s is damaged and not used: %s", folder, damage)
 
 
-def _new(group: str, refused: dict[str, Any] | None = None) -> Path:
-    """A build made in the cache; where none can be made, a packaged one that serves some of this machine's GPUs."""
+def _build_in_cache(group: str, refused: dict[str, Any] | None = None) -> Path:
+    """Build in the cache and return the folder. If that fails, return a packaged build for some of this machine's GPUs.
+
+    refused: as for `build.build`.
+
+    Raises:
+        BuildError: if neither is possible.
+    """
     try:
         with Progress(group) as progress:
             return build.build(cache.folder(), group, progress, refused)
@@ -78,37 +85,37 @@ def _group(library: str) -> str:
 
 
 def library(name: str) -> Path:
-    """The shared library "cpu" or "cuda" or "_C" (the Python module), built if need be.
+    """The path of the shared library "cpu", "cuda" or "_C" (the Python module), which is built if necessary.
 
     Raises:
-        BuildError: if it has to be built and cannot be.
+        BuildError: if it must be built and cannot be.
     """
     group = _group(name)
-    return (next(_existing(group), None) or _new(group)) / recipe.file_name(name)
+    return (next(_usable_builds(group), None) or _build_in_cache(group)) / recipe.file_name(name)
 
 
 def load(name: str, loader: Callable[[Path], T]) -> T:
-    """What `loader` makes of `library(name)`. One that does not load is built anew, in the cache, once.
+    """Load `library(name)` with `loader` and return the result. If that fails, build it again in the cache, once.
 
     Raises:
-        BuildError: if it has to be built and cannot be, or does not load even then.
+        BuildError: if the library must be built and cannot be, or if the new build does not load either.
     """
     group, file, refused = _group(name), recipe.file_name(name), None
-    for folder in _existing(group):
+    for folder in _usable_builds(group):
         try:
             return loader(folder / file)
         except (OSError, ImportError) as error:
-            if _given_up(folder):
+            if _load_failure(folder):
                 raise BuildError(_does_not_load(folder, error)) from error
-            _log.warning("se_fused: %s does not load and is built anew: %s", folder, error.__cause__ or error)
-            with contextlib.suppress(OSError, ValueError):  # another process has removed it
+            _log.warning("se_fused: %s does not load and is built again: %s", folder, error.__cause__ or error)
+            with contextlib.suppress(OSError, ValueError):  # if another process has removed it
                 refused = manifest.read(folder)
-    folder = _new(group, refused)
+    folder = _build_in_cache(group, refused)
     try:
         return loader(folder / file)
     except (OSError, ImportError) as error:
-        with contextlib.suppress(OSError):  # else every process to come compiles it
-            (folder / _GIVEN_UP).write_text(str(error.__cause__ or error), encoding="utf-8")
+        with contextlib.suppress(OSError):  # without this mark, every later process would compile it
+            (folder / _LOAD_FAILED).write_text(str(error.__cause__ or error), encoding="utf-8")
         raise BuildError(_does_not_load(folder, error)) from error
 
 
@@ -118,10 +125,10 @@ def _does_not_load(folder: Path, error: Exception) -> str:
     return f"{folder} was built and does not load: {reason}{hint}; to build it again, remove it"
 
 
-def _given_up(folder: Path) -> str | None:
-    """Why a build did not load that was made here; None if it did, or was not tried."""
+def _load_failure(folder: Path) -> str | None:
+    """The reason why a build that was made here did not load; None if it loaded or was never loaded."""
     try:
-        return (folder / _GIVEN_UP).read_text(encoding="utf-8", errors="replace") or "it does not load"
+        return (folder / _LOAD_FAILED).read_text(encoding="utf-8", errors="replace") or "it does not load"
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -129,18 +136,18 @@ def _given_up(folder: Path) -> str | None:
 
 
 def load_extension() -> ModuleType:
-    """The extension module `se_fused._C`.
+    """The extension module `se_fused._C`, which is built if necessary.
 
     Raises:
-        BuildError: if it has to be built and cannot be.
+        BuildError: if it must be built and cannot be.
     """
     name = "se_fused._C"
     if name not in sys.modules:
-        sys.modules[name] = load("_C", lambda file: _imported(name, file))
+        sys.modules[name] = load("_C", lambda file: _import_file(name, file))
     return sys.modules[name]
 
 
-def _imported(name: str, file: Path) -> ModuleType:
+def _import_file(name: str, file: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None
     assert spec.loader is not None
@@ -150,7 +157,7 @@ def _imported(name: str, file: Path) -> ModuleType:
 
 
 def status() -> dict[str, Any]:
-    """What was built, when, by what and for what, where it lies, and what is wrong with it. Builds nothing."""
+    """Describe the tools, and each build: date, compiler, targets, folder, what is wrong with it. Builds nothing."""
     facts: dict[str, Any] = {"builds": [], "others": []}
     places = {"package": build.PREBUILT}
     tools: dict[str, Callable[[], object]] = {
@@ -160,7 +167,7 @@ def status() -> dict[str, Any]:
     for name, tool in tools.items():
         try:
             facts[name] = str(tool())
-        except Exception as error:  # whatever is wrong with an installation is to be said here
+        except Exception as error:  # an installation may break in any way, and this is the place to report it
             facts[name] = str(error)
             continue
         if name == "cache":
@@ -172,22 +179,25 @@ def status() -> dict[str, Any]:
             facts["builds"].append({"place": place, "folder": str(parent), "problem": str(error)})
             continue
         for folder in folders:
-            if _serves_here(folder):
-                facts["builds"].append({"place": place, "folder": str(folder)} | _described(folder))
+            if _is_current(folder):
+                facts["builds"].append({"place": place, "folder": str(folder)} | _describe(folder))
             else:
                 facts["others"].append(str(folder))
     return facts
 
 
-def _serves_here(folder: Path) -> bool:
-    """Whether a build is of these sources and flags, for this Python."""
+def _is_current(folder: Path) -> bool:
+    """Whether a build was made from these sources and flags, for this Python."""
     with contextlib.suppress(BuildError):
         return folder.name.split("-")[0] in {recipe.key(group) for group in recipe.GROUPS}
     return False
 
 
-def _described(folder: Path) -> dict[str, Any]:
-    facts = {"group": "cuda" if "-" in folder.name else "cpu", "problem": manifest.damage(folder) or _given_up(folder)}
-    with contextlib.suppress(OSError, ValueError, RecursionError):  # that is its damage
+def _describe(folder: Path) -> dict[str, Any]:
+    facts = {
+        "group": "cuda" if "-" in folder.name else "cpu",
+        "problem": manifest.damage(folder) or _load_failure(folder),
+    }
+    with contextlib.suppress(OSError, ValueError, RecursionError):  # `damage` has reported this
         facts = {**manifest.read(folder), **facts}
     return facts

@@ -1,9 +1,9 @@
-"""The one builder of the native code: by setup.py ahead of time, or when the package is first imported.
+"""Builds the native code: called by setup.py ahead of time, or by the first import of the package.
 
-A build is a folder named by `recipe.key`, so a stale one is never loaded. The name of a CUDA build goes on with the
-architectures that it has code for, so that a build made on one machine serves another with such a GPU. setup.py leaves
-it in the package; the first import, in the user's cache folder (cache.py). A build appears whole or not at all: it is
-made in another folder, flushed to the disk and renamed.
+A build is a folder named by `recipe.key`, so a stale one is never loaded. To the name of a CUDA build are added the
+architectures that it has code for, so that another machine with such a GPU can use it. setup.py builds into the
+package, the first import into the user's cache folder (cache.py). A build appears complete or not at all: it is made in
+another folder, flushed to the disk and renamed.
 """
 
 from __future__ import annotations
@@ -22,51 +22,51 @@ from .toolchain import BuildError
 
 PREBUILT = Path(__file__).resolve().parents[1] / "_native"
 _TIMEOUT = 1800  # seconds
-# Measured on two cores of an EPYC: seconds that one core compiles, for the CPU group and for each CUDA architecture.
+# Seconds of compilation on one core, for the CPU group and for each CUDA architecture; measured on two EPYC cores.
 _CPU_SECONDS, _CUDA_SECONDS = 50, 40
-_LONGEST = 10  # of one file
-# Becomes ninja. Its stdin ends without a line when the process that builds is no more: then ninja is asked to stop, and
-# ends the compilers.
-_NOT_AN_ORPHAN = 'exec 3<&0; (read _ <&3 || kill $$) >/dev/null 2>&1 & exec "$@" 3<&- </dev/null'
+_SLOWEST_FILE_SECONDS = 10
+# A shell script that becomes ninja. If this process dies, ninja's stdin ends without a line; then the script terminates
+# ninja, which ends the compilers.
+_END_WITH_PARENT = 'exec 3<&0; (read _ <&3 || kill $$) >/dev/null 2>&1 & exec "$@" 3<&- </dev/null'
 
 WAITING = "se_fused: waiting for another process, which compiles in the same folder"
 
 
 class Watcher:
-    """Is told how a build proceeds; this base class ignores it."""
+    """Receives the progress of a build; this base class ignores it."""
 
     def waits(self) -> None:
-        """Another process builds in the same folder."""
+        """The build waits, because another process builds in the same folder."""
 
     def begins(self) -> None:
         """Compilation begins."""
 
     def step(self, done: int, steps: int) -> None:
-        """So many of all its steps are done."""
+        """Of all `steps`, `done` are done."""
 
 
 def usual_seconds(group: str) -> int:
-    """About how long a build takes here."""
+    """Estimate how long a build takes on this machine, in seconds."""
     work = _CUDA_SECONDS * len(gpus.architectures()) if group == "cuda" else _CPU_SECONDS
-    return max(_LONGEST, round(work / toolchain.jobs()))
+    return max(_SLOWEST_FILE_SECONDS, round(work / toolchain.jobs()))
 
 
 def build(
     parent: Path, group: str = "cpu", watcher: Watcher | None = None, refused: dict[str, Any] | None = None
 ) -> Path:
-    """Build a group into a folder of `parent` and return that folder; a build that is there and whole stays as it is.
+    """Build a group into a folder of `parent` and return that folder. An undamaged build that is there already is kept.
 
-    Safe against other processes that build the same, and against being killed: what such a process left is removed.
+    Several processes may build at the same time, and any of them may be killed: the next build removes what it left.
 
-    refused: what build.json says of a build that is whole and does not load; one like it is replaced.
+    refused: the build.json of an undamaged build that does not load; a build with the same one is replaced.
 
     Raises:
-        BuildError: without a compiler, if compilation fails (then the message ends with the compiler's), or if
+        BuildError: if there is no compiler, compilation fails (then the message ends with the compiler's output), or
             `parent` cannot be written to.
     """
     parent = parent.resolve()
     target = parent / "-".join([recipe.key(group), *(gpus.architectures() if group == "cuda" else [])])
-    if _serves(target, refused):
+    if _is_usable(target, refused):
         return target
     for tool in (toolchain.compiler, *[toolchain.nvcc] * (group == "cuda"), toolchain.ninja, toolchain.jobs):
         tool()  # before anything is written
@@ -75,7 +75,7 @@ def build(
     except ImportError as error:
         raise BuildError("filelock is not installed: pip install filelock") from error
     watcher = watcher or Watcher()
-    lock = FileLock(parent / ".lock")  # one for the folder: who has it knows that nobody else builds here
+    lock = FileLock(parent / ".lock")  # whoever holds it is the only one that builds in this folder
     try:
         try:
             held = lock.acquire(timeout=0)
@@ -90,7 +90,7 @@ def build(
         raise BuildError(f"cannot build in {parent}: {error}") from error
 
 
-def _serves(target: Path, refused: dict[str, Any] | None) -> bool:
+def _is_usable(target: Path, refused: dict[str, Any] | None) -> bool:
     try:
         return manifest.damage(target) is None and manifest.read(target) != refused
     except (OSError, ValueError):  # another process has just replaced it
@@ -98,10 +98,10 @@ def _serves(target: Path, refused: dict[str, Any] | None) -> bool:
 
 
 def _build(parent: Path, target: Path, group: str, watcher: Watcher, refused: dict[str, Any] | None) -> Path:
-    """`build`, where nobody else builds in `parent`."""
-    for left in parent.glob("building-*"):  # by who was killed
+    """`build` while holding the lock on `parent`."""
+    for left in parent.glob("building-*"):  # by a process that was killed
         shutil.rmtree(left, ignore_errors=True)
-    if _serves(target, refused):
+    if _is_usable(target, refused):
         return target
     folder = parent / f"building-{target.name}"
     folder.mkdir()
@@ -118,7 +118,7 @@ def _build(parent: Path, target: Path, group: str, watcher: Watcher, refused: di
                 raise BuildError(f"compilation failed: {toolchain.compiler()[0]} ended well and wrote no {file}")
             (folder / file).rename(finished / file)
         manifest.write(finished, _facts(group) | {"seconds": round(time.monotonic() - began, 1)}, files)
-        _remove(target)  # what is replaced
+        _remove(target)  # the build that this one replaces
         finished.rename(target)
         return target
     finally:
@@ -126,7 +126,7 @@ def _build(parent: Path, target: Path, group: str, watcher: Watcher, refused: di
 
 
 def _facts(group: str) -> dict[str, object]:
-    flags = toolchain.more_flags()
+    flags = toolchain.extra_flags()
     facts: dict[str, object] = {"group": group, "compiler": toolchain.version(toolchain.compiler()), "flags": flags}
     if group == "cuda":
         return facts | {"nvcc": toolchain.version([toolchain.nvcc()]), "architectures": gpus.architectures()}
@@ -134,10 +134,10 @@ def _facts(group: str) -> dict[str, object]:
 
 
 def _remove(target: Path) -> None:
-    """Remove what is in the place of a build: a folder, a link or a file. Raises OSError."""
+    """Remove the folder, link or file at the path of a build. Raises OSError."""
     doomed = target.with_name("building-old")
     try:
-        target.rename(doomed)  # at once, so that nobody sees half of it
+        target.rename(doomed)  # atomic, so that nobody sees half of it
     except FileNotFoundError:
         return
     if doomed.is_dir() and not doomed.is_symlink():
@@ -148,11 +148,11 @@ def _remove(target: Path) -> None:
 
 def _run_ninja(folder: Path, watcher: Watcher) -> None:
     ninja = [toolchain.ninja(), "-C", str(folder), "-j", str(toolchain.jobs())]
-    # TMPDIR: what a killed compiler leaves goes with the folder. LC_ALL: words that `_reason` knows.
+    # TMPDIR: what a killed compiler leaves is removed with the folder. LC_ALL: `_error_line` knows only English.
     more = {"NINJA_STATUS": "%f/%t ", "TMPDIR": str(folder), "LC_ALL": "C"}
-    pipe, words, too_long = subprocess.PIPE, "", threading.Event()
+    pipe, output, too_long = subprocess.PIPE, "", threading.Event()
     with subprocess.Popen(
-        ["/bin/sh", "-c", _NOT_AN_ORPHAN, "sh", *ninja], stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True,
+        ["/bin/sh", "-c", _END_WITH_PARENT, "sh", *ninja], stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True,
         errors="replace", env={**os.environ, **more},
     ) as process:  # fmt: skip
 
@@ -171,9 +171,9 @@ def _run_ninja(folder: Path, watcher: Watcher) -> None:
                 if step:
                     watcher.step(int(step[1]), int(step[2]))
                 else:
-                    words += line
+                    output += line
             process.stdin.write("done\n")
-        except BaseException:  # an interrupt, too, must not leave compilers behind
+        except BaseException:  # an interrupt must not leave compilers behind either
             process.terminate()
             raise
         finally:
@@ -181,13 +181,13 @@ def _run_ninja(folder: Path, watcher: Watcher) -> None:
     if too_long.is_set():
         raise BuildError(f"compilation took more than {_TIMEOUT} s")
     if process.returncode != 0:
-        raise BuildError(f"compilation failed: {_reason(words)}\n{words[-4000:]}")
+        raise BuildError(f"compilation failed: {_error_line(output)}\n{output[-4000:]}")
 
 
-def _reason(words: str) -> str:
+def _error_line(output: str) -> str:
     """The line of a compiler's output that says what is wrong."""
     for pattern in (r"error: (?!ld returned)", r"undefined reference|cannot find|No space left|fatal|signal", r"error"):
-        found = re.search(rf"^.*(?:{pattern}).*$", words, re.MULTILINE)
+        found = re.search(rf"^.*(?:{pattern}).*$", output, re.MULTILINE)
         if found:
             hint = " (apt install python3-dev, dnf install python3-devel)" if "Python.h" in found[0] else ""
             return found[0].strip() + hint

@@ -1,6 +1,6 @@
-"""The cache folder, where the first import builds what the package does not have.
+"""The cache folder, where the first import builds the libraries that the package does not contain.
 
-Environment: SE_FUSED_CACHE, the folder; else the user's own, as platformdirs has it.
+Environment: SE_FUSED_CACHE is the folder; if it is not set, the folder is the user's cache folder by platformdirs.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from .toolchain import BuildError
 
 
 def folder() -> Path:
-    """The cache folder, made if need be. Only this user may write to it: what lies there is loaded as code.
+    """The cache folder, made if necessary. Only this user may write to it, because its files are loaded as code.
 
     Raises:
-        BuildError: in one line, if there is none.
+        BuildError: if there is no usable folder. The message is one line.
     """
     path = _named()
     try:
@@ -28,7 +28,7 @@ def folder() -> Path:
     if not {link.st_uid, status.st_uid} <= {0, os.getuid()}:
         raise BuildError(f"{path} belongs to another user; SE_FUSED_CACHE names another cache folder")
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise BuildError(f"others than this user may write to {path} (chmod 700); SE_FUSED_CACHE names another folder")
+        raise BuildError(f"other users may write to {path} (chmod 700); SE_FUSED_CACHE names another folder")
     return path
 
 
@@ -42,8 +42,8 @@ def _named() -> Path:
         path = Path(platformdirs.user_cache_dir("se_fused"))
     except (ImportError, AttributeError) as error:
         raise BuildError("platformdirs is not installed; SE_FUSED_CACHE names a cache folder") from error
-    except RuntimeError as error:  # a user without a home
+    except RuntimeError as error:  # the user has no home
         raise BuildError(f"no cache folder: {error}; SE_FUSED_CACHE names one") from error
-    if not path.is_absolute():  # of a user whom the system does not know, "~" stays as it is
+    if not path.is_absolute():  # for a user unknown to the system, "~" is not expanded
         raise BuildError("no cache folder: this user has no home; SE_FUSED_CACHE names one")
     return path

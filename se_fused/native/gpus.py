@@ -1,7 +1,7 @@
-"""Which GPUs are here, and which the CUDA kernels are compiled for.
+"""The GPUs of this machine, and the GPU architectures that the CUDA kernels are compiled for.
 
-Environment: TORCH_CUDA_ARCH_LIST, what to compile for, in torch's spellings ("8.0 9.0+PTX", "Ampere;Hopper", "All",
-"native").
+Environment: TORCH_CUDA_ARCH_LIST names the architectures to compile for, in torch's spellings ("8.0 9.0+PTX",
+"Ampere;Hopper", "All", "native").
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import sys
 
 from .toolchain import BuildError
 
-# Every architecture that the CUDA of today compiles for; the last one also as PTX, for those to come.
+# All architectures from 7.5 on that CUDA compiles for today; the last one also as PTX, for future ones.
 ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
-# torch.utils.cpp_extension's names. What is older than 7.5 cannot run the kernels and is left out.
+# The names that torch.utils.cpp_extension takes. Architectures before 7.5 are left out, because they cannot run the
+# kernels.
 _NAMED = {
     **dict.fromkeys(("Kepler", "Kepler+Tesla", "Maxwell", "Maxwell+Tegra"), ""),
     **dict.fromkeys(("Pascal", "Pascal+Tegra", "Volta", "Volta+Tegra"), ""),
@@ -30,11 +31,11 @@ OLDEST = 75
 
 @functools.cache
 def here() -> list[int]:
-    """The compute capabilities of this machine's GPUs (90 for 9.0), by NVML: CUDA stays uninitialised. Empty without
-    NVML."""
+    """The compute capabilities of this machine's GPUs (90 for 9.0), from NVML, so that CUDA stays uninitialised. Empty
+    if there is no NVML."""
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
-        nvml.nvmlInit_v2  # noqa: B018  another library may have its name
+        nvml.nvmlInit_v2  # noqa: B018  raises AttributeError if another library has this file name
     except (OSError, AttributeError):
         return []
     count, handle, major, minor = ctypes.c_uint(), ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
@@ -51,9 +52,9 @@ def here() -> list[int]:
 
 
 def _of_torch() -> list[int]:
-    """The same without NVML, by a process of its own, which takes seconds."""
+    """The compute capabilities from torch, for machines without NVML; asked in another process, which takes seconds."""
     program = "import torch; print(*map(torch.cuda.get_device_capability, range(torch.cuda.device_count())))"
-    if not os.path.basename(sys.executable or "").startswith("python"):  # a program that Python is a part of
+    if not os.path.basename(sys.executable or "").startswith("python"):  # a program that embeds Python
         return []
     command = [sys.executable, "-c", program]
     try:
@@ -64,10 +65,12 @@ def _of_torch() -> list[int]:
 
 
 def architectures() -> list[str]:
-    """What to compile for, such as ["80", "90+PTX"]: TORCH_CUDA_ARCH_LIST, else the GPUs that are here, else all.
+    """The architectures to compile for, such as ["80", "90+PTX"]: those of TORCH_CUDA_ARCH_LIST, else of the GPUs of
+    this machine, else all.
 
     Raises:
-        BuildError: for a list that torch would not take, or that has nothing from 7.5 on.
+        BuildError: for a list that torch would not take, or without an architecture from 7.5 on; or if all GPUs of this
+            machine are older.
     """
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
     names: list[str] = []
@@ -91,7 +94,7 @@ def architectures() -> list[str]:
 
 
 def number(architecture: str) -> int:
-    """90 of "90", "90a" and "90+PTX"."""
+    """The number of an architecture: 90 for "90", "90a" and "90+PTX"."""
     return int(re.sub(r"\D.*", "", architecture))
 
 
@@ -107,10 +110,13 @@ def architecture_flags() -> list[str]:
 
 
 def runs_on(architectures: list[str], gpu: int) -> bool:
-    """Whether code for these architectures runs on a GPU: machine code in one major version, PTX on all later ones."""
+    """Whether code for these architectures runs on a GPU of compute capability `gpu`.
+
+    Machine code runs on its own and later minor versions of the same major version, PTX on all later architectures.
+    """
     for name in architectures:
         oldest = number(name)
-        if re.search("[af]", name):  # of this very architecture, or of its family: taken for the first
+        if re.search("[af]", name):  # code for exactly this architecture (a) or its family (f); both are treated as "a"
             if oldest == gpu:
                 return True
         elif oldest <= gpu and (oldest // 10 == gpu // 10 or name.endswith("+PTX")):

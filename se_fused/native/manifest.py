@@ -1,6 +1,6 @@
-"""build.json, which every build has: what was built, when, by what, and the sum of each file.
+"""build.json, which every build has: its group and targets, date, compiler, and the SHA-256 of each file.
 
-A library that was cut short kills the process that maps it (SIGBUS). So each is checked before it is loaded.
+A truncated library kills the process that maps it (SIGBUS). So each library is checked before it is loaded.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ NAME = "build.json"
 
 
 def write(folder: Path, facts: dict[str, Any], files: Iterable[str]) -> None:
-    """Describe the finished `files` of `folder`, and wait until all of it is on the disk."""
+    """Write build.json for the finished `files` of `folder`, and wait until the whole folder is on the disk."""
     facts = facts | {
         "built": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "machine": platform.machine(),
-        "files": {name: {"bytes": (folder / name).stat().st_size, "sha256": _sum(folder / name)} for name in files},
+        "files": {name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in files},
     }
     (folder / NAME).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     for path in folder.iterdir():
         _flush(path)
-    with contextlib.suppress(OSError):  # some network file systems flush no folders
+    with contextlib.suppress(OSError):  # some network file systems cannot flush folders
         _flush(folder)
 
 
@@ -44,12 +44,12 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _sum(path: Path) -> str:
+def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """What build.json says. Raises OSError or ValueError if it is not there or says nothing."""
+    """The contents of build.json. Raises OSError or ValueError if it is missing or names no files."""
     facts = json.loads((folder / NAME).read_text(encoding="utf-8"))
     if not isinstance(facts, dict) or not isinstance(facts.get("files"), dict) or not facts["files"]:
         raise ValueError(f"{NAME} names no files")
@@ -57,7 +57,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with the build in `folder`; None if every file of its group is as it was built."""
+    """A description of what is wrong with the build in `folder`; None if every file of its group is as it was built."""
     group = "cuda" if "-" in folder.name else "cpu"
     try:
         if folder.is_symlink():
@@ -70,10 +70,10 @@ def damage(folder: Path) -> str | None:
                 return f"{NAME} does not name {name}"
             path, wanted = folder / name, files[name]
             if not stat.S_ISREG(path.lstat().st_mode):
-                return f"{name} is no regular file"
+                return f"{name} is not a regular file"
             if path.stat().st_size != wanted["bytes"]:
                 return f"{name} has {path.stat().st_size} bytes of {wanted['bytes']}"
-            if _sum(path) != wanted["sha256"]:
+            if _sha256(path) != wanted["sha256"]:
                 return f"{name} is not as it was built"
     except Exception as error:  # build.json may hold anything
         return f"{type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""What a first import says while it compiles: on a terminal a bar, elsewhere one line."""
+"""Shows the progress while a first import compiles: a bar on a terminal, else one line in the log."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _log = logging.getLogger("se_fused")
 
 
 class Progress(build.Watcher, contextlib.ExitStack):
-    """Open while a group is built. Says nothing of a build that is there already."""
+    """Open it while a group is built. It shows nothing if there is a build already."""
 
     def __init__(self, group: str) -> None:
         super().__init__()
@@ -33,13 +33,13 @@ class Progress(build.Watcher, contextlib.ExitStack):
             _log.warning(what)
 
     def _opens_bar(self, what: str) -> bool:
-        """Whether stderr is a terminal, and now has a bar."""
+        """Open a bar if stderr is a terminal. Returns whether it did."""
         try:
             if not sys.stderr.isatty():
                 return False
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-        except (AttributeError, ValueError, ImportError):  # stderr is closed or stood in for; there is no rich
+        except (AttributeError, ValueError, ImportError):  # stderr is closed or replaced, or there is no rich
             return False
         console = Console(stderr=True)
         if console.is_interactive:

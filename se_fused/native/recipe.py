@@ -1,7 +1,7 @@
-"""What is compiled from which sources with which flags, written as a file for ninja.
+"""The libraries, their sources and flags, written as a file for ninja.
 
-There are two groups: "cpu" (the CPU operators and the module _C) and "cuda" (the CUDA operators). Nothing here needs
-torch: csrc/torch_c.h declares what the code takes of it.
+There are two groups: "cpu" (the CPU operators and the module _C) and "cuda" (the CUDA operators). Compiling needs no
+torch: csrc/torch_c.h declares the functions of torch that the code calls.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from . import gpus, toolchain
 from .toolchain import BuildError
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-_BESIDE, _INSIDE = _PACKAGE.parent / "csrc", _PACKAGE / "csrc"
-SOURCES = _INSIDE if _INSIDE.is_dir() else _BESIDE
+_IN_CHECKOUT, _IN_PACKAGE = _PACKAGE.parent / "csrc", _PACKAGE / "csrc"
+SOURCES = _IN_PACKAGE if _IN_PACKAGE.is_dir() else _IN_CHECKOUT
 
-GROUPS = {"cpu": ("cpu", "_C"), "cuda": ("cuda",)}  # the libraries of each
+GROUPS = {"cpu": ("cpu", "_C"), "cuda": ("cuda",)}  # the libraries of each group
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-# What the loops need to become vector code. Nothing here reorders or contracts arithmetic: NaN and Inf keep their
-# meaning, and an element has the same bits in a vector as alone.
+# Without the first two, the loops are not vectorised. None of these reorders or contracts arithmetic, so NaN and Inf
+# keep their meaning, and vector code and scalar code compute the same bits for an element.
 _KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
 _SUFFIXES = (".h", ".cpp", ".cu", ".cuh", ".py")
 _X86 = {"v3": "x86-64-v3", "v4": "x86-64-v4"}
-# torch's libraries are in the process already. Named here, they are where the loader looks for torch's functions; what
-# is linked are empty libraries of these names, because the linker needs no more.
+# The loader looks for torch's functions in the libraries of these names, which the process has loaded already. The
+# linker needs only the names, so it gets empty libraries.
 _TORCH = ("torch", "torch_cpu")
 
-# Objects: the source and flags of each. Libraries: the objects of each, and the names of others that it needs.
+# Two dictionaries: by object, its source and flags; by library, its objects and the names of other libraries it needs.
 Recipe = tuple[dict[str, tuple[str, list[str]]], dict[str, tuple[list[str], tuple[str, ...]]]]
 
 
 def instruction_sets() -> dict[str, str]:
-    """What the CPU kernels are compiled for: the suffix of its objects, and its name in SE_FUSED_CPU."""
+    """The instruction sets of the CPU kernels: the suffix of each one's objects, and its name in SE_FUSED_CPU."""
     return {"baseline": "baseline", **(_X86 if platform.machine() in ("x86_64", "AMD64") else {})}
 
 
@@ -46,10 +46,10 @@ def file_name(library: str) -> str:
 
 
 def key(group: str = "cpu") -> str:
-    """A hash of all that a build of the group is made from, for this Python on this kind of machine.
+    """A hash of everything that a build of the group depends on: sources, flags, Python and kind of machine.
 
     Raises:
-        BuildError: if SE_FUSED_CXXFLAGS is no list of words, or the sources cannot be read.
+        BuildError: if SE_FUSED_CXXFLAGS cannot be split into words, or the sources cannot be read.
     """
     digest = hashlib.sha256()
     others = {name for name in GROUPS if name != group}
@@ -59,18 +59,18 @@ def key(group: str = "cpu") -> str:
         for path in [*sorted(SOURCES.rglob("*")), Path(__file__)]:
             if path.suffix not in _SUFFIXES or path.parent.name in others:
                 continue
-            if path.is_file() and not path.name.startswith("."):  # an editor's
+            if path.is_file() and not path.name.startswith("."):  # hidden files are those of editors
                 digest.update(path.name.encode() + b"\0" + path.read_bytes())
     except OSError as error:
         raise BuildError(f"the sources of the native code cannot be read: {error}") from error
     facts = (str(sysconfig.get_config_var("EXT_SUFFIX")), platform.machine(), sys.platform)
-    for text in (*toolchain.more_flags(), *facts):
+    for text in (*toolchain.extra_flags(), *facts):
         digest.update(text.encode() + b"\0")
     return digest.hexdigest()[:24]
 
 
 def of(group: str) -> Recipe:
-    """Objects and libraries of a group."""
+    """The recipe of a group."""
     return _cuda() if group == "cuda" else _cpu()
 
 
@@ -96,11 +96,11 @@ def _cuda() -> Recipe:
 
 
 def write_ninja(folder: Path, group: str) -> None:
-    """Write `folder`/build.ninja, beside links to what it reads: so no path of this machine is in a library, and none
-    has characters that ninja has no escape for.
+    """Write `folder`/build.ninja, and beside it links to everything that it reads. So no library contains a path of
+    this machine, and build.ninja has no path with characters that ninja cannot escape.
 
     Raises:
-        BuildError: where a tool or package is missing.
+        BuildError: if a tool or package is missing.
     """
     from ninja import ninja_syntax
 
@@ -119,13 +119,13 @@ def write_ninja(folder: Path, group: str) -> None:
     objects, libraries = of(group)
     with (folder / "build.ninja").open("w", encoding="utf-8", errors="surrogateescape") as file:
         ninja = ninja_syntax.Writer(file, width=10_000)
-        compiler = quote(*toolchain.compiler(), *FLAGS, *toolchain.more_flags())
+        compiler = quote(*toolchain.compiler(), *FLAGS, *toolchain.extra_flags())
         ninja.rule("cpp", f"{compiler} $flags -MD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
         if group == "cuda":
             ninja.rule(
                 "cu", f"{quote(toolchain.nvcc(), *NVCC_FLAGS, *gpus.architecture_flags())} $flags -c $in -o $out"
             )
-        # nvcc links CUDA's runtime statically: one library serves a torch of any CUDA.
+        # nvcc links CUDA's runtime statically, so one library works with a torch for any CUDA version.
         linker = quote(toolchain.nvcc()) if group == "cuda" else compiler
         ninja.rule("link", f"{linker} -shared $in -o $out $flags")
         ninja.rule("empty", f"{quote(*toolchain.compiler())} -shared -x c++ /dev/null -Wl,-soname,$soname -o $out")

@@ -1,7 +1,7 @@
-"""What a build needs of this machine: compilers, ninja, how many jobs.
+"""The tools of this machine for a build: compilers and ninja, and the number of parallel jobs.
 
-Environment: CXX, the C++ compiler; CUDA_HOME, where nvcc is, if not on the PATH; MAX_JOBS, parallel compilations;
-SE_FUSED_CXXFLAGS, more flags for the C++ compiler.
+Environment: CXX, the C++ compiler; CUDA_HOME, the folder of the CUDA toolkit, if nvcc is not on the PATH; MAX_JOBS, the
+number of parallel compilations; SE_FUSED_CXXFLAGS, extra flags for the C++ compiler.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def ninja() -> str:
         import ninja
     except ImportError as error:
         raise BuildError("ninja is not installed: pip install ninja") from error
-    # Its package does not find the program in pip's isolated builds, where it is on the PATH.
+    # In pip's isolated builds, ninja's package does not find the program, but the program is on the PATH.
     folder = getattr(ninja, "BIN_DIR", "")
     found = shutil.which("ninja", path=folder or None)
     if found is None:
@@ -55,7 +55,7 @@ def ninja() -> str:
 
 
 def jobs() -> int:
-    """Parallel compilations. Raises BuildError."""
+    """The number of parallel compilations. Raises BuildError if MAX_JOBS is not one."""
     asked = os.environ.get("MAX_JOBS", "")
     if not asked:
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -64,13 +64,13 @@ def jobs() -> int:
     return int(asked)
 
 
-def more_flags() -> list[str]:
-    """SE_FUSED_CXXFLAGS. Raises BuildError if it is no list of words."""
+def extra_flags() -> list[str]:
+    """The words of SE_FUSED_CXXFLAGS. Raises BuildError if it cannot be split into words."""
     return _words("SE_FUSED_CXXFLAGS")
 
 
 def version(command: list[str]) -> str:
-    """What a compiler says of itself, in one line."""
+    """The version line that a compiler prints; if it does not run, the error."""
     try:
         done = subprocess.run(
             [*command, "--version"], capture_output=True, text=True, errors="replace", check=False, timeout=60
