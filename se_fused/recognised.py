@@ -15,7 +15,7 @@ class Recognised:
     """What an SE layer computes, in the terms of `se_fused.squeeze_excite`.
 
     layer: the name of its class. channels, hidden: C and R; in the one-FC form `hidden` and `act` are None.
-    residual: whether the layer returns x * (1 + s). dims: the numbers of dimensions of x at which the match was checked.
+    residual: whether the layer returns x * (1 + s). dims: the numbers of dimensions of x for which this was checked.
     w1, b1, w2, b2: the dotted names of the parameters below the layer; None for a parameter that it does not have.
     """
 

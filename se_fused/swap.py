@@ -1,4 +1,4 @@
-"""What a replaced layer keeps of the check that it passed: for which calls and weights it holds, and if it still does."""
+"""What a replaced layer keeps of the check that it passed: for which calls and weights it holds; if it still does."""
 
 from __future__ import annotations
 
