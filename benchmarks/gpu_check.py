@@ -71,7 +71,7 @@ def gpu_tests(task: Task) -> list[str]:
 def _sanitizer_part(tool: str, seconds: float, **more: Any) -> Part:
     what = "compute-sanitizer over the smoke calls"
     clean = "RACECHECK SUMMARY: 0 hazards" if tool == "racecheck" else "ERROR SUMMARY: 0 errors"
-    return Part(tool, seconds, what, sanitizer(tool), proof=clean, refusal="Device not supported", **more)
+    return Part(tool, seconds, what, sanitizer(tool), must_contain=clean, refusal="Device not supported", **more)
 
 
 # A case of "models" takes up to 16 s, a case of the others up to 4 s.
@@ -80,7 +80,7 @@ PARTS = (
     Part("smoke", 24, "each algorithm, layout and dtype against float64", module("smoke"), silence=10),
     Part("layer", 108, "the layer beside eager, torch.compile and a copy", module("layer"), silence=30),
     Part("models", 100, "whole networks before and after replace", module("models"), silence=60),
-    Part("tests", 50, "tests/test_cuda.py in parallel processes", gpu_tests, proof=" passed"),
+    Part("tests", 50, "tests/test_cuda.py in parallel processes", gpu_tests, must_contain=" passed"),
     _sanitizer_part("memcheck", 50, beside="tests"),
     Part("instruction_sets", 50, "the CPU kernels of each one", module("instruction_sets", "cpu"), beside="tests"),
     Part("microbenchmarks", 15, "what the planner's model builds on", module("microbenchmarks")),

@@ -91,7 +91,7 @@ def means(columns: Mapping[str, Sequence[float | None]]) -> dict[str, list[float
     return found
 
 
-def _copy_share(line: Line) -> str:
+def _copy_fraction(line: Line) -> str:
     return f"{float(line['copy_us']) / float(line['p50_us']):.0%}"
 
 
@@ -114,7 +114,7 @@ def _forward(lines: list[Line]) -> str:
         fused = cell["fused"]
         rows.append([
             shape, _us(fused), f"{_us(cell[best])} ({LABELS[best]})", *map(ratio_text, ratios[shape]),
-            f"{float(fused['copy_us']):,.1f}", _copy_share(fused),
+            f"{float(fused['copy_us']):,.1f}", _copy_fraction(fused),
         ])  # fmt: skip
     rows += [[f"geometric mean, {label}", "", "", *map(ratio_text, m), "", ""] for label, m in means(ratios).items()]
     header = ["x", "fused µs", "best baseline µs", "best baseline / fused", "eager / fused", "copy µs", "copy / fused"]
@@ -166,7 +166,7 @@ def _gradients(lines: list[Line], direction: str) -> str:
     for shape, row in ratios.items():
         fused, eager = cells[shape]["fused"], cells[shape]["eager"]
         copy = f"{float(fused['copy_us']):,.1f}"
-        rows.append([shape, _us(fused), _us(eager), *map(ratio_text, row), copy, _copy_share(fused)])
+        rows.append([shape, _us(fused), _us(eager), *map(ratio_text, row), copy, _copy_fraction(fused)])
     rows += [
         [f"geometric mean, {label}", "", "", *map(ratio_text, row), "", ""] for label, row in means(ratios).items()
     ]

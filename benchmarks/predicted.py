@@ -109,9 +109,9 @@ def why(call: Call, plan: Any) -> str:
     if not size:
         return "no cluster holds a sample, or none is faster: x is read twice, by several launches"
     if 2 * call.r > call.side**2:  # 2 C R weights, C L positions
-        return "the weights outweigh a sample, and every cluster reads them again"
+        return "the weights are larger than a sample, and every cluster reads them again"
     if 2 * (shared + RESERVED) > call.gpu.shared_per_sm:
-        return "a block fills its multiprocessor: nothing of its own overlaps"
+        return "a block fills its SM, so nothing overlaps"
     return "loads, exchange and layers of a cluster wait for one another"
 
 
@@ -154,7 +154,7 @@ def table(record: Path) -> str:
     theirs = (
         f"torch.compile, as fitted: {launches:.1f} µs, bytes from memory at {1 / far:.2f} and from the L2 at "
         f"{1 / near:.2f} of a copy's speed, {products * 1e3:.2f} ns for each product of a channel and a hidden unit on "
-        "a multiprocessor."
+        "an SM."
     )
     second = markdown(["GPU", "predicted slower than torch.compile, because", "calls"], reasons)
     return f"{theirs}\n\n{first}\n\n{second}"

@@ -26,7 +26,7 @@ class Shape:
         return f"{self.n}x{self.c}x{self.h}x{self.w}"
 
 
-# Each R is that of a network which has a layer of this width.
+# Each R is that of a network which has a layer with this C.
 BATCH_1 = (
     Shape(1, 72, 28, 28, r=24),  # MobileNetV3-Large
     Shape(1, 96, 112, 112, r=4),  # EfficientNet-B0 at 448 pixels; 56x56 at 224

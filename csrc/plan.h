@@ -19,8 +19,8 @@ constexpr int kThreads = 256;  // threads per block of two_pass
 // registers per thread.
 constexpr int kMostForwardThreads = 768, kMostBackwardThreads = 512;
 constexpr int kGemvChunk = 1024;  // elements of a vector that are staged in shared memory for a product with a matrix
-constexpr int kSamples = 4;       // samples for which one read of the weights is used, where several samples use it
-constexpr int kColumns = 32;      // columns of a matrix per warp, and of a tile of weight gradients
+constexpr int kSamples = 4;   // samples per block of hidden and backward_hidden, which read the weights once for all
+constexpr int kColumns = 32;  // columns of a matrix per warp, and of a tile of weight gradients
 
 #ifdef __CUDACC__
 #define SE_FUSED_BOTH __host__ __device__
@@ -34,7 +34,7 @@ SE_FUSED_BOTH constexpr int64_t padded(int64_t numbers) { return (numbers + 3) /
 // memory that the steps use in turn (`work`). The planner counts shared memory by this layout, and the kernels use it.
 //            forward                                 backward
 //   own      z of the block's channels               dp2 of the block's channels
-//   part     the block's part of W1 z                the block's part of W2^T dp2
+//   part     the block's part of W1 z                the block's part of dp2 W2
 //   whole    h; z of all channels where R = 0        dp1; dp2 of all channels where R = 0
 //   gates    s of the block's channels               s and dz / L of the block's channels; two numbers more per channel
 //                                                    for the maximum

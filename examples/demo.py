@@ -59,8 +59,8 @@ def main(
     logging.basicConfig(format="%(message)s")
     console = Console()
     output.mkdir(parents=True, exist_ok=True)
-    served = backends.select(torch.device("cpu")).name
-    console.print(f"The fused layer is served by the {served} backend.")
+    backend = backends.select(torch.device("cpu")).name
+    console.print(f"The fused layer runs on the {backend} backend.")
     paths: list[Path] = []
     if not part or Part.digits in part:
         paths += digits(output, epochs, console)

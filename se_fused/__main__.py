@@ -109,7 +109,7 @@ def _arguments(given: list[str]) -> tuple[list[str], dict[str, Any]]:
 @app.command()
 def plan(
     shape: Annotated[str, typer.Argument(help="Shape of x: 32x256x56x56, with 1 to 3 spatial sizes.")],
-    hidden: Annotated[int, typer.Option("--hidden", min=0, help="R, the width of the hidden layer; 0: one layer.")],
+    hidden: Annotated[int, typer.Option("--hidden", min=0, help="R, the units of the hidden layer; 0: one layer.")],
     device: Annotated[str, typer.Option(help="A known GPU: H200, A100, T4, ...")] = "H200",
     dtype: Annotated[str, typer.Option(help="float32, float64, float16 or bfloat16.")] = "float16",
     channels_last: Annotated[bool, typer.Option("--channels-last", help="The order of x.")] = False,

@@ -128,7 +128,7 @@ def _swap(layers: dict[nn.Module, Recognised], inplace: bool) -> dict[nn.Module,
 
 
 class _Examination:
-    """One walk over a model, which finds its SE layers and decides which of them to replace.
+    """One pass over a model, which finds its SE layers and decides which of them to replace.
 
     names: every module, with all its dotted names. outcome: for each SE layer that was found, what it computes if it is
     to be replaced, else the reason why not.

@@ -83,7 +83,7 @@ def in_pytorch(tensors: dict[str, Tensor | None], options: dict) -> Tensor:
 
 
 def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype, what: str = "y", factor: float = 1) -> None:
-    """`actual` of `dtype` against a float64 truth; on failure the worst position and the share of wrong elements."""
+    """`actual` of `dtype` against a float64 truth; on failure the worst position and the fraction of wrong elements."""
     assert actual.shape == expected.shape
     if actual.numel() == 0:
         return

@@ -1,4 +1,4 @@
-"""Which backend serves a GPU, on a machine that has none: the compiled library is stood in for."""
+"""Which backend runs on a GPU, on a machine without one: a stand-in replaces the compiled library."""
 
 import ctypes
 import subprocess

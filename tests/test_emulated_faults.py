@@ -182,10 +182,10 @@ FAULTS = {
         "position * static_cast<unsigned>(channels + 8) + i}",
         "a copy to outside shared memory|elements differ by more than",
     ),
-    "a peer left out": (
+    "a block left out": (
         "cluster.cuh",
-        "if (peer0 + j < size) sum +=",
-        "if (peer0 + j + 1 < size) sum +=",
+        "if (rank0 + j < size) sum +=",
+        "if (rank0 + j + 1 < size) sum +=",
         "elements differ by more than",
     ),
     "a map read twice": (

@@ -27,7 +27,7 @@ def cuda():
 
 @pytest.fixture(autouse=True)
 def served(cuda):
-    with cuda.serves():
+    with cuda.forced():
         cuda.setup()
         yield
 
@@ -77,7 +77,7 @@ def cluster_plans(case, backward):
     positions, options = math.prod(case.spatial), case.options
     channels_last = positions == 1 or (map_order(case) and case.c > 1)
 
-    def serves(plan):
+    def can_run(plan):
         try:
             native.load_extension().plan(
                 native.load_extension().preset("H200"), n=case.n, c=case.c, r=case.r or 0, l=positions,
@@ -91,7 +91,7 @@ def cluster_plans(case, backward):
         return True
 
     plans = [f"cluster size={size} threads={threads}" for size in SIZES for threads in THREADS]
-    return [plan for plan in plans if serves(plan)]
+    return [plan for plan in plans if can_run(plan)]
 
 
 def forward(case):
@@ -324,4 +324,4 @@ def test_an_empty_batch():
 def test_large_maps_move_in_16_byte_accesses(cuda, layout, gpu):
     cuda.setup(gpu)
     forward(Case(n=1, c=32, r=4, spatial=(16, 16), dtype=torch.float16, layout=layout))
-    assert cuda.wide_share() == 1
+    assert cuda.wide_fraction() == 1

@@ -29,7 +29,7 @@ WAVEFRONTS = {
 def hold_wavefronts(path: Path) -> None:
     library = emulator.Library(path)
     library.setup("H200", "cluster")
-    with library.serves(), torch.no_grad():
+    with library.forced(), torch.no_grad():
         for (layout, side, c), most in WAVEFRONTS.items():
             case = Case(n=1, c=c, r=c // 16, spatial=(side, side), dtype=torch.float16, layout=layout)
             call(se_fused.squeeze_excite, case.tensors(), case.options)
@@ -45,7 +45,7 @@ def run_kernels(path: Path) -> None:
     """Run in place, in two passes and in clusters, and backward."""
     library = emulator.Library(path)
     case = Case(n=2, c=48, r=8, spatial=(6, 6))
-    with library.serves():
+    with library.forced():
         for plan in ("two_pass fused_hidden=0", "cluster size=2"):
             library.setup("H200", plan)
             tensors = case.tensors()
@@ -108,7 +108,7 @@ FAULTS = {
         "(kSamples * (3 * kGemvChunk + kColumns)",
         "kernel backward_hidden: invalid argument",
     ),
-    "a barrier that makes no writes visible before a peer reads": (
+    "a barrier that makes no writes visible before another block reads": (
         run_kernels,
         "cuda/forward_cluster.cu",
         "cluster.sync();",

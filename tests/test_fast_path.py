@@ -173,7 +173,7 @@ def test_it_fails_without_a_trace(monkeypatch, caplog):
 @pytest.mark.parametrize("name", ["reference", "triton"])
 def test_another_backend_does_not_take_it(answers, name):
     if name == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("Triton serves CPU tensors in its interpreter only")
+        pytest.skip("Triton runs on CPU tensors in its interpreter only")
     with se_fused.use_backend(name):
         assert_close(run(Case().tensors()), truth(Case().tensors(), {}), torch.float32)
     assert True not in answers

@@ -163,7 +163,7 @@ START = 7  # of a process, to import torch and create a context
 SMOKE_CASE = 0.02
 LAYER_ROW, COMPILED_ROW, TRAINING_CASE, INFERENCE_CASE = 0.4, 1.8, 8, 1.8
 SWEEP_ROW, MICROBENCHMARKS, GPU_TESTS, MEMCHECK, INSTRUCTION_SETS = 0.7, 15, 48, 17, 22
-TRITON_KERNEL = 1.0  # on one core of the development machine
+TRITON_KERNEL = 1.0  # on one core of an EPYC
 CORES = 12  # of 16, used by Triton's processes
 
 

@@ -145,7 +145,7 @@ def test_what_python_says_as_it_ends_is_no_failure(part) -> None:
 
 
 def test_no_process_outlives_the_run(tmp_path: Path) -> None:
-    """SIGTERM must end every process, because a machine's own time limit sends it to gpu-check."""
+    """SIGTERM must end every process, because `timeout` and batch systems send it."""
     program = f"""
         import dataclasses, signal, sys
         from benchmarks import gpu_check

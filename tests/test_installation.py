@@ -53,7 +53,7 @@ HOPELESS = {
 
 
 @pytest.mark.parametrize("name", HOPELESS)
-def test_what_cannot_be_built_is_said_in_one_line_and_the_reference_serves(place, name):
+def test_a_failed_build_is_one_line_and_the_reference_runs(place, name):
     environment, missing, *words = HOPELESS[name]
     place.environment |= environment
     place.without(*missing)

@@ -78,12 +78,12 @@ def test_measure_gives_every_row(monkeypatch):
 
 # Name: the text that stands once in microbenchmarks.cu, its replacement, and what must be reported.
 FAULTS = {
-    "a push before the peer's mbarrier is ready": (
+    "a push before the other block's mbarrier is ready": (
         "    arrived[0].init(1);\n    arrived[1].init(1);\n  }\n  cluster.sync();\n",
         "    arrived[1].init(1);\n  }\n  cluster.sync();\n  if (i == 0) arrived[0].init(1);\n  __syncthreads();\n",
-        "a push before the peer's mbarrier is initialised",
+        "a push before the other block's mbarrier is initialised",
     ),
-    "a push before the peer has started": (
+    "a push before the other block has started": (
         "    arrived[1].init(1);\n  }\n  cluster.sync();\n",
         "    arrived[1].init(1);\n  }\n  __syncthreads();\n",
         "another block's shared memory before it is known to have started",
@@ -114,8 +114,8 @@ FAULTS = {
         "deadlock: .*waits at an mbarrier",
     ),
     "a block that ends while others push": (
-        "total += from[peer * count + i];\n    }\n  }\n",
-        "total += from[peer * count + i];\n    }\n    if (cluster.rank == 1) return;\n  }\n",
+        "total += from[rank * count + i];\n    }\n  }\n",
+        "total += from[rank * count + i];\n    }\n    if (cluster.rank == 1) return;\n  }\n",
         "a block has ended before what is under way to it|the shared memory of a block that has ended",
     ),
     "an mbarrier that is not initialised": (

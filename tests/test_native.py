@@ -1,6 +1,7 @@
 """The build that a process uses: found in the package or the cache, or built anew if none loads."""
 
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -38,7 +39,7 @@ def test_a_packaged_cuda_library_serves_gpus_that_it_has_code_for_and_needs_no_n
     made(packaged / f"{recipe.key('cuda')}-75-90", "libse_fused_cuda.so")
     assert native.library("cuda") == packaged / f"{recipe.key('cuda')}-75-90" / "libse_fused_cuda.so"
     monkeypatch.setattr(gpus, "here", lambda: [80, 90])
-    assert native.library("cuda").parent.parent == packaged, "it serves one of two, and there is no nvcc for the other"
+    assert native.library("cuda").parent.parent == packaged, "code for one of two, and no nvcc for the other"
     monkeypatch.setattr(gpus, "here", lambda: [80])
     with pytest.raises(BuildError, match="no CUDA compiler"):
         native.library("cuda")
@@ -111,14 +112,14 @@ def test_a_disk_without_execution_is_named(places, monkeypatch):
 def test_a_package_folder_that_cannot_be_read_is_passed_over(places, monkeypatch, caplog):
     _, cached = places
     made(cached / recipe.key(), "libse_fused_cpu.so")
-    found = native._found
+    is_dir = Path.is_dir
 
-    def closed(parent, *arguments):
-        if parent == build.PREBUILT:
-            raise PermissionError(13, "Permission denied", str(parent))
-        return found(parent, *arguments)
+    def closed(path):
+        if path.parent == build.PREBUILT:
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_dir(path)
 
-    monkeypatch.setattr(native, "_found", closed)
+    monkeypatch.setattr(Path, "is_dir", closed)
     assert native.library("cpu").parent.parent == cached
     assert "Permission denied" in caplog.text
 

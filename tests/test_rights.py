@@ -17,7 +17,7 @@ def test_a_cache_that_others_may_write_to_is_refused(place):
     assert one(said, "other users may write to", "chmod 700")
 
 
-def test_a_cache_that_is_a_link_to_ones_own_folder_serves(place):
+def test_a_cache_may_be_a_link_to_ones_own_folder(place):
     place.build_in(place.folder / "elsewhere")
     place.cache.symlink_to(place.folder / "elsewhere")
     assert place.use() == ("cpu", [])

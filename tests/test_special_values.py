@@ -34,7 +34,7 @@ def backend(request):
             yield request.param
         return
     cuda = emulator.Library(emulator.library())
-    with cuda.serves():
+    with cuda.forced():
         cuda.setup(request.param)
         yield request.param
 

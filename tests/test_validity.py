@@ -1,7 +1,7 @@
-"""What a valid call is stands in se_fused/arguments.py and in csrc/arguments.h: both take the same calls.
+"""se_fused/arguments.py and csrc/arguments.h each define a valid call: they agree.
 
-The first says it for the public call, of tensors of any strides. The second says it for dense tensors, behind the
-operators and on the fast path, where nothing else looks at a call.
+The first is for the public call, with tensors of any strides. The second is for dense tensors, behind the operators and
+on the fast path, where nothing else checks a call.
 """
 
 import pytest

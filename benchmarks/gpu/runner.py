@@ -24,8 +24,8 @@ FILES = ("smoke.csv", "layer_gpu.csv", "models_gpu.csv", "plans_gpu.csv", "run.j
 # A worker that cannot run here exits with automake's status of a skipped test. It announces a case by such a line.
 NOT_RUN = 77
 CASE = re.compile(r"case (\d+): ")
-# The time that the last case of a part may take at the end of the part's limit, in seconds and as a share of the limit.
-LAST_CASE_S, LAST_CASE_SHARE = 8.0, 0.2
+# The time that a part's last case may take at the end of the limit, in seconds and as a fraction of the limit.
+LAST_CASE_S, LAST_CASE_FRACTION = 8.0, 0.2
 POLL_S = 0.05
 
 
@@ -59,9 +59,9 @@ class Part:
     """A part of gpu-check: one process, or several if `silence` is set. Then a new process continues after a case that
     killed the previous one.
 
-    seconds: its share of six minutes. beside: the part that runs at the same time, because neither measures time.
+    seconds: its part of the six minutes. beside: the part that runs at the same time, because neither measures time.
     whole: it may use all the time there is, because nothing works without it. silence: seconds without output, after
-    the first case was announced, that count as a hang; 0: no limit. proof: a text that the output must contain.
+    the first case was announced, that count as a hang; 0: no limit. must_contain: a text of the output.
     refusal: a text that it contains if a tool refuses the machine.
     """
 
@@ -73,7 +73,7 @@ class Part:
     whole: bool = False
     silence: float = 0
     default: bool = True
-    proof: str = ""
+    must_contain: str = ""
     refusal: str = ""
 
 
@@ -130,7 +130,7 @@ class Outcome:
             if self.outcome == "passed":
                 self.outcome = "not run"
                 self.reason = last.removeprefix("not run: ") if ended.code == NOT_RUN else "it refuses this machine"
-        elif ended.code or found or part.proof not in text:
+        elif ended.code or found or part.must_contain not in text:
             self.fail(f"exit {ended.code}, {len(found)} wrong: {last}", ended.lines)
         elif self.outcome == "passed":
             self.reason = last
@@ -187,7 +187,7 @@ class Run:
         with tempfile.TemporaryDirectory() as scratch:
             while True:
                 left = end - time.monotonic()
-                until = time.time() + left - min(LAST_CASE_S, LAST_CASE_SHARE * left)
+                until = time.time() + left - min(LAST_CASE_S, LAST_CASE_FRACTION * left)
                 task = Task(self.out, Path(scratch), self.device, until, start, self.cases)
                 ended = self._run(part, part.command(task), end)
                 outcome.judge(part, ended)

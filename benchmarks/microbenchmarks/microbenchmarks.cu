@@ -41,8 +41,8 @@ __global__ void __launch_bounds__(kThreads) exchange_by_barrier(float* out, int 
 #endif
 }
 
-// The same by pushes, again with two buffers and two mbarriers. Thread i writes slot i of a peer again two rounds
-// later, after the peer's push of the round between, which the peer's thread i makes after it has read that slot.
+// The same by pushes, again with two buffers and two mbarriers. Thread i writes slot i of another block again two
+// rounds later, after that block's push of the round between, which its thread i makes after it has read that slot.
 __global__ void __launch_bounds__(kThreads) exchange_by_push(float* out, int count, int size, int rounds) {
 #ifdef SE_FUSED_HAS_CLUSTERS
   const Cluster cluster(size);
@@ -61,11 +61,11 @@ __global__ void __launch_bounds__(kThreads) exchange_by_push(float* out, int cou
     if (i == 0) arrived[buffer].arrive(static_cast<unsigned>(size * count * sizeof(float)));
     if (i < count) {
       const float value = number(cluster.rank, i, round);
-      for (int peer = 0; peer < size; ++peer) push(from + cluster.rank * count + i, value, arrived + buffer, peer);
+      for (int rank = 0; rank < size; ++rank) push(from + cluster.rank * count + i, value, arrived + buffer, rank);
     }
     if (i < count) {  // nobody waits for a thread that pushes nothing, so it could miss a whole phase
       arrived[buffer].wait(round / 2 % 2);
-      for (int peer = 0; peer < size; ++peer) total += from[peer * count + i];
+      for (int rank = 0; rank < size; ++rank) total += from[rank * count + i];
     }
   }
   if (i < count) store_one(out + int64_t{blockIdx.x} * count + i, total);

@@ -55,10 +55,12 @@ struct Block {
   // There is a constructor because aggregate initialization would clear the buffers.
   Block(const Backward& f, int64_t offset, int64_t n, PerChannel s) : f(f), offset(offset), n(n), s(s) {}
 
-  const A* u() { return stage(static_cast<const T*>(f.x) + offset, n, f.options.pre_act, f.options, u_buffer); }
+  const A* u() {
+    return load_activated(static_cast<const T*>(f.x) + offset, n, f.options.pre_act, f.options, u_buffer);
+  }
   const A* dv(const A* u) {
     const T* g = static_cast<const T*>(f.g) + offset;
-    const A* out = stage(g, n, Activation::kIdentity, f.options, dv_buffer);
+    const A* out = load_activated(g, n, Activation::kIdentity, f.options, dv_buffer);
     if (f.options.post_act == Activation::kIdentity) return out;
     const T* residual = f.residual ? static_cast<const T*>(f.residual) + offset : nullptr;
     for_each_vector<A>(n, [&](int64_t i, auto type) {
@@ -174,7 +176,8 @@ void backward_apply(const Backward& f, const BackwardBuffers<A>& b, int64_t offs
     }
     write(du);
     const T* x = static_cast<const T*>(f.x) + offset + done;
-    apply_activation_backward(f.options.pre_act, f.options, stage(x, n, Activation::kIdentity, f.options, raw), du, n);
+    apply_activation_backward(f.options.pre_act, f.options, load_activated(x, n, Activation::kIdentity, f.options, raw),
+                              du, n);
     for_each_vector<A>(n, [&](int64_t i, auto type) {
       using V = decltype(type);
       V d = load<V>(du + i);

@@ -49,7 +49,7 @@ A squeeze_row(const Forward& f, const T* row) {
   Reduction<A, true> max;
   for (int64_t l = 0; l < f.l; l += kBlock) {
     const int64_t n = f.l - l < kBlock ? f.l - l : kBlock;
-    const A* u = stage(row + l, n, f.options.pre_act, f.options, buffer);
+    const A* u = load_activated(row + l, n, f.options.pre_act, f.options, buffer);
     auto at = [&](int64_t i, auto type) { return load<decltype(type)>(u + i); };
     if (f.options.squeeze != Squeeze::kMax) sum.add(n, at);
     if (f.options.squeeze != Squeeze::kMean) max.add(n, at);
@@ -92,7 +92,7 @@ void squeeze_positions(const Forward& f, const T* sample, int64_t l0, int64_t l1
         });
         continue;
       }
-      const A* u = stage(span, n, f.options.pre_act, f.options, buffer);
+      const A* u = load_activated(span, n, f.options.pre_act, f.options, buffer);
       for_each_vector<A>(n, [&](int64_t i, auto type) {
         using V = decltype(type);
         if (sum) store(sums + c + i, load<V>(sums + c + i) + load<V>(u + i));
@@ -106,7 +106,7 @@ void squeeze_positions(const Forward& f, const T* sample, int64_t l0, int64_t l1
 template <class T, class Gate, class A = Accumulator<T>>
 void scale_block(const Options& o, const T* x, const T* residual, Gate s, int64_t n, T* y) {
   alignas(64) A buffer[kBlock], v[kBlock];
-  const A* u = stage(x, n, o.pre_act, o, buffer);
+  const A* u = load_activated(x, n, o.pre_act, o, buffer);
   for_each_vector<A>(n, [&](int64_t i, auto type) {
     using V = decltype(type);
     V sum = load<V>(u + i) * s.template at<V>(i);

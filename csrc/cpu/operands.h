@@ -12,7 +12,7 @@ constexpr int64_t kBlock = 512;
 
 // A block as accumulation type after `activation`: the map's own memory if nothing has to be computed, else `buffer`.
 template <class T, class A>
-SE_INLINE const A* stage(const T* block, int64_t n, Activation activation, const Options& o, A* buffer) {
+SE_INLINE const A* load_activated(const T* block, int64_t n, Activation activation, const Options& o, A* buffer) {
   if constexpr (std::is_same_v<T, A>) {
     if (activation == Activation::kIdentity) return block;
   }

@@ -83,8 +83,8 @@ __global__ void __launch_bounds__(kMostBackwardThreads, 1)
   cluster.sync();
   for (int k = thread(); k < depth; k += threads()) {
     if (f.r == 0) {
-      const auto peer = static_cast<int>(k / config.channels);
-      whole[k] = cluster.of(peer, dp2)[k - peer * config.channels];
+      const auto rank = static_cast<int>(k / config.channels);
+      whole[k] = cluster.of(rank, dp2)[k - rank * config.channels];
       continue;
     }
     whole[k] = hidden_gradient(f, n, k, cluster.sum(hidden_part, k));

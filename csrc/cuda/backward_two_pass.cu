@@ -6,10 +6,10 @@
 // Grid:   backward_reduce (reduce.cuh). backward_hidden: one block per 32 columns of W2 and kSamples samples.
 //         backward_apply: one block per tile of one sample's map; the block first computes s and dz of its channels.
 //         The weight gradients are in weight_gradients.cu.
-// Bytes:  reads g and x twice (x once if dx does not depend on it) and writes dx once.
+// Bytes:  reads g and x twice (x once if no gradient depends on it), the residual once or twice if there is a post_act;
+//         writes dx and dresidual once.
 // Needs:  nothing: it runs for any shape, alignment and device.
-// Why:    it is the fallback of every faster algorithm. W1 is read once per sample, because a block needs only the
-//         columns of its own channels.
+// Why:    it is the fallback of every faster algorithm. A block reads only the columns of W1 of its own channels.
 #include "backward.cuh"
 #include "kernels.h"
 #include "staged_tile.cuh"
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<true, A>)
 
 // Computes s and dz of a tile's channels, in shared memory.
 template <class T, class Tile, class A = Accumulator<T>>
-__device__ Channels<A> excite_backward(const Backward& f, const Partial<A>& partial, const A* dp1, const Tile& tile) {
+__device__ Channels<A> channel_values(const Backward& f, const Partial<A>& partial, const A* dp1, const Tile& tile) {
   A *chunk = shared_memory<A>(), *warps = chunk + kGemvChunk, *values = warps + kWarpSums<T>;
   const Channels<A> out(values, tile.channels);
   const int64_t n = tile.n;
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<kPlain, A>)
     backward_apply_kernel(const __grid_constant__ GlobalMaps<T, kPlain> maps, Partial<A> partial, const A* dp1,
                           Elementwise e, Divisor by) {
   const Tile tile(maps.f, e, by, gridDim.x - 1 - blockIdx.x);
-  const Channels<A> channels = excite_backward<T>(maps.f, partial, dp1, tile);
+  const Channels<A> channels = channel_values<T>(maps.f, partial, dp1, tile);
   tile.for_each_vector(ApplyOperation<T, GlobalMaps<T, kPlain>, kPlain>{maps, channels});
 }
 

@@ -36,8 +36,8 @@ struct Cluster {
   // The address of the variable `mine` in another block's shared memory. It is valid from the first sync() until that
   // block ends.
   template <class V>
-  __device__ const V* of(int peer, V* mine) const {
-    return Group::map_shared_rank(mine, peer);
+  __device__ const V* of(int rank, V* mine) const {
+    return Group::map_shared_rank(mine, rank);
   }
   // The sum of the values that all blocks have at mine[i], in the order of their ranks. Eight loads are in flight at
   // once.
@@ -45,15 +45,15 @@ struct Cluster {
   __device__ A sum(A* mine, int64_t i) const {
     constexpr int kAhead = 8;
     A sum = 0;
-    for (int peer0 = 0; peer0 < size; peer0 += kAhead) {
+    for (int rank0 = 0; rank0 < size; rank0 += kAhead) {
       A values[kAhead];
 #pragma unroll
       for (int j = 0; j < kAhead; ++j) {
-        if (peer0 + j < size) values[j] = of(peer0 + j, mine)[i];
+        if (rank0 + j < size) values[j] = of(rank0 + j, mine)[i];
       }
 #pragma unroll
       for (int j = 0; j < kAhead; ++j) {
-        if (peer0 + j < size) sum += values[j];
+        if (rank0 + j < size) sum += values[j];
       }
     }
     return sum;

@@ -67,7 +67,7 @@ struct NchwTile {
   }
 
   // kRun: each aligned run of kRun elements lies in one channel. kRun = W takes 42 instructions per 512 bytes, W / 2
-  // takes 58 and 1 takes 68 (instructions.csv: forward_cluster_kernel of half precision, plain, sm_90).
+  // takes 58 and 1 takes 70 (instructions.csv: forward_cluster_kernel of half precision, plain, sm_90).
   template <int W, int kRun, class Operation>
   __device__ void finish(const Operation& operation, unsigned e,
                          const typename Operation::template Fetched<W>& fetched) const {

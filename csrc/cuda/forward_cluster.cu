@@ -53,8 +53,8 @@ __global__ void __launch_bounds__(kMostForwardThreads, 1)
   cluster.sync();
   for (int k = thread(); k < depth; k += threads()) {
     if (f.r == 0) {
-      const auto peer = static_cast<int>(k / config.channels);
-      h[k] = cluster.of(peer, z)[k - peer * config.channels];
+      const auto rank = static_cast<int>(k / config.channels);
+      h[k] = cluster.of(rank, z)[k - rank * config.channels];
       continue;
     }
     const A p1 = cluster.sum(hidden_part, k) + h[k];

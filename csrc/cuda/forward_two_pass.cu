@@ -4,8 +4,7 @@
 // Bytes:  reads x twice and the residual once and writes y once, in 16-byte accesses wherever the data allows.
 // Needs:  nothing: it runs for any shape, alignment and device. The only workspace is partial sums (and p1), and no
 //         state is left between calls.
-// Why:    it is the fallback of every faster algorithm. W2 is read once per sample, because a block needs only the rows
-//         of its own channels.
+// Why:    it is the fallback of every faster algorithm. A block reads only the rows of W2 of its own channels.
 #include "forward.cuh"
 #include "gemv.cuh"
 #include "kernels.h"

@@ -187,9 +187,10 @@ __device__ void gemv_t(const Matrix<T>& m, int depth, int columns, const A* v, i
   with_weights(m, columns, [&](const auto* data, auto weights) {
     constexpr int W = decltype(weights)::value;
     const Groups by_row(threads_along<W>(columns));
-    const int rank = by_row.rank(), width = by_row.size * W, groups = by_row.count(), warp_count = threads() / kWarp;
+    const int rank = by_row.rank(), columns_per_step = by_row.size * W, groups = by_row.count(),
+              warp_count = threads() / kWarp;
 #pragma unroll 1
-    for (int j0 = 0; j0 < columns; j0 += width) {
+    for (int j0 = 0; j0 < columns; j0 += columns_per_step) {
       const int column = j0 + rank * W;
       A partial[kS][W]{};
       if (column < columns) {
@@ -221,12 +222,12 @@ __device__ void gemv_t(const Matrix<T>& m, int depth, int columns, const A* v, i
           for (int offset = kWarp / 2; offset >= by_row.size; offset /= 2) {
             partial[s][i] += shuffle_xor(partial[s][i], offset);
           }
-          if (thread() % kWarp < by_row.size) warps[thread() / kWarp * width + rank * W + i] = partial[s][i];
+          if (thread() % kWarp < by_row.size) warps[thread() / kWarp * columns_per_step + rank * W + i] = partial[s][i];
         }
         __syncthreads();
-        for (int j = thread(); j < width && j0 + j < columns; j += threads()) {
+        for (int j = thread(); j < columns_per_step && j0 + j < columns; j += threads()) {
           A sum = more ? sums[s * columns + j0 + j] : A(0);
-          for (int w = 0; w < warp_count; ++w) sum += warps[w * width + j];
+          for (int w = 0; w < warp_count; ++w) sum += warps[w * columns_per_step + j];
           sums[s * columns + j0 + j] = sum;
         }
         __syncthreads();

@@ -1,7 +1,7 @@
-// What:   reduces values over the positions of each channel to an operation's Part. Each thread has a fixed part of the
-//         positions and the parts are merged in a fixed order, so that two runs give the same bits. A block calls
-//         reduce_row or reduce_positions_of; the kernels (RowReduction, PositionReduction) store partial results
-//         [N, splits, C], which their consumer merges in order.
+// What:   reduces values over the positions of each channel to an operation's Part, a partial result. Each thread takes
+//         fixed positions, and partial results are merged in a fixed order, so that two runs give the same bits. A
+//         block calls reduce_row or reduce_positions_of; the kernels (RowReduction, PositionReduction) store partial
+//         results [N, splits, C], which their consumer merges in order.
 // Grid:   rows: a group of 8, 32 or all threads reduces one split of a row of L positions.
 //         positions: a block takes threads_per_row vectors of channels, and all positions of one split.
 // Bytes:  reads what the operation loads once, in accesses of V elements; kAhead of them are in flight.
@@ -75,7 +75,7 @@ __device__ void reduce_positions_of(const Operation& op, int64_t row0, int chann
   Part parts[V];
 #pragma unroll
   for (int i = 0; i < V; ++i) parts[i] = op.empty();
-  if (channel < channels) {  // then all V channels do, since V divides both
+  if (channel < channels) {  // then all V channels are, since V divides both
     reduce_line<V>(op, op.template context<V>(row0 + channel, 1), line(channel), begin + groups.group(), end,
                    groups.count(), parts);
   }

@@ -53,7 +53,7 @@ class Cuda(Compiled):
     def limits(self, index: int) -> list[int]:
         """The limits of GPU `index`, on which plans depend.
 
-        These are: compute capability, multiprocessors, bytes of shared memory per block and per multiprocessor, how
+        These are: compute capability, SMs, bytes of shared memory per block and per SM, how
         many clusters of 1, 2, 4, 8 and 16 blocks run at once, bytes per microsecond of a copy, bytes of the L2.
 
         Raises:

@@ -19,7 +19,7 @@ from .toolchain import BuildError
 ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
 # The names that torch.utils.cpp_extension takes. Architectures before 7.5 are left out, because they cannot run the
 # kernels.
-_NAMED = {
+NAMED = {
     **dict.fromkeys(("Kepler", "Kepler+Tesla", "Maxwell", "Maxwell+Tegra"), ""),
     **dict.fromkeys(("Pascal", "Pascal+Tegra", "Volta", "Volta+Tegra"), ""),
     "Turing": "7.5+PTX", "Ampere": "8.0 8.6+PTX", "Ampere+Tegra": "8.7", "Ada": "8.9+PTX", "Hopper": "9.0+PTX",
@@ -76,7 +76,7 @@ def architectures() -> list[str]:
     names: list[str] = []
     if asked and asked != "native":
         for word in re.split(r"[ ;,]+", asked):
-            for name in _NAMED.get(word, word).split():
+            for name in NAMED.get(word, word).split():
                 if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name):
                     raise BuildError(
                         f"TORCH_CUDA_ARCH_LIST has {name!r}; wanted such as '8.0 9.0+PTX' or 'Ampere;Hopper'"

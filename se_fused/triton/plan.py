@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 # Bytes of a map per thread of a program: four 16-byte loads in flight, with the 64 registers per thread that allow 1024
-# threads per multiprocessor. Backward reads two or three maps.
+# threads per SM. Backward reads two or three maps.
 _FORWARD_BYTES_PER_THREAD, _BACKWARD_BYTES_PER_THREAD = 64, 32
 # Products with the weights per thread, in single precision.
 _PRODUCTS_PER_THREAD = 16
@@ -21,7 +21,7 @@ _WARP = 32
 _ONE_PROGRAM_ELEMENTS = 65536
 _MAX_WARPS = 8
 
-# Programs of a launch that suffice: about four for each of the 132 multiprocessors of an H200.
+# Programs of a launch that suffice: about four for each of the 132 SMs of an H200.
 _PROGRAMS = 512
 _MAX_SPLITS = 64
 

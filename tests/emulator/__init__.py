@@ -1,11 +1,8 @@
 """The CUDA kernels' own sources, compiled by the host's compiler and run thread by thread on the CPU.
 
-`library(...)` builds them; its operators `forward_out` and `backward_out` stand in for those of a backend. What this
-proves: indexing, tails, barriers, shuffles, what the blocks of a cluster exchange, determinism, the bytes that move,
-bank conflicts of vectors. What it cannot: speed, and the memory model between blocks. Some 1100 lines: 570 are the
-device with its fibers, barriers and shuffles, 90 mbarriers and what they count, 70 memory, 100 wavefronts, 180 the
-stand-in headers, 130 the operators. It is no shorter because blocks of a cluster run together, copies of three kinds
-arrive late, and every misuse has its own words.
+`library(...)` builds them; its operators `forward_out` and `backward_out` stand in for those of a backend. It checks
+indexing, tails, barriers, shuffles, what the blocks of a cluster exchange, determinism, the bytes that move, and bank
+conflicts of vectors. It cannot check speed, nor the memory model between blocks.
 """
 
 from __future__ import annotations
@@ -87,7 +84,7 @@ class Library(Backend):
         self._native.emulator_setup.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_uint64]
         self._native.emulator_watch.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_size_t]
         self._native.emulator_plan.restype = ctypes.c_char_p
-        self._native.emulator_wide_share.restype = ctypes.c_double
+        self._native.emulator_wide_fraction.restype = ctypes.c_double
         self._native.emulator_wavefronts.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_int64)]
 
     def setup(self, device: str = "T4", plan: str = "", seed: int = 0) -> None:
@@ -99,10 +96,10 @@ class Library(Backend):
         text: bytes = self._native.emulator_plan()
         return text.decode()
 
-    def wide_share(self) -> float:
-        """The share of 16-byte accesses among the last call's accesses to maps."""
-        share: float = self._native.emulator_wide_share()
-        return share
+    def wide_fraction(self) -> float:
+        """The fraction of 16-byte accesses among the last call's accesses to maps."""
+        fraction: float = self._native.emulator_wide_fraction()
+        return fraction
 
     def wavefronts(self, element: int) -> tuple[int, int]:
         """Those that a GPU would need for the last call's reads of shared memory by vectors whose elements have so many
@@ -144,7 +141,7 @@ class Library(Backend):
     def backward_out(self, *args: Any) -> None:
         torch.ops.emulator.backward_out.default(*args)
 
-    def serves(self) -> AbstractContextManager[None]:
+    def forced(self) -> AbstractContextManager[None]:
         """Within: every call on CPU tensors goes to the CUDA kernels."""
         return forcing.force(forcing.Forced(self.name, self))
 

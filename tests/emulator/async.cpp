@@ -71,7 +71,7 @@ void copy_bulk(void* to, const void* from, size_t bytes, const void* mbarrier) {
 void push(const void* mine, const void* value, size_t bytes, const void* mbarrier, unsigned rank) {
   const void* to = map_shared_rank(mine, rank);
   const void* counts = map_shared_rank(mbarrier, rank);
-  find(counts, "a push before the peer's mbarrier is initialised");
+  find(counts, "a push before the other block's mbarrier is initialised");
   send(const_cast<void*>(to), value, bytes, counts);
 }
 

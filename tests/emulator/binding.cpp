@@ -113,7 +113,7 @@ EMULATOR_API const char* emulator_plan() {
   text = last_plan->text();
   return text.c_str();
 }
-EMULATOR_API double emulator_wide_share() {
+EMULATOR_API double emulator_wide_fraction() {
   const auto& counted = emulator::counters();
   return static_cast<double>(counted.wide_accesses) / (counted.wide_accesses + counted.narrow_accesses);
 }

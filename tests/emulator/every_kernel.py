@@ -23,7 +23,7 @@ CASES = (
 )
 
 
-def serves(plan: str, case: Case) -> bool:
+def can_run(plan: str, case: Case) -> bool:
     """Whether a plan has something of its own for a case, and can serve it."""
     if "rows" in plan:
         return case.layout == "contiguous" and case.spatial[0] < 64
@@ -40,9 +40,9 @@ def apart(t: torch.Tensor) -> torch.Tensor:
 
 def main(path: Path) -> None:
     library = emulator.Library(path)
-    with library.serves():
+    with library.forced():
         for plan, seed, case in itertools.product(PLANS, range(3), CASES):
-            if not serves(plan, case):
+            if not can_run(plan, case):
                 continue
             library.setup("H200", plan, seed)
             tensors = case.tensors()
