@@ -96,25 +96,30 @@ def _backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     nothing = (None,) * len(ctx.options)
     if g is None:
         return (None,) * 6 + nothing
+    with forcing.resume(ctx.forced):
+        return _gradients(ctx, g) + nothing
+
+
+def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    """dx, dw1, db1, dw2, db2, dresidual; None for an input that needs none."""
     tensors = ctx.saved_tensors  # read once, as checkpointing demands
     inputs, saved, needs = tensors[:6], tensors[6:], list(ctx.needs_input_grad[:6])
     if torch.is_grad_enabled() or _is_batched(g):
-        return _reference_gradients(g, inputs, needs, ctx.options) + nothing
+        return _reference_gradients(g, inputs, needs, ctx.options)
     add_to_dx = ctx.residual_is_x and needs[0]  # dresidual is added to dx
     g_is_dresidual = ctx.options.post_act == 0 and not add_to_dx
     computed = [*needs[:5], needs[5] and not (add_to_dx or g_is_dresidual)]
-    with forcing.resume(ctx.forced):  # autograd may run backward in its own thread
-        if not saved:  # in the training of a program that was exported without gradients
-            _, *saved = torch.ops.se_fused.squeeze_excite_train.default(*inputs, *ctx.options)
-        args = (g, *inputs, *saved, *ctx.options, computed, add_to_dx)
-        if unobserved(g, *inputs):
-            found = implementation.backward(backends.select(g.device), *args)
-        else:
-            found = torch.ops.se_fused.squeeze_excite_backward.default(*args)
+    if not saved:  # in the training of a program that was exported without gradients
+        _, *saved = torch.ops.se_fused.squeeze_excite_train.default(*inputs, *ctx.options)
+    args = (g, *inputs, *saved, *ctx.options, computed, add_to_dx)
+    if unobserved(g, *inputs):
+        found = implementation.backward(backends.select(g.device), *args)
+    else:
+        found = torch.ops.se_fused.squeeze_excite_backward.default(*args)
     grads: list[Tensor | None] = [grad if wanted else None for grad, wanted in zip(found, computed, strict=True)]
     if needs[5] and g_is_dresidual:
         grads[5] = g
-    return tuple(grads) + nothing
+    return tuple(grads)
 
 
 def _is_batched(g: Tensor) -> bool:

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from cases import Case
+from watching import Watching
 
 import se_fused
 from se_fused.backends import CPU, REFERENCE, Backend, Cuda, forcing
@@ -128,7 +129,7 @@ def test_a_compiled_region_follows_the_backend_that_is_forced():
     assert ["se_fused.squeeze_excite" in graph for graph in seen] == [False, True]
 
 
-def test_the_forced_plan_reaches_the_library_once_for_each_change():
+def test_the_library_knows_the_forced_plan_during_each_call():
     library = Library()
     cuda = Cuda(library)
     tensors = [torch.ones(1, 2, 3), None, None, torch.ones(2, 2), None, None]
@@ -138,27 +139,61 @@ def test_the_forced_plan_reaches_the_library_once_for_each_change():
         cuda.forward_out(*tensors, *Options.of(), False, y, None, None, None)  # the dispatcher takes the CPU's kernels
 
     with se_fused.use_backend("cuda", "two_pass"):
-        run(), run()
+        run()
     run()
     assert library.plans == [b"two_pass", b""]
 
 
-@pytest.mark.parametrize(
-    "more", [{"residual": "x"}, {"residual": "map", "options": {"squeeze": "mean_max"}}, {"r": None}]
+RECORDED = (
+    Case(dtype=torch.float64, residual="x"),
+    Case(dtype=torch.float64, residual="map", options={"squeeze": "mean_max", "post_act": "silu"}),
+    Case(dtype=torch.float64, r=None, bias=False, layout="channels_last"),
+    Case(dtype=torch.float16, float_weights=True, residual="map"),
 )
-def test_recorded_operators_run_on_the_reference(more):
-    """The operators of a program that was recorded elsewhere: outputs, what is saved for backward, gradients."""
-    case, results = Case(dtype=torch.float64, **more), {}
-    for name in ("reference", "cpu"):
-        tensors = {key: t if t is None else t.requires_grad_() for key, t in case.tensors().items()}
-        inputs = [tensors[key] for key in ("x", "w1", "b1", "w2", "b2", "residual")]
-        with se_fused.use_backend(name):
-            y, *saved = torch.ops.se_fused.squeeze_excite_train(*inputs, *Options.of(**case.options))
-            (y * torch.arange(y.numel()).view(y.shape)).sum().backward()
-        grads = [t.grad for t in inputs if t is not None]
-        results[name] = [y, *saved, *grads]
-    for ours, theirs in zip(*results.values(), strict=True):
+
+
+def recorded(case, backend):
+    """y, what is saved for backward, and every gradient, by the operators of a program that was recorded elsewhere."""
+    tensors = {key: t if t is None else t.requires_grad_() for key, t in case.tensors().items()}
+    inputs = [tensors[key] for key in ("x", "w1", "b1", "w2", "b2", "residual")]
+    options, watching = Options.of(**case.options), Watching(backend)
+    with forcing.force(forcing.Forced("watching", watching)):
+        y, *saved = torch.ops.se_fused.squeeze_excite_train(*inputs, *options)
+        (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)).sum().backward()
+        with torch.no_grad():
+            inference = torch.ops.se_fused.squeeze_excite(*inputs, *options)
+            inputs[0] = inputs[0].detach().clone()
+            torch.ops.se_fused.squeeze_excite_(*inputs, *options)
+    asked = ["why_not", "forward_out", "why_not", "backward_out"] + ["why_not", "forward_out"] * 2
+    assert watching.asked == asked
+    return [y, *saved, inference, inputs[0], *(t.grad for t in tensors.values() if t is not None)]
+
+
+@pytest.mark.parametrize("case", RECORDED, ids=str)
+def test_recorded_operators_run_on_the_reference(case):
+    for ours, theirs in zip(recorded(case, REFERENCE), recorded(case, CPU), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("residual_is_x", [False, True])
+@pytest.mark.parametrize("wanted", range(6))
+def test_the_reference_gives_each_gradient_that_a_recorded_backward_asks_for(wanted, residual_is_x):
+    case = Case(dtype=torch.float64, residual="x" if residual_is_x else "none")
+    inputs, options = list(case.tensors().values()), Options.of()
+    y, *saved = torch.ops.se_fused.squeeze_excite_train(*inputs, *options)
+    needs = [i == wanted for i in range(6)]
+    found = []
+    for name in ("reference", "cpu"):
+        with se_fused.use_backend(name), torch.inference_mode():
+            args = (torch.ones_like(y), *inputs, *saved, *options, needs, residual_is_x)
+            found.append(torch.ops.se_fused.squeeze_excite_backward(*args)[wanted])
+    torch.testing.assert_close(*found)
+
+
+def test_the_reference_runs_recorded_operators_under_saved_tensor_hooks():
+    case = Case(dtype=torch.float64)
+    with torch.autograd.graph.save_on_cpu():
+        assert len(recorded(case, REFERENCE)) == len(recorded(case, CPU))
 
 
 def test_importing_the_package_imports_no_compiler():

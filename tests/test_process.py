@@ -1,10 +1,8 @@
 """Threads, forks, the environment, the default device and other processes around the package."""
 
-import asyncio
 import os
 import subprocess
 import sys
-import threading
 
 import pytest
 import torch
@@ -13,7 +11,6 @@ from torch import nn
 
 import se_fused
 from se_fused import backends
-from se_fused.backends import forcing
 
 # A model to replace, for a process of its own.
 MODEL = """
@@ -58,108 +55,17 @@ sys.exit("the child hangs")
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
-def test_overlapping_blocks_of_use_backend_leave_nothing_behind(order):
-    """Blocks that begin in one order and end in any: the latest that is open holds."""
-    names = ("reference", "cpu", "auto")
-    before = forcing.current().name
-    blocks = [se_fused.use_backend(name) for name in names]
-    for block, name in zip(blocks, names, strict=True):
-        block.__enter__()
-        assert forcing.current().name == name
-    for k, i in enumerate(order):
-        blocks[i].__exit__(None, None, None)
-        still = [names[j] for j in range(3) if j not in order[: k + 1]]
-        assert forcing.current().name == (still[-1] if still else before)
-
-
-def in_a_thread(function):
-    found = []
-    thread = threading.Thread(target=lambda: found.append(function()))
-    thread.start(), thread.join()
-    return found[0]
-
-
-def test_a_block_is_for_its_own_thread():
-    here, there = Case().tensors(), forcing.current().name
-    with se_fused.use_backend("reference"):
-        assert se_fused.explain(**here).backend == "reference"
-        assert in_a_thread(lambda: forcing.current().name) == there
-
-        def overlapping():
-            with se_fused.use_backend("cpu"):
-                return se_fused.explain(**here).backend
-
-        assert in_a_thread(overlapping) == "cpu"
-        assert se_fused.explain(**here).backend == "reference"
-    assert forcing.current().name == there
-
-
-def test_a_block_is_for_its_own_task():
-    async def ask(name, mine, other):
-        with se_fused.use_backend(name):
-            mine.set()
-            await other.wait()
-            return se_fused.explain(**Case().tensors()).backend
-
-    async def both():
-        first, second = asyncio.Event(), asyncio.Event()
-        return await asyncio.gather(ask("reference", first, second), ask("cpu", second, first))
-
-    assert asyncio.run(both()) == ["reference", "cpu"]
-
-
-class Watching(backends.Backend):
-    """Computes as `backend` and lists what it was asked for."""
-
-    def __init__(self, backend):
-        self.name, self._backend, self.asked = "watching", backend, []
-
-    def why_not(self, device):
-        self.asked.append("why_not")
-        return self._backend.why_not(device)
-
-    def forward_out(self, *args):
-        self.asked.append("forward_out")
-        self._backend.forward_out(*args)
-
-    def backward_out(self, *args):
-        self.asked.append("backward_out")
-        self._backend.backward_out(*args)
-
-
-@pytest.mark.parametrize("inplace", [False, True])
-def test_a_call_asks_once_which_backend_serves_it(inplace):
-    watching = Watching(backends.CPU)
-    with forcing.force(forcing.Forced("watching", watching)), torch.no_grad():
-        call(se_fused.squeeze_excite, Case().tensors(), {}, inplace=inplace)
-    assert watching.asked == ["why_not", "forward_out"]
-
-
-@pytest.mark.parametrize("thread", [False, True])
-def test_backward_runs_on_the_backend_of_its_forward(thread):
-    """Autograd runs the backward of CUDA tensors in threads of its own."""
-    watching, tensors = Watching(backends.CPU), Case().tensors()
-    tensors["x"].requires_grad_()
-    with forcing.force(forcing.Forced("watching", watching)):
-        y = call(se_fused.squeeze_excite, tensors, {})
-    assert watching.asked == ["why_not", "forward_out"]
-    in_a_thread(lambda: y.sum().backward()) if thread else y.sum().backward()
-    assert watching.asked[2:] == ["why_not", "backward_out"]
-    assert tensors["x"].grad.count_nonzero() > 0
-
-
 @pytest.mark.parametrize(
     ("variable", "value", "said"),
     [
-        ("SE_FUSED_BACKEND", "", ""),
+        ("SE_FUSED_BACKEND", "", "cpu runs it"),
         ("SE_FUSED_CXXFLAGS", "'unbalanced", 'SE_FUSED_CXXFLAGS is "\'unbalanced": No closing quotation'),
     ],
 )
 def test_a_strange_environment_does_not_break_the_import(variable, value, said):
     done = run(
         "import torch, se_fused; w = torch.eye(3)\n"
-        "print(se_fused.explain(torch.ones(1, 3, 2, 2), None, None, w, None).why_not.get('cpu', ''))",
+        "print(se_fused.explain(torch.ones(1, 3, 2, 2), None, None, w, None).why_not.get('cpu', 'cpu runs it'))",
         **{variable: value},
     )
     assert done.returncode == 0, done.stderr

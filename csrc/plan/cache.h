@@ -17,10 +17,10 @@ namespace se {
 // Any number of threads may use it.
 class Plans {
  public:
-  // The most calls per device and forced plan. A model has tens of layers, so a process has some hundred different
-  // calls. Inputs whose sizes never recur would fill a cache of any size; after the cache is emptied, a call costs only
-  // the time to make its plan.
-  static constexpr size_t kMost = 1024;
+  // The most calls per device and forced plan, and the most forced plans per device. A model has tens of layers, so a
+  // process has some hundred different calls. Inputs whose sizes never recur would fill a cache of any size; after the
+  // cache is emptied, a call costs only the time to make its plan.
+  static constexpr size_t kMost = 1024, kMostForced = 64;
 
   // limits(index) returns the limits of a device; it is called once for each device, unless it raises.
   explicit Plans(std::function<Device(int index)> limits) : limits_(std::move(limits)) {}
@@ -33,13 +33,17 @@ class Plans {
   // The result of make_plan. It is shared, because another thread may empty the cache while it is used.
   std::shared_ptr<const Plan> plan(const Call& call, int index) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    auto& [device, by_forced] = known(index);
-    auto& plans = by_forced[forced()];
-    const auto found = plans.find(call);
-    if (found != plans.end()) return found->second;
+    auto& [device, plans] = known(index);
+    const auto same_forced = plans.find(forced());
+    if (same_forced != plans.end()) {
+      const auto found = same_forced->second.find(call);
+      if (found != same_forced->second.end()) return found->second;
+    }
     auto made = std::make_shared<const Plan>(make_plan(call, device, forced()));
-    if (plans.size() == kMost) plans.clear();
-    return plans.emplace(call, std::move(made)).first->second;
+    if (plans.size() == kMostForced && same_forced == plans.end()) plans.clear();
+    auto& kept = plans[forced()];
+    if (kept.size() == kMost) kept.clear();
+    return kept.emplace(call, std::move(made)).first->second;
   }
 
   // Forces a plan for the calls of this thread that follow; "" forces none.

@@ -49,7 +49,7 @@ def load() -> None:
             backend.leave_out("not loaded, because SE_FUSED_BACKEND=reference")
         else:
             backend.load()
-    if CPU.why_not(torch.device("cpu")) is not None and name != "reference":
+    if CPU.why_not(torch.device("cpu")) is not None and name == "auto":
         _choice.warn_of_fallback(torch.device("cpu"), "reference")
 
 
@@ -57,8 +57,10 @@ def load() -> None:
 def use_backend(name: str, plan: str = "") -> Iterator[None]:
     """Force a backend inside a `with` block, for the calls of this thread or asyncio task, and for their backward.
 
-    The block does not apply to threads that start inside it. A torch.compile region is compiled again when the block
-    that the process opened last is another one.
+    A new thread does not take part (the replicas of `nn.DataParallel`, for example); an asyncio task or a call of
+    `asyncio.to_thread` that starts inside does, until the block ends. The backward of a compiled or checkpointed region
+    belongs inside the block too. torch.compile with fullgraph=True cannot trace the block itself: put it around the
+    compiled function.
 
     Args:
         name: "auto", "cuda", "triton", "cpu" or "reference" (`se_fused.reference` under PyTorch's autograd).
@@ -69,9 +71,9 @@ def use_backend(name: str, plan: str = "") -> Iterator[None]:
         ValueError: for any other name, or a plan for another backend.
         BackendUnavailable: from a call inside the block that this backend cannot run.
     """
-    if plan and name != "cuda":
-        raise ValueError(f"use_backend: plan must be empty for {name!r}; got {plan!r}")
     if name not in _NAMES:
         raise ValueError(f"use_backend: name must be one of {', '.join(_NAMES)}; got {name!r}")
+    if plan and name != "cuda":
+        raise ValueError(f"use_backend: plan must be empty for {name!r}; got {plan!r}")
     with forcing.force(forcing.Forced(name, ALL.get(name), plan)):
         yield

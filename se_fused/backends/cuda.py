@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ class Cuda(Compiled):
     def __init__(self, library: ctypes.CDLL | None = None) -> None:
         self._unusable = "there is no NVIDIA GPU"
         self._gpus: dict[int, list[int] | str] = {}  # by device index: the GPU's limits, or why it cannot be used
-        self._thread_state = threading.local()  # .plan: the plan that the library was last told to force
         if library is not None:
             self._use(library)
 
@@ -53,8 +52,8 @@ class Cuda(Compiled):
     def limits(self, index: int) -> list[int]:
         """The limits of GPU `index`, on which plans depend.
 
-        These are: compute capability, SMs, bytes of shared memory per block and per SM, how
-        many clusters of 1, 2, 4, 8 and 16 blocks run at once, bytes per microsecond of a copy, bytes of the L2.
+        These are: compute capability, SMs, bytes of shared memory per block and per SM, how many clusters of 1, 2, 4, 8
+        and 16 blocks run at once, bytes per microsecond of a copy, bytes of the L2.
 
         Raises:
             RuntimeError: if the library is not loaded, or does not run on the device.
@@ -84,18 +83,20 @@ class Cuda(Compiled):
     _ask_gpu._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def forward_out(self, *args: Any) -> None:
-        self._force_plan()
-        super().forward_out(*args)
+        self._with_plan(super().forward_out, args)
 
     def backward_out(self, *args: Any) -> None:
-        self._force_plan()
-        super().backward_out(*args)
+        self._with_plan(super().backward_out, args)
 
-    def _force_plan(self) -> None:
+    def _with_plan(self, operator: Callable[..., None], args: tuple[Any, ...]) -> None:
         plan = forcing.current().plan
-        if plan != getattr(self._thread_state, "plan", ""):
-            self._library.se_fused_force_plan(plan.encode())
-            self._thread_state.plan = plan
+        if not plan:
+            return operator(*args)
+        self._library.se_fused_force_plan(plan.encode())  # for this thread
+        try:
+            operator(*args)
+        finally:
+            self._library.se_fused_force_plan(b"")
 
     def plan(self, x: Tensor, r: int, options: Options, own_residual: bool) -> str:
         extension = native.load_extension()

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
+from torch import _C
 
 from .backend import Backend
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Forced:
     """backend: None under "auto" and for a `name` without backend. plan: for the cuda backend (csrc/plan.h), or ""."""
 
@@ -26,45 +28,93 @@ class Forced:
 
 AUTO = Forced("auto")
 
+
+class _Block:
+    """A block around calls. A context may be copied while it is open, and outlive it."""
+
+    def __init__(self, forced: Forced) -> None:
+        self.forced, self.is_open = forced, True
+
+
 _environment = AUTO
-# The open blocks of this thread or task, and those of the whole process; the block opened last comes last.
-_task_blocks: ContextVar[tuple[Forced, ...]] = ContextVar("se_fused.forced", default=())
-_process_blocks: list[Forced] = []
-_latest = AUTO  # the last of _process_blocks, or _environment
+_blocks: ContextVar[tuple[_Block, ...]] = ContextVar("se_fused.forced", default=())  # the last opened comes last
+_open_blocks: list[_Block] = []  # of the process
+_lock = threading.Lock()  # guards _open_blocks with _latest
+# PyTorch hands this thread-local object on to the threads of a backward.
+_IN_BACKWARD = "se_fused.forced"
+# For torch.compile, which cannot read a context variable: it guards on _latest, so that a region is compiled again when
+# a block opens or closes, and finds what is forced by its name.
+_latest = AUTO.name
+_by_name = {AUTO.name: AUTO}
 
 
 def set_environment(forced: Forced) -> None:
     """Set what is forced outside every block."""
     global _environment, _latest
-    _environment = forced
-    _latest = _process_blocks[-1] if _process_blocks else _environment
+    _by_name[forced.name] = _environment = forced
+    _latest = forced.name
 
 
 def current() -> Forced:
     """What is forced in this thread or task."""
     if torch.compiler.is_compiling():
-        # torch.compile cannot read a context variable; it guards on this global and compiles again when it changes.
-        return _latest
-    blocks = _task_blocks.get()
-    return blocks[-1] if blocks else _environment
+        return _by_name[_name_while_compiling(_latest)]
+    return _last_open(_blocks.get()) or (_of_backward() if _open_blocks else None) or _environment
+
+
+def _name_while_compiling(_: str) -> str:
+    return (_last_open(_blocks.get()) or _environment).name
+
+
+# torch.compile calls this function and takes the result as a constant (cuda.py says more).
+_name_while_compiling._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _last_open(blocks: tuple[_Block, ...]) -> Forced | None:
+    for block in reversed(blocks):
+        if block.is_open:
+            return block.forced
+    return None
+
+
+def _of_backward() -> Forced | None:
+    """What is forced in the thread that started the backward which this thread works for."""
+    if _C._current_graph_task_id() == -1 or not _C._is_key_in_tls(_IN_BACKWARD):
+        return None
+    return _last_open(_C._get_obj_in_tls(_IN_BACKWARD))
 
 
 @contextmanager
 def force(forced: Forced) -> Iterator[None]:
-    """Force `forced` inside the block. Blocks may end in any order, as those of generators and tasks do."""
+    """Force `forced` inside the block. Blocks may end in any order and in any thread, as those of generators do."""
     global _latest
-    forced = replace(forced)  # a copy, because blocks are told apart by identity
-    _task_blocks.set((*_task_blocks.get(), forced))
-    _process_blocks.append(forced)
-    _latest = forced
+    block = _Block(forced)
+    blocks = (*(b for b in _blocks.get() if b.is_open), block)
+    _blocks.set(blocks)
+    _C._stash_obj_in_tls(_IN_BACKWARD, blocks)
+    with _lock:
+        _by_name[forced.name] = forced
+        _open_blocks.append(block)
+        _latest = forced.name
     try:
         yield
     finally:
-        _task_blocks.set(tuple(other for other in _task_blocks.get() if other is not forced))
-        _process_blocks.remove(forced)
-        _latest = _process_blocks[-1] if _process_blocks else _environment
+        block.is_open = False
+        _blocks.set(tuple(b for b in _blocks.get() if b.is_open))
+        with _lock:
+            _open_blocks.remove(block)
+            _latest = (_open_blocks[-1].forced if _open_blocks else _environment).name
 
 
 def resume(forced: Forced) -> AbstractContextManager[None]:
-    """`force`, unless `forced` holds already. With it a backward, in any thread, finds what its forward found."""
-    return nullcontext() if forced is current() else force(forced)
+    """Force in a backward what was forced in its forward: the block may be closed, the thread another one."""
+    return nullcontext() if forced is current() else _resumed(forced)
+
+
+@contextmanager
+def _resumed(forced: Forced) -> Iterator[None]:
+    token = _blocks.set((_Block(forced),))
+    try:
+        yield
+    finally:
+        _blocks.reset(token)

@@ -1,7 +1,7 @@
 """The formula in plain PyTorch (se_fused/reference.py), for every device.
 
-A public call computes the formula under PyTorch's own autograd, without this class. The class runs the operators of
-programs that were recorded elsewhere, such as exported ones.
+A public call computes it under PyTorch's own autograd. What follows is for operators in programs that were recorded
+elsewhere, such as an exported one.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from torch import Tensor
 from .. import reference
 from ..options import FUNCTIONS, Options
 from .backend import Backend
+
+_NAMES = ("x", "w1", "b1", "w2", "b2")
 
 
 class Reference(Backend):
@@ -32,21 +34,24 @@ class Reference(Backend):
         y.copy_(reference.compute(x, w1, b1, w2, b2, residual, options))
 
     def backward_out(self, g: Tensor, *args: Any) -> None:
-        inputs, options = args[:6], Options(*args[9:16])
-        (_, residual_is_x), grads = args[16:18], args[18:]
-        given = [i for i, t in enumerate(inputs) if t is not None and not (i == 5 and residual_is_x)]
-
-        def function(*tensors: Tensor) -> Tensor:
-            found: list[Any] = [None] * 6
-            for i, t in zip(given, tensors, strict=True):
-                found[i] = t
-            if residual_is_x:
-                found[5] = found[0]
-            x, w1, b1, w2, b2, residual = found
-            return reference.compute(x, w1, b1, w2, b2, residual, options)
-
-        # An operator runs below autograd, where torch.autograd.grad records nothing; torch.func still works there.
-        vjp: Any = torch.func.vjp(function, *(inputs[i] for i in given))[1]
-        for i, grad in zip(given, vjp(g), strict=True):
-            if grads[i] is not None:
-                grads[i].copy_(grad)
+        inputs, options, residual_is_x, outs = list(args[:6]), Options(*args[9:16]), args[17], args[18:]
+        for name, t, out in zip(_NAMES, inputs, outs, strict=False):
+            if t is None and out is not None:
+                raise RuntimeError(f"se_fused: d{name} was asked for without {name}")
+        if inputs[5] is None:
+            inputs[5] = torch.zeros_like(inputs[0])
+        with torch.inference_mode(False):  # an operator runs below autograd
+            # Each input by itself, also where the residual is x. An inference tensor cannot be recorded.
+            leaves = [t if t is None else (t.clone() if t.is_inference() else t.detach()) for t in inputs]
+            recorded = [t.requires_grad_() for t in leaves if t is not None]
+            x, w1, b1, w2, b2, residual = leaves
+            assert x is not None
+            assert w2 is not None
+            y = reference.compute(x, w1, b1, w2, b2, residual, options)
+            found = iter(torch.autograd.grad(y, recorded, g.clone() if g.is_inference() else g))
+        grads: list[Any] = [None if t is None else next(found) for t in leaves]
+        if residual_is_x:
+            grads[0] = grads[0] + grads[5]
+        for out, grad in zip(outs, grads, strict=True):
+            if out is not None:
+                out.copy_(grad)

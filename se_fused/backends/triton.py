@@ -31,14 +31,22 @@ class Triton(Backend):
             return f"it runs on CUDA and ROCm tensors; x is on {device}"
         elif interpreted:
             return "TRITON_INTERPRET=1 is set, which is for CPU tensors"
+        elif not torch.cuda.is_available():
+            return "there is no GPU"
         elif torch.version.hip is None and torch.cuda.get_device_capability(device) < (7, 5):
             return f"it needs compute capability 7.5; {device} has {torch.cuda.get_device_capability(device)}"
+        return self._import()
+
+    def _import(self) -> str | None:
         if self._kernels is None and self._broken is None:
             try:
                 self._kernels = importlib.import_module("se_fused.triton")
             except Exception as error:  # an installation may break in any way; the reference can still run the call
                 self._broken = f"triton cannot be imported: {error}"
         return self._broken
+
+    # torch.compile calls this function and takes the result as a constant (cuda.py says more).
+    _import._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def forward_out(self, *args: Any) -> None:
         self._kernels.forward_out(*map(_resolved, args))
