@@ -34,14 +34,12 @@ def under_transform() -> bool:
 
 
 def decomposes(device: torch.device, is_forced: bool) -> bool:
-    """Whether the call is recorded, and must be recorded as plain PyTorch instead of as one operator.
+    """Whether a recorded call becomes plain PyTorch in the program, instead of one operator.
 
     TorchScript and ONNX do not know the operators. Inductor fuses the formula with the operators around it, which was
     faster wherever it was measured: on CPUs (benchmarks/results/compiled.csv) and on an H200
     (benchmarks/results/h200/, in a graph). On other devices, and if a backend `is_forced`, the operator stays.
     """
-    if not recorded():
-        return False
     if _C._get_tracing_state() is not None:
         return True
     measured = device.type == "cpu" or (device.type == "cuda" and torch.version.hip is None)

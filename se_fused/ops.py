@@ -23,7 +23,7 @@ from torch.autograd import profiler
 from . import backends, implementation, reference
 from .arguments import autocast, check, needs_autocast, needs_grad
 from .backends import forcing
-from .observers import decomposes, under_transform, unobserved
+from .observers import decomposes, recorded, under_transform, unobserved
 from .options import SQUEEZES, Codes, HardSigmoid, OptionNames, Options, encode
 
 if TYPE_CHECKING:
@@ -248,14 +248,16 @@ def call(
     codes: Codes, inplace: bool = False,
 ) -> Tensor:  # fmt: skip
     """`squeeze_excite` with encoded options: `Options`, which a layer makes once, or a plain tuple."""
-    y: Tensor | None = backends.CPU.fast_path(x, w1, b1, w2, b2, residual, *codes, inplace=inplace)
+    cpu = backends.CPU
+    fast_path = cpu.fast_path if _C._len_torch_function_stack() == 0 else cpu.fast_path_under_mode
+    y = fast_path(x, w1, b1, w2, b2, residual, *codes, inplace=inplace)
     if y is not None:
         return y
     options = Options(*codes)
     if needs_autocast(x, w2, residual):
         x, w1, b1, w2, b2, residual = autocast(x, w1, b1, w2, b2, residual)  # type: ignore[assignment]
     _check(x, w1, b1, w2, b2, residual, SQUEEZES[options.squeeze], inplace)
-    if decomposes(x.device, forcing.current().name != "auto"):
+    if recorded() and decomposes(x.device, forcing.current().name != "auto"):
         return reference.compute(x, w1, b1, w2, b2, residual, options, inplace)
     backend = backends.select(x.device)
     # An empty map needs no speed, and the reference defines its mean and maximum.

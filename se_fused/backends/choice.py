@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from . import forcing
-from .backend import Backend
+from .backend import Backend, Compiled
 
 _log = logging.getLogger("se_fused")
 
@@ -40,6 +40,8 @@ class Choice:
 
     def __init__(self, backends: Sequence[Backend]) -> None:
         self.backends = {backend.name: backend for backend in backends}
+        # Its library's own device: Triton runs there too, but only where it is forced or this one cannot.
+        self._compiled = {backend.name: backend for backend in backends if isinstance(backend, Compiled)}
         self._warned: set[str] = set()  # device types
 
     def select(self, device: torch.device) -> Backend:
@@ -51,6 +53,9 @@ class Choice:
                 raise BackendUnavailable(f"backend {forced.name!r} was asked for and cannot run this call: {reason}")
             assert forced.backend is not None
             return forced.backend
+        compiled = self._compiled.get(device.type)  # asked first, which costs less and gives the same
+        if compiled is not None and compiled.why_not(device) is None:
+            return compiled
         for backend in self.backends.values():
             if backend.why_not(device) is None:
                 break

@@ -52,7 +52,10 @@ class Cpu(Compiled):
     def has_fast_path(self) -> bool:
         return self._forward is not None
 
-    def fast_path(self, *args: Any, inplace: bool) -> Tensor | None:
+    def fast_path(
+        self, x: Tensor, w1: Tensor | None, b1: Tensor | None, w2: Tensor, b2: Tensor | None, residual: Tensor | None,
+        *options: Any, inplace: bool,
+    ) -> Tensor | None:  # fmt: skip
         """Run inference on dense CPU tensors without Python checks and dispatcher, and return y.
 
         Returns None if the call must take the dispatcher, which reports errors and converts inputs; also while a call
@@ -61,31 +64,19 @@ class Cpu(Compiled):
         A call that computes nothing takes a quarter of the time that it takes with checks and dispatcher, and that is
         longer than the work on many small maps (benchmarks/results/call_overhead.csv, "bare" and "strided").
 
-        args: x, w1, b1, w2, b2, residual, then the options as numbers.
+        options: as numbers.
         """
-        if _C._len_torch_function_stack() == 0:
-            return self._fast_path(*args, inplace=inplace)
-        # The mode of `torch.set_default_device` affects only the creation of tensors, but PyTorch would call it for
-        # each attribute of a tensor.
-        if _C._len_torch_function_stack() > 1 or type(_C._get_function_stack_at(0)) is not DeviceContext:
-            return None
-        with _C.DisableTorchFunction():
-            return self._fast_path(*args, inplace=inplace)
-
-    def _fast_path(
-        self, x: Tensor, w1: Tensor | None, b1: Tensor | None, w2: Tensor, b2: Tensor | None, residual: Tensor | None,
-        *options: Any, inplace: bool,
-    ) -> Tensor | None:  # fmt: skip
-        if self._forward is None or observed() or type(x) is not Tensor or type(inplace) is not bool:
+        if self._forward is None or type(x) is not Tensor or type(inplace) is not bool:
             return None
         try:
             if needs_grad(x, w1, b1, w2, b2, residual):
                 return None
         except AttributeError:
             return None  # not a tensor
-        if not x.is_cpu or profiler._is_profiler_enabled or under_transform():
+        if not x.is_cpu or observed() or profiler._is_profiler_enabled or under_transform():
             return None
-        if not forcing.current().allows(self):
+        forced = forcing.current()
+        if forced.name != "auto" and forced.backend is not self:
             return None
         if inplace and x.is_inference() and is_locked_inference_tensor(x):
             return None
@@ -93,6 +84,16 @@ class Cpu(Compiled):
         if inplace and y is not None:
             torch.autograd.graph.increment_version(x)
         return y
+
+    def fast_path_under_mode(self, *args: Any, inplace: bool) -> Tensor | None:
+        """`fast_path` under a mode that sees every PyTorch function: only the mode of `torch.set_default_device`.
+
+        It affects only the creation of tensors, but PyTorch would call it for each attribute of a tensor.
+        """
+        if _C._len_torch_function_stack() > 1 or type(_C._get_function_stack_at(0)) is not DeviceContext:
+            return None
+        with _C.DisableTorchFunction():
+            return self.fast_path(*args, inplace=inplace)
 
 
 def _load_operators(path: Path) -> Path:

@@ -8,8 +8,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 
-import torch
 from torch import _C
+from torch.compiler import is_compiling
 
 from .backend import Backend
 
@@ -21,9 +21,6 @@ class Forced:
     name: str
     backend: Backend | None = None
     plan: str = ""
-
-    def allows(self, backend: Backend) -> bool:
-        return self.backend is backend or self.name == "auto"
 
 
 AUTO = Forced("auto")
@@ -57,9 +54,12 @@ def set_environment(forced: Forced) -> None:
 
 def current() -> Forced:
     """What is forced in this thread or task."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return _by_name[_name_while_compiling(_latest)]
-    return _last_open(_blocks.get()) or (_of_backward() if _open_blocks else None) or _environment
+    blocks = _blocks.get()
+    if not blocks and not _open_blocks:
+        return _environment
+    return _last_open(blocks) or _of_backward() or _environment
 
 
 def _name_while_compiling(_: str) -> str:
