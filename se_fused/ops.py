@@ -6,9 +6,9 @@
       torch.ops.se_fused.squeeze_excite_           inference in place: y is written over x
       torch.ops.se_fused.squeeze_excite_train      y, and for backward z, p1 = W1 z + b1, p2 = W2 h + b2
       torch.ops.se_fused.squeeze_excite_backward   the gradients
-        torch.ops.se_fused.forward_out, backward_out: implemented by each backend; they fill memory allocated here
+        torch.ops.se_fused.forward_out, backward_out: kernels; they fill memory that was allocated here
 
-A compiled backend (backends/backend.py) registers only `forward_out` and `backward_out` for its dispatch key.
+Only compiled backends (backends/backend.py) have `forward_out` and `backward_out` as operators, and no other operator.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _(g: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return tuple(implementation.empty_grads(args[:6], args[-2]))
 
 
-# Autograd. Besides the inputs, only tensors of the gates' size are saved; backward recomputes u, u * s and y from x.
+# Autograd. Besides the inputs, only z, p1 and p2 are saved; backward recomputes u, u * s and y from x.
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], saved: tuple[Tensor, ...]) -> None:

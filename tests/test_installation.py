@@ -181,7 +181,7 @@ def test_who_waits_for_another_process_says_so(place):
 
 
 def test_a_compilation_that_takes_too_long_is_ended(place, monkeypatch):
-    monkeypatch.setattr(build, "_TIMEOUT", 1)
+    monkeypatch.setattr(build, "TIMEOUT", 1)
     monkeypatch.setenv("CXX", str(place.compiler("sleep 120")))
     place.cache.mkdir()
     with pytest.raises(build.BuildError, match="compilation took more than 1 s"):

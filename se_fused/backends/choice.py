@@ -40,7 +40,7 @@ class Choice:
 
     def __init__(self, backends: Sequence[Backend]) -> None:
         self.backends = {backend.name: backend for backend in backends}
-        # Its library's own device: Triton runs there too, but only where it is forced or this one cannot.
+        # By device type. Asked first: the order of `backends` gives the same answer, after asking more of them.
         self._compiled = {backend.name: backend for backend in backends if isinstance(backend, Compiled)}
         self._warned: set[str] = set()  # device types
 
@@ -53,7 +53,7 @@ class Choice:
                 raise BackendUnavailable(f"backend {forced.name!r} was asked for and cannot run this call: {reason}")
             assert forced.backend is not None
             return forced.backend
-        compiled = self._compiled.get(device.type)  # asked first, which costs less and gives the same
+        compiled = self._compiled.get(device.type)
         if compiled is not None and compiled.why_not(device) is None:
             return compiled
         for backend in self.backends.values():

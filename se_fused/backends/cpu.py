@@ -31,6 +31,7 @@ class Cpu(Compiled):
         self._forward: Callable[..., Tensor | None] | None = None
 
     def load(self) -> None:
+        self._forward = None
         try:
             path = native.load("cpu", _load_operators)
         except Exception as error:  # an installation may break in any way: the import goes on, and `info` explains

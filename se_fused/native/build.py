@@ -21,7 +21,7 @@ from . import gpus, manifest, recipe, toolchain
 from .toolchain import BuildError
 
 PREBUILT = Path(__file__).resolve().parents[1] / "_native"
-_TIMEOUT = 1800  # seconds
+TIMEOUT = 1800  # seconds
 # Seconds of compilation on one core, for the CPU group and for each CUDA architecture; measured on two EPYC cores.
 _CPU_SECONDS, _CUDA_SECONDS = 50, 40
 _SLOWEST_FILE_SECONDS = 10
@@ -81,11 +81,11 @@ def build(
             held = lock.acquire(timeout=0)
         except Timeout:
             watcher.waits()
-            held = lock.acquire(timeout=_TIMEOUT)
+            held = lock.acquire(timeout=TIMEOUT)
         with held:
             return _build(parent, target, group, watcher, refused)
     except Timeout as error:
-        raise BuildError(f"another process has been building in {parent} for {_TIMEOUT} s") from error
+        raise BuildError(f"another process has been building in {parent} for {TIMEOUT} s") from error
     except OSError as error:
         raise BuildError(f"cannot build in {parent}: {error}") from error
 
@@ -160,7 +160,7 @@ def _run_ninja(folder: Path, watcher: Watcher) -> None:
             too_long.set()
             process.terminate()
 
-        timer = threading.Timer(_TIMEOUT, stop)
+        timer = threading.Timer(TIMEOUT, stop)
         timer.daemon = True
         timer.start()
         assert process.stdin is not None
@@ -179,7 +179,7 @@ def _run_ninja(folder: Path, watcher: Watcher) -> None:
         finally:
             timer.cancel()
     if too_long.is_set():
-        raise BuildError(f"compilation took more than {_TIMEOUT} s")
+        raise BuildError(f"compilation took more than {TIMEOUT} s")
     if process.returncode != 0:
         raise BuildError(f"compilation failed: {_error_line(output)}\n{output[-4000:]}")
 
