@@ -12,13 +12,13 @@ PREBUILD_VENV := $(VENV)-prebuild$(subst /,-,-$(PREBUILD_PYTHON))
 .PHONY: demo test bench gpu-check prebuild wheel sdist lint format clean
 
 demo: $(VENV)/demo
-	$(BIN)/python -m se_fused demo $(DEMO_OPTIONS)
+	$(BIN)/python -m examples.demo $(DEMO_OPTIONS)
 
 test: $(VENV)/test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=2
 
 bench: $(VENV)/bench
-	$(BIN)/python -m se_fused bench
+	$(BIN)/python -m benchmarks.layer_cpu
 
 # With the Python that has torch for CUDA: a machine with a GPU may have no network to make an environment from.
 gpu-check:

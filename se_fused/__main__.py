@@ -1,4 +1,4 @@
-"""The command line: `python -m se_fused info | verify | plan | replace | bench | demo`."""
+"""The command line: `python -m se_fused info | verify | plan | replace`."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ import copy
 import importlib
 import json
 import math
-import runpy
 import sys
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import torch
-import typer
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 from torch import nn
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.progress import track
+    from rich.table import Table
+except ImportError as error:
+    sys.exit(f"error: the command line needs {error.name}: pip install typer rich")
 
 import se_fused
 from se_fused import backends, cases, installed, measure, native
@@ -251,33 +253,6 @@ def _measured(spec: str, before: nn.Module, after: nn.Module, x: torch.Tensor, r
             _fail(str(error))
         calls = {"before": lambda: run(before), "after": lambda: run(after)}
         return found | {"seconds": measure.interleaved(calls, repeats)}
-
-
-def _run_from_checkout(module: str, arguments: list[str]) -> None:
-    root = Path(__file__).resolve().parents[1]
-    if not root.joinpath(*module.split(".")).with_suffix(".py").is_file():
-        _fail(f"{module} comes with the source checkout, not with the installed package: clone it and run there")
-    sys.path.insert(0, str(root))
-    sys.argv = [module, *arguments]
-    try:
-        runpy.run_module(module, run_name="__main__")
-    except ModuleNotFoundError as error:
-        _fail(f"{module} needs {error.name}, which is not installed: pip install 'se_fused[demo,models,bench]'")
-
-
-_PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-
-
-@app.command(context_settings=_PASS_THROUGH)
-def bench(context: typer.Context) -> None:
-    """Time the layer on the CPU against the baselines; takes the options of benchmarks.layer_cpu."""
-    _run_from_checkout("benchmarks.layer_cpu", context.args)
-
-
-@app.command(context_settings=_PASS_THROUGH)
-def demo(context: typer.Context) -> None:
-    """Train on digits and replace layers in known networks; takes the options of examples.demo."""
-    _run_from_checkout("examples.demo", context.args)
 
 
 if __name__ == "__main__":
