@@ -10,9 +10,9 @@ import emulator
 import pytest
 import torch
 from cases import DTYPES, Case, assert_close, call, cases, truth
+from gradients import ORDER_KEEPING, compare
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from test_gradients import ORDER_KEEPING, compare
 
 import se_fused
 from se_fused import HardSigmoid, implementation, native

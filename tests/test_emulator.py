@@ -7,7 +7,7 @@ import emulator
 import pytest
 import torch
 from cases import Case, assert_close, call, truth
-from test_gradients import compare
+from gradients import compare
 
 import se_fused
 

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from cases import GATE_CHOICES, Case, assert_close, call, cases, in_float64
+from cases import GATE_CHOICES, Case, call, cases
+from gradients import NAMES, ORDER_KEEPING, compare
 from hypothesis import assume, given, settings
 from torch.autograd import forward_ad
 
@@ -11,38 +12,6 @@ from se_fused import reference
 from se_fused.options import ACTIVATIONS, SQUEEZES
 
 pytestmark = pytest.mark.usefixtures("native")
-
-NAMES = ("x", "w1", "b1", "w2", "b2", "residual")
-
-
-def gradients(function, tensors, options, g):
-    leaves = {name: t.detach().requires_grad_() for name, t in tensors.items() if t is not None}
-    if tensors["residual"] is tensors["x"]:
-        leaves["residual"] = leaves["x"]
-    y = call(function, {name: leaves.get(name) for name in NAMES}, options)
-    wanted = {name: leaf for name, leaf in leaves.items() if name != "residual" or leaf is not leaves["x"]}
-    unused_act = tensors["w1"] is None
-    grads = torch.autograd.grad(y, list(wanted.values()), g.to(y.dtype), allow_unused=unused_act)
-    return dict(zip(wanted, grads, strict=True))
-
-
-def compare(case):
-    tensors = case.tensors()
-    g = torch.randn_like(tensors["x"])
-    if case.seed % 3 == 0:
-        g = g[..., :1].expand_as(g)  # as sum().backward() hands it over
-    actual = gradients(se_fused.squeeze_excite, tensors, case.options, g)
-    expected = gradients(reference.squeeze_excite, in_float64(tensors), case.options, g.double())
-    assert actual.keys() == expected.keys()
-    for name, grad in actual.items():
-        assert grad.dtype == tensors[name].dtype
-        # A gradient is a sum of products of rounded results; for the weights the sum has N L terms.
-        assert_close(grad, expected[name], grad.dtype, f"gradient of {name}", factor=4)
-
-
-# If rounding u can change which element is the largest, float64 and float32 rightly have different gradients. These
-# activations keep the order and the ties of x.
-ORDER_KEEPING = (None, "identity", "relu", "leaky_relu")
 
 
 @given(cases(dtypes=(torch.float64,)))

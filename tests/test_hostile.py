@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from cases import DTYPES, GATE_CHOICES, assert_close
-from test_gradients import ORDER_KEEPING
+from gradients import ORDER_KEEPING
 
 import se_fused
 from se_fused import HardSigmoid

@@ -11,7 +11,7 @@ import emulator
 import pytest
 import torch
 from cases import GATE_CHOICES, Case, call
-from test_gradients import NAMES, gradients
+from gradients import NAMES, gradients
 
 import se_fused
 from se_fused import HardSigmoid, reference

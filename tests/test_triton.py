@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import Case, assert_close, call, cases, in_float64, in_pytorch, truth
+from gradients import ORDER_KEEPING, gradients
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from test_gradients import ORDER_KEEPING, gradients
 
 import se_fused
 from se_fused import backends, reference

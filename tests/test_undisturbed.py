@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from look_alikes import FALSE, KEPT, TOTAL, with_part
+from se_candidates import ACCEPTED, REFUSED, UNMENTIONED
 from se_layers import Convolutional, Plus
-from test_look_alikes import FALSE, KEPT, TOTAL, with_part
-from test_recognise import ACCEPTED, REFUSED, UNMENTIONED
 from torch import nn
 from torch.nn.utils import parametrizations
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from cases import Case, assert_close, call, truth
-from test_gradients import compare
+from gradients import compare
 
 import emulator
 import se_fused
