@@ -30,8 +30,8 @@ from se_fused.native import build, gpus, manifest, recipe, toolchain
 
 ROOT = Path(__file__).resolve().parents[1]
 REGISTERS, INSTRUCTIONS = (ROOT / "csrc" / "cuda" / name for name in ("registers.csv", "instructions.csv"))
-SYMBOLS = ROOT / "tests" / "torch_2_10_symbols.txt"
-MICROBENCHMARKS = ROOT / "benchmarks" / "microbenchmarks" / "microbenchmarks.cu"
+SYMBOLS = ROOT / "tests" / "cuda" / "torch_2_10_symbols.txt"
+MICROBENCHMARKS = ROOT / "dev" / "microbenchmarks" / "microbenchmarks.cu"
 SASS_OF = "90"
 # Architectures 8.x are compiled together: they share the steps up to PTX, which take half the time.
 TOGETHER = [tuple(group) for _, group in groupby(gpus.ARCHITECTURES, lambda sm: sm[0] if sm[0] == "8" else sm)]

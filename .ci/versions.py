@@ -22,7 +22,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "docs" / "versions.csv"
 COLUMNS = ["date", "commit", "python", "torch", "built_with", "fast_path", "passed", "failed", "skipped", "note"]
-CORE = "forward gradients fast_path contract replace recognise aliases native plan"
+CORE = """
+operation/forward operation/gradients operation/contract operation/aliases backends/fast_path native/native cuda/plan
+replace/replace replace/recognise
+"""
 # torchvision and timm have layers that replace and recognise are tested on; pip takes the torchvision of that torch.
 BESIDE = ["torchvision", "timm", "numpy", "pytest", "pytest-xdist", "hypothesis"]
 # Run without a compiler: the wheel's libraries have to load as they are.
@@ -49,7 +52,7 @@ def tested(python, torch, wheel, tests, work):
     python = work / "venv" / "bin" / "python"
     output(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", torch, wheel, *BESIDE)
     facts = json.loads(output(python, "-c", FACTS, cwd=tests, env=os.environ | {"CXX": "none"}))
-    files = [f"tests/test_{name}.py" for name in CORE.split()]
+    files = ["tests/{}/test_{}.py".format(*name.split("/")) for name in CORE.split()]
     done = subprocess.run([python, "-m", "pytest", "-rfE", *files], cwd=tests, stdout=subprocess.PIPE, text=True)
     print(done.stdout[-20_000:], flush=True)
     last = done.stdout.strip().rpartition("\n")[2]
@@ -68,7 +71,7 @@ def main(python, *torches):
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         tests = work / "checkout_without_package"
-        for name in ("tests", "examples", "benchmarks"):
+        for name in ("tests", "examples", "benchmarks", "dev"):
             shutil.copytree(ROOT / name, tests / name)
         shutil.copy(ROOT / "pyproject.toml", tests)
         output(python, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", work, ROOT)

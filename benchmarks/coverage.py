@@ -3,7 +3,7 @@
     python -m benchmarks.coverage [--out benchmarks/results/coverage.csv]
 
 A line of the CSV has the lengths of a report's `replaced`, `skipped` and `near`. No time is measured. The models have
-random weights; nothing is downloaded. tests/test_census.py requires these numbers and compares what layers compute.
+random weights; nothing is downloaded. tests/replace/test_census.py requires these numbers and compares results.
 """
 
 from __future__ import annotations

@@ -33,8 +33,9 @@ PYTHON = [sys.executable, "-u"]
 
 
 def module(name: str, device: str = "") -> Command:
-    """The command that runs a file of benchmarks/gpu."""
-    return lambda task: [*PYTHON, "-m", f"benchmarks.gpu.{name}", *task.options(task.out, device or task.device)]
+    """The command that runs a module of benchmarks/gpu, or another one by its full name."""
+    name = name if "." in name else f"benchmarks.gpu.{name}"
+    return lambda task: [*PYTHON, "-m", name, *task.options(task.out, device or task.device)]
 
 
 def sanitizer(tool: str) -> Command:
@@ -65,7 +66,7 @@ def gpu_tests(task: Task) -> list[str]:
         options += ["-n", str(min(12, max(1, (os.cpu_count() or 1) - 4)))]
     if importlib.util.find_spec("pytest_timeout") is not None:
         options += ["--timeout", "25"]
-    return [*PYTHON, "-m", "pytest", *options, "tests/test_cuda.py"]
+    return [*PYTHON, "-m", "pytest", *options, "tests/cuda/test_cuda.py"]
 
 
 def _sanitizer_part(tool: str, seconds: float, **more: Any) -> Part:
@@ -80,11 +81,17 @@ PARTS = (
     Part("smoke", 24, "each algorithm, layout and dtype against float64", module("smoke"), silence=10),
     Part("layer", 108, "the layer beside eager, torch.compile and a copy", module("layer"), silence=30),
     Part("models", 100, "whole networks before and after replace", module("models"), silence=60),
-    Part("tests", 50, "tests/test_cuda.py in parallel processes", gpu_tests, must_contain=" passed"),
+    Part("tests", 50, "tests/cuda/test_cuda.py in parallel processes", gpu_tests, must_contain=" passed"),
     _sanitizer_part("memcheck", 50, beside="tests"),
-    Part("instruction_sets", 50, "the CPU kernels of each one", module("instruction_sets", "cpu"), beside="tests"),
-    Part("microbenchmarks", 15, "what the planner's model builds on", module("microbenchmarks")),
-    Part("sweep", 25, "every plan beside the planner's choice", module("plans"), silence=30),
+    Part(
+        "instruction_sets",
+        50,
+        "the CPU kernels of each one",
+        module("instruction_sets", "cpu"),
+        beside="tests",
+    ),
+    Part("microbenchmarks", 15, "what the planner's model builds on", module("dev.microbenchmarks")),
+    Part("sweep", 25, "every plan beside the planner's choice", module("dev.sweep"), silence=30),
     Part("triton", 30, "a sample of the Triton kernels, and their times", module("triton_sample")),
     *(_sanitizer_part(tool, 60, default=False) for tool in ("racecheck", "initcheck", "synccheck")),
 )

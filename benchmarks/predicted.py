@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 from scipy.optimize import nnls
 
+from dev import refit
 from se_fused import native
 
-from . import gpu_report, refit
+from . import gpu_report
 from .gpu_report import DIRECTIONS, mean_and_range
 from .layer_cpu_report import markdown
 

@@ -1,5 +1,5 @@
 // The C functions of torch's stable ABI that the native code calls, as they are from torch 2.10 on. They are declared
-// here so that building needs no torch, and one library works with every later torch. tests/emulator/binding.cpp also
+// here so that building needs no torch, and one library works with every later torch. dev/emulator/binding.cpp also
 // includes torch's own headers: it does not compile if a declaration differs.
 #pragma once
 

@@ -22,6 +22,7 @@ from ..shapes import Shape
 from ..timing import Times
 
 ROUNDS = 11
+SIZES = (1, 2, 4, 8, 16)  # of clusters, in blocks
 LEAST_CALLS = 8  # calls in one graph; more, if a replay would take less than LEAST_US
 LEAST_US = 500.0  # microseconds of a replay at the speed of a copy, so that the start of a graph hardly counts
 COLD_L2, MOST_SETS = 2.5, 256  # the buffers rotate over this multiple of the L2, but over at most so many sets

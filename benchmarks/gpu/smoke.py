@@ -12,7 +12,7 @@ import se_fused
 from se_fused import backends, verify
 from se_fused.cases import GRID_LAYOUTS, PRECISIONS, TOLERANCE, Case
 
-from .plans import SIZES
+from .calls import SIZES
 from .worker import Rows, Worker, run_part
 
 FIELDS = ("plan", "case", "error", "of", "tolerance", "outcome")

@@ -2,7 +2,7 @@
 // time, so that the kernel switches on the activation once per vector. The others, and all in float64, are calls per
 // value, which keeps their long exponentials out of every kernel.
 // Half-precision maps use fast arithmetic for silu and hardswish. Its error is less than a quarter of a rounding step
-// of the map's type (tests/test_half_activations.py). NaN and the infinities behave as in PyTorch: comparisons are
+// of the map's type (tests/cuda/test_half_activations.py). NaN and the infinities behave as in PyTorch: comparisons are
 // arranged so that a NaN falls through.
 #pragma once
 

@@ -1,6 +1,6 @@
 // What every kernel uses: element types, 2- to 16-byte accesses, warp reductions, shared memory.
 // Kernels access global memory only through load, load_streaming, load_one and store, and get their shared memory only
-// from shared_memory(), so that tests/emulator can run the same sources on a CPU.
+// from shared_memory(), so that dev/emulator can run the same sources on a CPU.
 #pragma once
 
 #include <cuda_bf16.h>

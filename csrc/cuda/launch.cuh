@@ -1,4 +1,4 @@
-// Launches a kernel as the plan says. On a CPU, tests/emulator replaces the CUDA runtime that it calls.
+// Launches a kernel as the plan says. On a CPU, dev/emulator replaces the CUDA runtime that it calls.
 #pragma once
 
 #include <mutex>

@@ -1,5 +1,5 @@
 // Predicts how long a plan takes, so that plans can be compared. Least squares fit its constants to the times of
-// float16 plans on an H200 (benchmarks/refit.py). On that record (plans_gpu.csv) the chosen plan takes on average 2 %
+// float16 plans on an H200 (dev/refit.py). On that record (plans_gpu.csv) the chosen plan takes on average 2 %
 // longer than the fastest one forward, and 3 % forward and backward. Other GPUs differ only in bandwidth, SMs and
 // clusters. Times for them, for float32 and for the general form are predictions that nobody has measured.
 #include <algorithm>
@@ -10,7 +10,7 @@
 namespace se::planning {
 namespace {
 
-// clang-format off: python -m benchmarks.refit h200
+// clang-format off: python -m dev.refit h200
 constexpr Constants kForward{
     1.18e+05, 1, 1.77, 0.422, 0.872,  // alone_bytes, cluster_efficiency, overlap, tail, two_pass_efficiency
     2.77, 4.96, 5.33, 0.211, 60.8,  // start_us, pass_us, latency_us, doubling_us, layer_rate

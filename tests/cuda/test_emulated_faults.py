@@ -1,11 +1,12 @@
-"""Faults planted in the kernels, each of which tests/emulator must catch with the right message."""
+"""Faults planted in the kernels, each of which dev/emulator must catch with the right message."""
 
 import re
 import subprocess
 
-import emulator
+import every_kernel
 import pytest
-from emulator import every_kernel
+
+from dev import emulator
 
 PARTS_OF_OTHERS = "  if (f.r) gemv_t<1>(w2.from(c0, 0), own, depth, dp2, 0, work, hidden_part);\n"
 # By name: the file under csrc/cuda, a text that it has once, its replacement, and the message that must appear.

@@ -7,13 +7,13 @@ import math
 import os
 import random
 
-import emulator
 import pytest
 import torch
 from cases import GATE_CHOICES, Case, call
 from gradients import NAMES, gradients
 
 import se_fused
+from dev import emulator
 from se_fused import HardSigmoid, reference
 from se_fused.options import ACTIVATIONS, SQUEEZES
 

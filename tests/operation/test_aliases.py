@@ -1,8 +1,8 @@
 """Inputs that share memory, strides or history give the reference's results, or are refused if they cannot."""
 
-import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -217,7 +217,7 @@ def test_freed_storage_is_named():
     """The test has a process of its own, because reading freed storage would end it."""
     program = f"""
 import itertools, sys
-sys.path.insert(0, {os.path.dirname(__file__)!r})
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 import torch, se_fused
 from cases import Case, call
 for name, offset, grad in itertools.product(["x", "w1", "b2", "residual"], [0, 64], [False, True]):

@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks import gpu_check
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PASSES = "print('case 0: fine'); print('1 of 1 cases')"
 
 

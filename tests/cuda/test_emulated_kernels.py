@@ -1,12 +1,11 @@
 """The CUDA kernels, run thread by thread on the CPU and compared with the reference in float64.
 
-tests/emulator also checks every call: no access is misaligned or outside a buffer, no barrier is divergent, and the
+dev/emulator also checks every call: no access is misaligned or outside a buffer, no barrier is divergent, and the
 call reads and writes as many bytes of the maps as the plan says.
 """
 
 import math
 
-import emulator
 import pytest
 import torch
 from cases import DTYPES, Case, assert_close, call, cases, truth
@@ -15,6 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import se_fused
+from dev import emulator
 from se_fused import HardSigmoid, implementation, native
 from se_fused.memory import is_channels_last
 from se_fused.options import ACTIVATIONS, GATES, SQUEEZES

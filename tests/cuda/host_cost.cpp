@@ -1,5 +1,5 @@
 // What a call costs the host in csrc/cuda/binding.cpp and launch(), beside torch and CUDA: heap allocations, calls of
-// torch's C functions, which are stood in for here, and of CUDA's runtime (tests/emulator), whose kernels do not
+// torch's C functions, which are stood in for here, and of CUDA's runtime (dev/emulator), whose kernels do not
 // run. Prints JSON for test_host_cost.py, which compiles it; exits with 1, and says why, where the plans' cache is
 // wrong.
 #include <array>
@@ -13,10 +13,10 @@
 #include <utility>
 #include <vector>
 
-#include "../csrc/cuda/kernels.h"
-#include "../csrc/plan/cache.h"
-#include "../csrc/torch_c.h"
-#include "emulator/machine.h"
+#include "../../csrc/cuda/kernels.h"
+#include "../../csrc/plan/cache.h"
+#include "../../csrc/torch_c.h"
+#include "../../dev/emulator/machine.h"
 
 namespace {
 

@@ -1,7 +1,7 @@
 """Fits the constants of the planner's model to plans that a GPU has timed (plans_gpu.csv), and prints them in the form
 of csrc/plan/model.cpp.
 
-python -m benchmarks.refit h200
+python -m dev.refit h200
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Model:
     def __init__(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
             library = Path(folder) / "refit.so"
-            sources = [ROOT / "benchmarks/refit.cpp", *sorted((ROOT / "csrc/plan").glob("*.cpp"))]
+            sources = [ROOT / "dev/refit.cpp", *sorted((ROOT / "csrc/plan").glob("*.cpp"))]
             command = ["c++", "-std=c++17", "-O2", "-shared", "-fPIC", *map(str, sources), "-o", str(library)]
             subprocess.run(command, check=True)
             self._native = ctypes.CDLL(str(library))

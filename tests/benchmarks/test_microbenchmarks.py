@@ -3,14 +3,13 @@
 import re
 from pathlib import Path
 
-import emulator
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks import microbenchmarks
-from benchmarks.microbenchmarks import LARGEST_CHUNKS, LARGEST_COUNT
+from dev import emulator, microbenchmarks
+from dev.microbenchmarks import LARGEST_CHUNKS, LARGEST_COUNT
 
 
 @pytest.fixture(scope="module")

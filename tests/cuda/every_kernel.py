@@ -7,8 +7,8 @@ import torch
 from cases import Case, assert_close, call, truth
 from gradients import compare
 
-import emulator
 import se_fused
+from dev import emulator
 
 PLANS = ("splits=2", "rows=3", "cluster size=2 threads=256", "cluster size=2 threads=512")
 CASES = (

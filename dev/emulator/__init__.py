@@ -28,7 +28,7 @@ from se_fused.backends import Backend, forcing
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-DEVICE, MICROBENCHMARKS = "tests/emulator", "benchmarks/microbenchmarks"
+DEVICE, MICROBENCHMARKS = "dev/emulator", "dev/microbenchmarks"
 FLAGS = (
     "-std=c++17 -fPIC -fvisibility=hidden -fno-omit-frame-pointer -Wall -Wextra -Werror "
     "-Wno-unknown-pragmas -Wno-parentheses"

@@ -8,7 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from benchmarks import gpu_report, predicted, refit
+from benchmarks import gpu_report, predicted
+from dev import refit
 from se_fused import native
 
 RECORD = refit.RESULTS / "h200"

@@ -8,15 +8,14 @@ from functools import partial
 import torch
 
 import se_fused
-
-from ..timing import Times, ratio, spread
-from . import calls
-from .calls import Row
-from .layer import BATCHES, LAYOUTS, shapes
-from .worker import Rows, Worker, run_part
+from benchmarks.gpu import calls
+from benchmarks.gpu.calls import SIZES, Row
+from benchmarks.gpu.layer import BATCHES, LAYOUTS, shapes
+from benchmarks.gpu.worker import Rows, Worker, run_part
+from benchmarks.timing import Times, ratio, spread
 
 FIELDS = ("shape", "r", "dtype", "layout", "direction", "plan", "p20_us", "p50_us", "p80_us", "ratio_to_planner")
-SIZES, THREADS = (1, 2, 4, 8, 16), (256, 512)
+THREADS = (256, 512)
 PLANNERS = "planner's"
 
 

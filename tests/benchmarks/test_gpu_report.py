@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gpu_report
-from benchmarks.gpu import layer, models, plans, smoke
+from benchmarks.gpu import layer, models, smoke
 from benchmarks.gpu.worker import Rows
+from dev import sweep
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def gpu_run(tmp_path: Path) -> Path:
         networks.write(
             {"model": "a", "n": 1, "mode": "graph", "variant": variant, "se_layers": 3, "ratio_to_fused": value}
         )
-    tried = Rows(tmp_path / "plans_gpu.csv", plans.FIELDS)
+    tried = Rows(tmp_path / "plans_gpu.csv", sweep.FIELDS)
     for shape, plan, value in (
         ("1", "planner's", 1.0),
         ("1", "two_pass", 0.9),

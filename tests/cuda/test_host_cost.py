@@ -4,8 +4,9 @@ import json
 import os
 import subprocess
 
-import emulator
 import pytest
+
+from dev import emulator
 
 ATTRIBUTES = 3  # of a kernel that runs in clusters
 # Calls of torch: seven facts of each of six tensors, and the release of each; the device's index, its guard, the end of
@@ -19,7 +20,7 @@ def costs(tmp_path_factory):
     program = tmp_path_factory.mktemp("host_cost") / "host_cost"
     built = emulator.library().parent  # which also holds objects of sources that no longer exist
     kernels = [built / f"{path.stem}.o" for path in emulator.sources(emulator.ROOT) if path.stem != "binding"]
-    sources = [emulator.ROOT / "tests/host_cost.cpp", emulator.ROOT / "csrc/cuda/binding.cpp"]
+    sources = [emulator.ROOT / "tests/cuda/host_cost.cpp", emulator.ROOT / "csrc/cuda/binding.cpp"]
     flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", *os.environ.get("SE_FUSED_CXXFLAGS", "").split()]
     subprocess.run(["c++", *flags, *sources, *kernels, "-pthread", "-o", program], check=True)
     return json.loads(subprocess.run([program], check=True, stdout=subprocess.PIPE, text=True).stdout)

@@ -1,15 +1,15 @@
-"""What tests/emulator checks besides results: bank conflicts, stale reads, and too much shared memory."""
+"""What dev/emulator checks besides results: bank conflicts, stale reads, and too much shared memory."""
 
 import re
 from pathlib import Path
 
-import emulator
 import pytest
 import torch
 from cases import Case, assert_close, call, truth
 from gradients import compare
 
 import se_fused
+from dev import emulator
 
 # For reads of the staged tile in float16, by layout, side and channels: the measured wavefronts per wavefront of the
 # minimum. Rows of 49 or 196 elements are not a multiple of 16 bytes, so the rows that a warp reduces side by side use

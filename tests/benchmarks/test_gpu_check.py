@@ -16,7 +16,7 @@ import pytest
 from benchmarks import gpu_check
 from se_fused import native
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # Packages that a machine with a GPU may lack, or that only some commands need.
 OPTIONAL = (
     "filelock", "hypothesis", "ninja", "numpy", "platformdirs", "pybind11", "pynvml", "pytest", "rich", "timm",

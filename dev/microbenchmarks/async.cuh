@@ -1,5 +1,5 @@
 // mbarriers, bulk copies, and pushes to another block of the cluster, in PTX from sm_90 on (PTX ISA 8.1, "Asynchronous
-// copies and mbarrier"). On a CPU, tests/emulator replaces them.
+// copies and mbarrier"). On a CPU, dev/emulator replaces them.
 #pragma once
 
 #include "../../csrc/cuda/cluster.cuh"

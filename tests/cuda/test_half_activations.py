@@ -1,6 +1,6 @@
 """Checks the fast arithmetic for half-precision maps on every float16 and bfloat16 number.
 
-The emulated special function unit errs by its worst, in each combination of directions (tests/emulator/cuda_runtime.h).
+The emulated special function unit errs by its worst, in each combination of directions (dev/emulator/cuda_runtime.h).
 Before a result is rounded to the map's type, it may be off by a quarter of that type's step.
 """
 
@@ -10,13 +10,13 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import emulator
 import pytest
 import torch
 import torch.nn.functional as F
-from emulator import DEVICE, FLAGS, ROOT
 from torch import Tensor
 
+from dev import emulator
+from dev.emulator import DEVICE, FLAGS, ROOT
 from se_fused.options import ACTIVATIONS
 
 DTYPES = {torch.float16: 2, torch.bfloat16: 3}  # as enum DType of csrc/se.h
@@ -29,7 +29,7 @@ class Library:
 
     def __init__(self, root: Path, folder: Path) -> None:
         path = folder / "libhalf_activations.so"
-        source, headers = ROOT / "tests/half_activations.cpp", ["-I", root / DEVICE, "-I", root / "csrc/cuda"]
+        source, headers = ROOT / "tests/cuda/half_activations.cpp", ["-I", root / DEVICE, "-I", root / "csrc/cuda"]
         subprocess.run(["c++", *FLAGS.split(), "-O1", "-shared", *headers, source, "-o", path], check=True)
         self._call = ctypes.CDLL(str(path)).half_activations
 

@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 
 import se_fused
+from benchmarks.gpu import calls
+from benchmarks.gpu.calls import SIZES
+from benchmarks.gpu.worker import Worker, run_part
+from benchmarks.shapes import Shape
 from se_fused import backends
 from se_fused.native import BuildError
 
 from .. import microbenchmarks
-from ..shapes import Shape
-from . import calls
-from .plans import SIZES
-from .worker import Worker, run_part
 
 COPIES = tuple(1 << power for power in range(20, 30, 3))  # 1 MB to 512 MB
 # A call with almost nothing to compute. Its time is that of the launch; the time of the exchange grows with the size.

@@ -15,8 +15,9 @@ from torch.utils._pytree import tree_leaves
 
 import se_fused
 from benchmarks import gpu_check
-from benchmarks.gpu import calls, layer, models, plans, smoke, triton_sample
+from benchmarks.gpu import calls, layer, models, smoke, triton_sample
 from benchmarks.shapes import Shape
+from dev import sweep
 from se_fused import native
 from se_fused.cases import PRECISIONS
 
@@ -130,9 +131,9 @@ def test_the_smoke_plans_have_clusters_of_every_size_and_blocks_of_both_lengths(
 
 def test_the_sweep_tries_clusters_of_every_size_with_blocks_of_both_lengths() -> None:
     kinds = itertools.product((1, 2, 4, 8, 16), (256, 512))
-    assert ["two_pass", *(f"cluster size={size} threads={threads}" for size, threads in kinds)] == plans.PLANS
+    assert ["two_pass", *(f"cluster size={size} threads={threads}" for size, threads in kinds)] == sweep.PLANS
     facts = native.load_extension()
-    for plan, row in itertools.product(plans.PLANS, plans.rows()):
+    for plan, row in itertools.product(sweep.PLANS, sweep.rows()):
         shape, forward = row.shape, row.direction == "forward"
         call = {"n": shape.n, "c": shape.c, "r": shape.r, "l": shape.h * shape.w, "backward": not forward}
         try:
@@ -179,7 +180,7 @@ def test_what_is_compiled_and_measured_fits_into_six_minutes(capsys: pytest.Capt
         "models": START + INFERENCE_CASE * 2 * cases + TRAINING_CASE * cases,
         "tests": max(GPU_TESTS, MEMCHECK, INSTRUCTION_SETS),
         "microbenchmarks": MICROBENCHMARKS,
-        "sweep": START + SWEEP_ROW * len(plans.rows()),
+        "sweep": START + SWEEP_ROW * len(sweep.rows()),
         "triton": 2 * START + kernels * TRITON_KERNEL / CORES,  # without timing
     }
     stages = gpu_check.stages(part for part in gpu_check.PARTS if part.default)
