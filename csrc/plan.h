@@ -31,7 +31,8 @@ constexpr int kColumns = 32;  // columns of a matrix per warp, and of a tile of 
 SE_FUSED_BOTH constexpr int64_t padded(int64_t numbers) { return (numbers + 3) / 4 * 4; }
 
 // The offsets, in numbers, of the vectors of a cluster's block in shared memory. They follow the staged tiles and the
-// memory that the steps use in turn (`work`). The planner counts shared memory by this layout, and the kernels use it.
+// memory that the steps use in turn (`work`). The planner counts shared memory by this layout, and the kernels use it;
+// csrc/plan/cluster.cpp sizes the tiles and `work`.
 //            forward                                 backward
 //   own      z of the block's channels               dp2 of the block's channels
 //   part     the block's part of W1 z                the block's part of dp2 W2

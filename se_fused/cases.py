@@ -26,10 +26,10 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "float16, float32 weights": {"dtype": torch.float16, "float_weights": True},
 }
 # The largest error against float64 that is right, over the largest magnitude of the truth, in roundings of eps / 2.
-# Half precision: the interior is float32, so only results are rounded; where residual is x, PyTorch rounds both
-# gradients of x and their sum: three roundings, and one to spare. float32: the usual growth in sums of 64 * 64 terms,
-# the order of the largest map; 23 were seen at the shapes of benchmarks/shapes.py. float64: twice that, as the truth
-# rounds as much; 70 were seen on an H200.
+# Half precision: the interior is float32, so only results are rounded. Where residual is x, the reference rounds both
+# gradients of x and their sum: three roundings, and one to spare (float16: 2^-9). float32: the usual growth in sums of
+# 64 * 64 terms, the order of the largest map; 23 were seen at the shapes of benchmarks/shapes.py. float64: twice that,
+# as the truth rounds as much; 70 were seen on an H200.
 _ROUNDINGS = {torch.float32: 64, torch.float64: 128, torch.float16: 4, torch.bfloat16: 4}
 
 

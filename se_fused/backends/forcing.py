@@ -40,7 +40,8 @@ _lock = threading.Lock()  # guards _open_blocks with _latest
 # PyTorch hands this thread-local object on to the threads of a backward.
 _IN_BACKWARD = "se_fused.forced"
 # For torch.compile, which cannot read a context variable: it guards on _latest, so that a region is compiled again when
-# a block opens or closes, and finds what is forced by its name.
+# a block opens or closes, and finds what is forced by its name. (It takes only name and backend of it; the plan is read
+# when the compiled operator runs.)
 _latest = AUTO.name
 _by_name = {AUTO.name: AUTO}
 
