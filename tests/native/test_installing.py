@@ -198,7 +198,7 @@ def test_the_wheel(wheel, place):
     with zipfile.ZipFile(wheel) as file:
         names = file.namelist()
     assert {f"se_fused/csrc/{path.relative_to(ROOT / 'csrc')}" for path in recipe.SOURCES.rglob("*.h")} <= set(names)
-    assert not [name for name in names if "/.lock" in name or name.startswith(("tests/", "benchmarks/"))]
+    assert not [name for name in names if "/.lock" in name or name.startswith(("tests/", "benchmarks/", "dev/"))]
     # It is installed into an environment that has neither compiler nor ninja nor nvcc.
     place.python = environment(place.tools.folder / "bare", without=("ninja", "pybind11"))
     assert place.run(f"$PY -m pip install --no-deps {wheel}").returncode == 0
