@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 _INPUTS = "Tensor x, Tensor? w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? residual"
 _OPTIONS = ", ".join(f"{'float' if name in ('slope', 'offset') else 'int'} {name}" for name in Options._fields)
 _SAVED = "Tensor z, Tensor p1, Tensor p2"
+_CPU = backends.CPU
 
 _LIBRARY = torch.library.Library("se_fused", "DEF")
 for _schema in (
@@ -248,8 +249,7 @@ def call(
     codes: Codes, inplace: bool = False,
 ) -> Tensor:  # fmt: skip
     """`squeeze_excite` with encoded options: `Options`, which a layer makes once, or a plain tuple."""
-    cpu = backends.CPU
-    fast_path = cpu.fast_path if _C._len_torch_function_stack() == 0 else cpu.fast_path_under_mode
+    fast_path = _CPU.fast_path if _C._len_torch_function_stack() == 0 else _CPU.fast_path_under_mode
     y = fast_path(x, w1, b1, w2, b2, residual, *codes, inplace=inplace)
     if y is not None:
         return y

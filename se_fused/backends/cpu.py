@@ -76,8 +76,7 @@ class Cpu(Compiled):
             return None  # not a tensor
         if not x.is_cpu or observed() or profiler._is_profiler_enabled or under_transform():
             return None
-        forced = forcing.current()
-        if forced.name != "auto" and forced.backend is not self:
+        if not forcing.idle and not forcing.current().allows(self):
             return None
         if inplace and x.is_inference() and is_locked_inference_tensor(x):
             return None

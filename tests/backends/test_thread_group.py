@@ -29,12 +29,6 @@ FAULTS = {
         RACE,
     ),
     "only the first phase waits": ("target_ += chunks;", "target_ = chunks;", TSAN, RACE),
-    "two threads claim one chunk": (
-        "while (!counter.compare_exchange_weak(seen, next + 1, std::memory_order_relaxed));",
-        "while (counter.store(next + 1, std::memory_order_relaxed), false);",
-        TSAN,
-        RACE,
-    ),
     "a late thread repeats what is done": (
         "if (seen >> 32 > phase_) return INT64_MAX >> 1;",
         "if (seen >> 32 > phase_) counter.store(seen = none);",
