@@ -51,7 +51,7 @@ def main() -> None:
     if worker.backend == "cpu":
         plans = ("",)  # the CPU has no plans
     rows = Rows(worker.out / "smoke.csv", FIELDS)
-    served: Counter[str] = Counter()
+    ran: Counter[str] = Counter()
     refused: Counter[str] = Counter()
     for number, (plan, case) in worker.each(cases(plans), lambda one: f"plan {one[0]!r}, {one[1]}"):
         row = {"plan": plan or "planner's", "case": str(case), "tolerance": f"{TOLERANCE[case.dtype]:.1e}"}
@@ -69,11 +69,11 @@ def main() -> None:
         if not right:
             worker.wrong(f"plan {plan!r}, {case}: {worst} is off by {error:.1e}")
         rows.write({**row, "error": f"{error:.1e}", "of": worst, "outcome": "right" if right else "wrong"})
-        served[plan] += 1
-    worker.say(f"{served.total()} compared, {refused.total()} refused: too large for the cluster, or not to be divided")
+        ran[plan] += 1
+    worker.say(f"{ran.total()} compared, {refused.total()} refused: too large for the cluster, or not to be divided")
     for plan in plans if worker.all_ran() else ():
-        if served[plan] <= refused[plan]:
-            worker.wrong(f"plan {plan!r} ran {served[plan]} cases and refused {refused[plan]}")
+        if ran[plan] <= refused[plan]:
+            worker.wrong(f"plan {plan!r} ran {ran[plan]} cases and refused {refused[plan]}")
     worker.finish()
 
 

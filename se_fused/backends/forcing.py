@@ -45,9 +45,9 @@ _lock = threading.Lock()  # guards _open_blocks, _resumed_count, _latest and idl
 idle = True
 # PyTorch hands this thread-local object on to the threads of a backward.
 _IN_BACKWARD = "se_fused.forced"
-# For torch.compile, which cannot read a context variable: it guards on _latest, so that a region is compiled again when
-# a block opens or closes, and finds what is forced by its name. (It takes only name and backend of it; the plan is read
-# when the compiled operator runs.)
+# torch.compile cannot trace a context variable. While it traces, `current` takes the name of what is forced as a
+# constant and looks it up in _by_name; the plan is read only when the compiled operator runs. The traced code also
+# reads _latest, so that torch.compile guards on it and compiles a region again when a block opens or closes.
 _latest = AUTO.name
 _by_name = {AUTO.name: AUTO}
 
