@@ -1,5 +1,6 @@
 #include "fast_path.h"
 
+#include <cmath>
 #include <stdexcept>
 #include <vector>
 
@@ -63,7 +64,7 @@ bool read_dltensor(PyObject* object, View& out) {
   return t.data != nullptr;
 }
 
-void (*run)(const Forward*) = nullptr;
+void (*run)(const BlockForward*) = nullptr;
 std::vector<PyTypeObject*> plain_types;  // torch keeps the types and the functions alive
 PyObject *empty_like = nullptr, *is_neg = nullptr, *storage_offset = nullptr, *untyped_storage = nullptr;
 
@@ -103,26 +104,32 @@ bool connect(uintptr_t forward, const py::tuple& types, py::object empty) {
   keep(is_neg, types[0].attr("is_neg"));
   keep(storage_offset, types[0].attr("storage_offset"));
   keep(untyped_storage, types[0].attr("untyped_storage"));
-  run = find_exchange(types[0]) ? reinterpret_cast<void (*)(const Forward*)>(forward) : nullptr;
+  run = find_exchange(types[0]) ? reinterpret_cast<void (*)(const BlockForward*)>(forward) : nullptr;
   return run != nullptr;
 }
 
 py::object forward(py::handle x, py::handle w1, py::handle b1, py::handle w2, py::handle b2, py::handle residual,
                    bool inplace, int64_t act, int64_t gate, double slope, double offset, int64_t squeeze,
-                   int64_t pre_act, int64_t post_act) {
+                   int64_t pre_act, int64_t post_act, py::handle scale, py::handle shift, py::handle s) {
   Inputs in;
+  View scale_view, shift_view, s_view;
   if (!run || !view(x, in.x) || !view(w1, in.w1) || !view(b1, in.b1) || !view(w2, in.w2) || !view(b2, in.b2) ||
-      !view(residual, in.residual)) {
+      !view(residual, in.residual) || !view(scale, scale_view) || !view(shift, shift_view) || !view(s, s_view)) {
     PyErr_Clear();
     return py::none();
   }
   if (in.x.dim < 3) return py::none();
   const bool channels_last = !is_dense(in.x);
   if (channels_last && !is_dense(in.x, true)) return py::none();
-  Forward f{};
+  BlockForward f{};
   py::object y;
   try {
     fill_problem(f, in, {act, gate, slope, offset, squeeze, pre_act, post_act}, channels_last);
+    const DType dtype = accumulator_dtype(f);
+    require(static_cast<bool>(scale_view) == static_cast<bool>(shift_view), "scale without shift, or shift without it");
+    f.scale = weight_data("scale", scale_view, f.c, 0, dtype);
+    f.shift = weight_data("shift", shift_view, f.c, 0, dtype);
+    f.s = const_cast<void*>(weight_data("s", s_view, f.n, f.c, dtype));
     y = inplace ? py::reinterpret_borrow<py::object>(x) : py::handle(empty_like)(x);
     View out;
     if (!view(y, out)) {
@@ -136,6 +143,44 @@ py::object forward(py::handle x, py::handle w1, py::handle b1, py::handle w2, py
   const py::gil_scoped_release without_gil;
   run(&f);
   return y;
+}
+
+namespace {
+
+template <class A>
+void fold_statistics(int64_t c, const void* weight, const void* bias, const void* mean, const void* variance,
+                     const void* convolution_bias, double epsilon, void* out) {
+  auto at = [](const void* values, int64_t i, A otherwise) {
+    return values ? static_cast<const A*>(values)[i] : otherwise;
+  };
+  A* const scale = static_cast<A*>(out);
+  for (int64_t i = 0; i < c; ++i) {
+    scale[i] = at(weight, i, 1) / std::sqrt(at(variance, i, 1) + static_cast<A>(epsilon));
+    scale[c + i] = at(bias, i, 0) + (at(convolution_bias, i, 0) - at(mean, i, 0)) * scale[i];
+  }
+}
+
+}  // namespace
+
+bool batch_norm(py::handle weight, py::handle bias, py::handle mean, py::handle variance, py::handle convolution_bias,
+                double epsilon, py::handle out) {
+  View w, b, m, v, k, o;
+  if (!view(weight, w) || !view(bias, b) || !view(mean, m) || !view(variance, v) || !view(convolution_bias, k) ||
+      !view(out, o)) {
+    PyErr_Clear();
+    return false;
+  }
+  if (o.dim != 2 || o.sizes[0] != 2 || (o.dtype != DType::kFloat32 && o.dtype != DType::kFloat64)) return false;
+  const int64_t c = o.sizes[1];
+  try {
+    require(m.dim == 1 && v.dim == 1, "no statistics");
+    auto data = [&](const View& t) { return weight_data("a vector", t, c, 0, o.dtype); };
+    (o.dtype == DType::kFloat64 ? fold_statistics<double> : fold_statistics<float>)(c, data(w), data(b), data(m),
+                                                                                    data(v), data(k), epsilon, o.data);
+  } catch (const std::runtime_error&) {
+    return false;
+  }
+  return true;
 }
 
 }  // namespace se::fast_path

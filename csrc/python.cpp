@@ -1,5 +1,5 @@
-// se_fused._C: the instruction sets of this CPU, the plans of calls on a GPU, and the fast path to the CPU kernels. It
-// does not link to torch, so importing it needs no torch.
+// se_fused._C: the instruction sets of this CPU, the plans of calls on a GPU, the fast path to the CPU kernels, and a
+// comparison of dicts. It does not link to torch, so importing it needs no torch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -23,6 +23,23 @@ std::vector<std::string> cpu_features() {
   if (se::cpu::has_x86_64_v3()) features.emplace_back("x86-64-v3");
   if (se::cpu::has_x86_64_v4()) features.emplace_back("x86-64-v4");
   return features;
+}
+
+// Whether each dict has the keys and values of its tuple (key, value, key, value, ...), in this order. They are
+// compared by identity; an Ellipsis stands for any value.
+bool same_items(const py::list& dicts, const py::list& expected) {
+  if (dicts.size() != expected.size()) return false;
+  for (size_t i = 0; i < dicts.size(); ++i) {
+    PyObject* dict = PyList_GET_ITEM(dicts.ptr(), i);
+    PyObject* items = PyList_GET_ITEM(expected.ptr(), i);
+    if (!PyDict_Check(dict) || !PyTuple_Check(items) || 2 * PyDict_Size(dict) != PyTuple_GET_SIZE(items)) return false;
+    PyObject *key, *value;
+    for (Py_ssize_t position = 0, j = 0; PyDict_Next(dict, &position, &key, &value); j += 2) {
+      PyObject* wanted = PyTuple_GET_ITEM(items, j + 1);
+      if (key != PyTuple_GET_ITEM(items, j) || (value != wanted && wanted != Py_Ellipsis)) return false;
+    }
+  }
+  return true;
 }
 
 se::Device preset(const std::string& name) {
@@ -83,8 +100,17 @@ PYBIND11_MODULE(_C, m) {
       "Make forward() call the function at this address, for tensors of these types. False if this torch has no DLPack "
       "exchange.");
   m.def("forward", &se::fast_path::forward,
-        "squeeze_excite of x, w1, b1, w2, b2, residual, inplace, then the options as numbers (se.h). Returns None, "
-        "without computing anything, if the call must take the dispatcher.");
+        "squeeze_excite of x, w1, b1, w2, b2, residual, inplace, then the options as numbers (se.h), then scale, shift "
+        "and s of BlockForward (se.h) or None. Returns None, without computing anything, if the call must take the "
+        "dispatcher.");
+
+  m.def(
+      "batch_norm", &se::fast_path::batch_norm,
+      "Fill out [2, C] with scale and shift of an eval-mode batch norm, from weight, bias (or None), mean, variance, "
+      "the bias [C] of the convolution before it (or None), and epsilon. False, if it cannot: then nothing was done.");
+  m.def("same_items", &same_items,
+        "Whether each dict has the items (key, value, key, value, ...), in this order, by identity. An Ellipsis stands "
+        "for any value.");
 
   py::class_<se::Device>(m, "Device", "The limits of a GPU that plans depend on.")
       .def(py::init<std::string, int, int, int64_t, int64_t, std::array<int, 5>, double, int64_t>(), py::arg("name"),

@@ -60,6 +60,13 @@ struct Forward : Problem {
   void* p2;  // A [N, C], or null: W2 h + b2
 };
 
+// Forward with the neighbours of an SE layer, which only the CPU kernels take: u = pre_act(scale * x + shift).
+struct BlockForward : Forward {
+  const void* scale;  // A [C], an eval-mode BatchNorm as one product and one sum; null: u = pre_act(x)
+  const void* shift;  // A [C]; null with scale
+  void* s;            // A [N, C], or null; if given, the gates are written here and y = u
+};
+
 struct Backward : Problem {
   const void* g;       // map: the gradient of y
   const void* z;       // A [N, C], as forward wrote it

@@ -10,6 +10,12 @@
 namespace se::cpu {
 namespace {
 
+// 1 / k!
+template <class A>
+constexpr A kInverseFactorials[] = {
+    A(1),        A(1),         A(1) / 2,      A(1) / 6,       A(1) / 24,       A(1) / 120,       A(1) / 720,
+    A(1) / 5040, A(1) / 40320, A(1) / 362880, A(1) / 3628800, A(1) / 39916800, A(1) / 479001600, A(1) / 6227020800};
+
 // exp(x) = scale * (1 + q), where scale = 2^n with n = round(x / ln 2), and q = expm1(x - n ln 2) is computed by its
 // Taylor series. The first omitted term is below half a unit in the last place for |x - n ln 2| <= ln(2) / 2.
 template <class V>
@@ -22,11 +28,11 @@ SE_INLINE void exp_parts(V x, V& q, V& scale) {
   constexpr A kRound = kSingle ? A(0x1.8p23) : A(0x1.8p52);  // v + kRound has round(v) in its low bits
   constexpr A kLn2High = kSingle ? A(0x1.62e4p-1) : A(0x1.62e42fefap-1);
   constexpr A kLn2Low = A(0.693147180559945309417232121458L - (long double)kLn2High);
-  const V shifted = x * A(1.44269504088896340735992468100) + kRound;
+  const V shifted = multiply_add(x, splat<V>(A(1.44269504088896340735992468100)), splat<V>(kRound));
   const V n = shifted - kRound;
-  const V r = (x - n * kLn2High) - n * kLn2Low;
-  V sum = splat<V>(A(1) / kTerms);
-  for (int k = kTerms - 1; k >= 1; --k) sum = (sum * r + A(1)) * (A(1) / k);
+  const V r = multiply_add(n, splat<V>(-kLn2Low), x - n * kLn2High);
+  V sum = splat<V>(kInverseFactorials<A>[kTerms]);
+  for (int k = kTerms - 1; k >= 1; --k) sum = multiply_add(sum, r, splat<V>(kInverseFactorials<A>[k]));
   q = sum * r;
   // The low bits of `shifted` hold n. The shift moves n + kBias to the exponent field and drops the bits above it.
   scale = bit_cast<V>((bit_cast<Bits>(shifted) + kBias) << kMantissa);
@@ -39,10 +45,9 @@ SE_INLINE V exp_(V x) {
   const V clamped = select<V>(x < kLow, splat<V>(kLow), select<V>(x > kHigh, splat<V>(kHigh), x));
   V q, scale;
   exp_parts(clamped, q, scale);
-  V y = scale * q + scale;
+  V y = multiply_add(scale, q, scale);
   y = select<V>(x < kLow, V{}, y);
-  y = select<V>(x > kHigh, splat<V>(__builtin_huge_val()), y);
-  return select<V>(x != x, x, y);
+  return select<V>(x > kHigh, splat<V>(__builtin_huge_val()), y);
 }
 
 template <class V>
@@ -95,7 +100,7 @@ SE_INLINE V activation_forward(V v, [[maybe_unused]] const Options& o) {
   using A = typename Traits<V>::Element;
   if constexpr (kActivation == Activation::kRelu) return select<V>(v < 0, V{}, v);
   if constexpr (kActivation == Activation::kRelu6) return clamp(v, 0, 6);
-  if constexpr (kActivation == Activation::kSilu) return v * sigmoid(v);
+  if constexpr (kActivation == Activation::kSilu) return v / (1 + exp_(-v));
   if constexpr (kActivation == Activation::kHardswish) return v * clamp<V>(v + 3, 0, 6) / 6;
   if constexpr (kActivation == Activation::kGelu) return A(0.5) * v * (1 + erf_(v * A(kSqrtHalf)));
   if constexpr (kActivation == Activation::kGeluTanh)

@@ -87,14 +87,14 @@ Scratch allocate(size_t bytes) {
   return scratch;
 }
 
-void run_forward(const se::Forward& f) {
+void run_forward(const se::BlockForward& f) {
   if (f.y != f.x) request_huge_pages(f.y, map_bytes(f));
   const Scratch scratch = allocate(kernels().forward_scratch(f));
   kernels().forward(f, pool(), scratch.get());
 }
 
 struct Cpu {
-  static void run(const se::Forward& f, const se::Tensor&) { run_forward(f); }
+  static void run(const se::Forward& f, const se::Tensor&) { run_forward({f, nullptr, nullptr, nullptr}); }
   static void run(const se::Backward& f, const se::Tensor&) {
     request_huge_pages(f.dx, map_bytes(f));
     request_huge_pages(f.dresidual, map_bytes(f));
@@ -108,4 +108,6 @@ const se::Registered<Cpu> registered("CPU");
 }  // namespace
 
 // For csrc/fast_path.cpp. se_fused/backends/cpu.py passes it this function's address.
-extern "C" __attribute__((visibility("default"))) void se_fused_cpu_forward(const se::Forward* f) { run_forward(*f); }
+extern "C" __attribute__((visibility("default"))) void se_fused_cpu_forward(const se::BlockForward* f) {
+  run_forward(*f);
+}

@@ -22,12 +22,12 @@ struct Buffers {
   A *z, *p1, *p2;    // saved for backward, or scratch
   A *h, *s;          // [N, R], [N, C]
   A *sums, *maxima;  // channels_last: [N, splits, C], each only if `squeeze` needs it
-  Buffers(const Forward& f, Arena& arena) {
+  Buffers(const BlockForward& f, Arena& arena) {
     z = arena.take_unless<A>(f.z, f.n * f.c);
     p1 = arena.take_unless<A>(f.p1, f.n * f.r);
     p2 = arena.take_unless<A>(f.p2, f.n * f.c);
     h = arena.take<A>(f.n * f.r);
-    s = arena.take<A>(f.n * f.c);
+    s = arena.take_unless<A>(f.s, f.n * f.c);
     const int64_t partial = f.channels_last ? f.n * position_splits(f) * f.c : 0;
     sums = arena.take<A>(f.options.squeeze == Squeeze::kMax ? 0 : partial);
     maxima = arena.take<A>(f.options.squeeze == Squeeze::kMean ? 0 : partial);
@@ -41,106 +41,166 @@ SE_INLINE V squeezed(Squeeze squeeze, V sum, V max, int64_t l) {
   return squeeze == Squeeze::kMax ? max : (sum / count + max) / 2;
 }
 
-// z of one row of L positions.
-template <class T, class A = Accumulator<T>>
-A squeeze_row(const Forward& f, const T* row) {
-  alignas(64) A buffer[kBlock];
-  Reduction<A, false> sum;
-  Reduction<A, true> max;
-  for (int64_t l = 0; l < f.l; l += kBlock) {
-    const int64_t n = f.l - l < kBlock ? f.l - l : kBlock;
-    const A* u = load_activated(row + l, n, f.options.pre_act, f.options, buffer);
-    auto at = [&](int64_t i, auto type) { return load<decltype(type)>(u + i); };
-    if (f.options.squeeze != Squeeze::kMax) sum.add(n, at);
-    if (f.options.squeeze != Squeeze::kMean) max.add(n, at);
+// Whether squeeze writes u over y, where scale reads it: if u is asked for, or would be computed twice. A residual that
+// is y must stay as it is.
+inline bool writes_u(const BlockForward& f) {
+  return f.s || (f.scale && f.options.pre_act != Activation::kIdentity && f.residual != f.y);
+}
+
+inline bool u_is_x(const BlockForward& f) { return !f.scale && f.options.pre_act == Activation::kIdentity; }
+
+// scale and shift along a span of the map: a Channel is ChannelBroadcast or ChannelVector.
+template <class Channel>
+struct Affine {
+  Channel scale, shift;
+  bool given;
+  template <Activation kPreAct, class V, class T>
+  SE_INLINE V u(const T* x, int64_t i, const Options& o) const {
+    V v = load<V>(x + i);
+    if (given) v = multiply_add(v, scale.template at<V>(i), shift.template at<V>(i));
+    return activation_forward<kPreAct>(v, o);
   }
-  return squeezed(f.options.squeeze, sum.result(), max.result(), f.l);
+};
+template <class A>
+SE_INLINE Affine<ChannelBroadcast<A>> affine_of_channel(const BlockForward& f, int64_t c) {
+  if (!f.scale) return {{A{}}, {A{}}, false};
+  return {{static_cast<const A*>(f.scale)[c]}, {static_cast<const A*>(f.shift)[c]}, true};
+}
+// From channel c on.
+template <class A>
+SE_INLINE Affine<ChannelVector<A>> affine_from_channel(const BlockForward& f, int64_t c) {
+  if (!f.scale) return {{nullptr}, {nullptr}, false};
+  return {{static_cast<const A*>(f.scale) + c}, {static_cast<const A*>(f.shift) + c}, true};
 }
 
 // z of the rows [begin, end).
 template <class T, class A = Accumulator<T>>
-void squeeze_rows(const Forward& f, const T* x, A* z, int64_t begin, int64_t end) {
-  if (f.options.pre_act != Activation::kIdentity || f.options.squeeze != Squeeze::kMean) {
-    for (int64_t row = begin; row < end; ++row) z[row] = squeeze_row(f, x + row * f.l);
+void squeeze_rows(const BlockForward& f, const T* x, A* z, int64_t begin, int64_t end) {
+  T* const y = writes_u(f) ? static_cast<T*>(f.y) : nullptr;
+  if (u_is_x(f) && !y && f.options.squeeze == Squeeze::kMean) {
+    for (int64_t row = begin; row < end; ++row) {
+      Reduction<A, false> sum;
+      sum.add(f.l, [&](int64_t i, auto type) { return load<decltype(type)>(x + row * f.l + i); });
+      z[row] = sum.result() / static_cast<A>(f.l);
+    }
     return;
   }
-  for (int64_t row = begin; row < end; ++row) {
-    Reduction<A, false> sum;
-    sum.add(f.l, [&](int64_t i, auto type) { return load<decltype(type)>(x + row * f.l + i); });
-    z[row] = sum.result() / static_cast<A>(f.l);
-  }
+  with_activation(f.options.pre_act, [&](auto tag) {
+    for (int64_t row = begin; row < end; ++row) {
+      const auto affine = affine_of_channel<A>(f, row % f.c);
+      const T* const from = x + row * f.l;
+      T* const to = y ? y + row * f.l : nullptr;
+      auto compute = [&](int64_t i, auto type) {
+        const auto u = affine.template u<decltype(tag)::kValue, decltype(type)>(from, i, f.options);
+        if (to) store(to + i, u);
+        return u;
+      };
+      Reduction<A, false> sum;
+      Reduction<A, true> max;
+      if (f.options.squeeze == Squeeze::kMean) {
+        sum.add(f.l, compute);
+      } else if (f.options.squeeze == Squeeze::kMax) {
+        max.add(f.l, compute);
+      } else {
+        alignas(64) A buffer[kBlock];  // because x is read once, and may be overwritten by u
+        for (int64_t l = 0; l < f.l; l += kBlock) {
+          const int64_t n = f.l - l < kBlock ? f.l - l : kBlock;
+          auto load_u = [&](int64_t i, auto type) { return load<decltype(type)>(buffer + i); };
+          for_each_vector<A>(n, [&](int64_t i, auto type) { store(buffer + i, compute(l + i, type)); });
+          sum.add(n, load_u);
+          max.add(n, load_u);
+        }
+      }
+      z[row] = squeezed(f.options.squeeze, sum.result(), max.result(), f.l);
+    }
+  });
 }
 
 // Sums and maxima over the positions [l0, l1) of one sample, for channels [c0, c1).
 template <class T, class A = Accumulator<T>>
-void squeeze_positions(const Forward& f, const T* sample, int64_t l0, int64_t l1, int64_t c0, int64_t c1, A* sums,
+void squeeze_positions(const BlockForward& f, const T* sample, int64_t l0, int64_t l1, int64_t c0, int64_t c1, A* sums,
                        A* maxima) {
-  alignas(64) A buffer[kBlock];
   const bool sum = f.options.squeeze != Squeeze::kMax, max = f.options.squeeze != Squeeze::kMean;
   for (int64_t c = c0; c < c1; ++c) {
     if (sum) sums[c] = 0;
     if (max) maxima[c] = -__builtin_huge_val();
   }
-  for (int64_t l = l0; l < l1; ++l) {
-    for (int64_t c = c0; c < c1; c += kBlock) {
-      const int64_t n = c1 - c < kBlock ? c1 - c : kBlock;
-      const T* span = sample + l * f.c + c;
-      if (f.options.pre_act == Activation::kIdentity && !max) {
-        for_each_vector<A>(n, [&](int64_t i, auto type) {
-          using V = decltype(type);
-          store(sums + c + i, load<V>(sums + c + i) + load<V>(span + i));
-        });
-        continue;
-      }
-      const A* u = load_activated(span, n, f.options.pre_act, f.options, buffer);
-      for_each_vector<A>(n, [&](int64_t i, auto type) {
+  const auto affine = affine_from_channel<A>(f, c0);
+  if (u_is_x(f) && !writes_u(f) && !max) {
+    for (int64_t l = l0; l < l1; ++l) {
+      const T* const from = sample + l * f.c;
+      for_each_vector<A>(c1 - c0, [&](int64_t i, auto type) {
         using V = decltype(type);
-        if (sum) store(sums + c + i, load<V>(sums + c + i) + load<V>(u + i));
-        if (max) store(maxima + c + i, max_keep_nan(load<V>(maxima + c + i), load<V>(u + i)));
+        store(sums + c0 + i, load<V>(sums + c0 + i) + load<V>(from + c0 + i));
       });
     }
+    return;
   }
-}
-
-// y for one block of n <= kBlock elements; `residual` may be null.
-template <class T, class Gate, class A = Accumulator<T>>
-void scale_block(const Options& o, const T* x, const T* residual, Gate s, int64_t n, T* y) {
-  alignas(64) A buffer[kBlock], v[kBlock];
-  const A* u = load_activated(x, n, o.pre_act, o, buffer);
-  for_each_vector<A>(n, [&](int64_t i, auto type) {
-    using V = decltype(type);
-    V sum = load<V>(u + i) * s.template at<V>(i);
-    if (residual) sum += load<V>(residual + i);
-    store(v + i, sum);
+  T* const y = writes_u(f) ? static_cast<T*>(f.y) + (sample - static_cast<const T*>(f.x)) : nullptr;
+  with_activation(f.options.pre_act, [&](auto tag) {
+    for (int64_t l = l0; l < l1; ++l) {
+      const T* const from = sample + l * f.c + c0;
+      T* const to = y ? y + l * f.c + c0 : nullptr;
+      for_each_vector<A>(c1 - c0, [&](int64_t i, auto type) {
+        using V = decltype(type);
+        const V u = affine.template u<decltype(tag)::kValue, V>(from, i, f.options);
+        if (to) store(to + i, u);
+        if (sum) store(sums + c0 + i, load<V>(sums + c0 + i) + u);
+        if (max) store(maxima + c0 + i, max_keep_nan(load<V>(maxima + c0 + i), u));
+      });
+    }
   });
-  apply_activation(o.post_act, o, v, n);
-  for_each_vector<A>(n, [&](int64_t i, auto type) { store(y + i, load<decltype(type)>(v + i)); });
 }
 
-// y for the span of `count` elements at `offset`; gate(i) is the gate's operand from element i of the span on. The most
-// frequent form, y = x * s, has its own loop: a row of 7 x 7 elements takes less time in it than the general loop needs
-// to start.
-template <class T, class Gate, class A = Accumulator<T>>
-SE_INLINE void scale(const Forward& f, bool plain, int64_t offset, int64_t count, Gate&& gate) {
+// y of the span of `count` elements at `offset`: one channel (contiguous) or one position (channels_last). s and affine
+// are the span's operands. plain: y = x * s, the most frequent form, has its own loop: a row of 7 x 7 elements takes
+// less time in it than the general loops need to start.
+template <class T, class Channel, class A = Accumulator<T>>
+SE_INLINE void scale(const BlockForward& f, bool plain, int64_t offset, int64_t count, const Channel& s,
+                     const Affine<Channel>& affine) {
   const T* x = static_cast<const T*>(f.x) + offset;
   T* y = static_cast<T*>(f.y) + offset;
   if (plain) {
-    const auto s = gate(0);
     return for_each_vector<A>(count, [&](int64_t i, auto type) {
       using V = decltype(type);
       store(y + i, load<V>(x + i) * s.template at<V>(i));
     });
   }
   const T* residual = f.residual ? static_cast<const T*>(f.residual) + offset : nullptr;
-  for (int64_t i = 0; i < count; i += kBlock) {
-    const int64_t n = count - i < kBlock ? count - i : kBlock;
-    scale_block(f.options, x + i, residual ? residual + i : nullptr, gate(i), n, y + i);
+  const Options& o = f.options;
+  auto add_residual_and_activate = [&](int64_t i, auto tag, auto v) {
+    if (residual) v += load<decltype(v)>(residual + i);
+    store(y + i, activation_forward<decltype(tag)::kValue>(v, o));
+  };
+  if (o.pre_act == Activation::kIdentity) {
+    return with_activation(o.post_act, [&](auto tag) {
+      for_each_vector<A>(count, [&](int64_t i, auto type) {
+        using V = decltype(type);
+        const V u = affine.template u<Activation::kIdentity, V>(x, i, o);
+        add_residual_and_activate(i, tag, u * s.template at<V>(i));
+      });
+    });
+  }
+  alignas(64) A v[kBlock];
+  for (int64_t begin = 0; begin < count; begin += kBlock) {
+    const int64_t n = count - begin < kBlock ? count - begin : kBlock;
+    with_activation(o.pre_act, [&](auto tag) {
+      for_each_vector<A>(n, [&](int64_t i, auto type) {
+        using V = decltype(type);
+        const V u = affine.template u<decltype(tag)::kValue, V>(x, begin + i, o);
+        store(v + i, u * s.template at<V>(begin + i));
+      });
+    });
+    with_activation(o.post_act, [&](auto tag) {
+      for_each_vector<A>(
+          n, [&](int64_t i, auto type) { add_residual_and_activate(begin + i, tag, load<decltype(type)>(v + i)); });
+    });
   }
 }
 
 // z for samples [n0, n1).
 template <class T, class A = Accumulator<T>>
-void squeeze(const Forward& f, const Buffers<A>& b, ThreadGroup& threads, int64_t n0, int64_t n1) {
+void squeeze(const BlockForward& f, const Buffers<A>& b, ThreadGroup& threads, int64_t n0, int64_t n1) {
   const T* x = static_cast<const T*>(f.x);
   if (!f.channels_last) {
     // Divided by channels, as in forward_samples, so that a thread scales the rows that it has squeezed.
@@ -177,7 +237,7 @@ void squeeze(const Forward& f, const Buffers<A>& b, ThreadGroup& threads, int64_
 
 // p1 and h for the rows [r0, r1) of the first layer.
 template <class A>
-void excite_hidden(const Forward& f, const Buffers<A>& b, int64_t n0, int64_t n1, int64_t r0, int64_t r1) {
+void excite_hidden(const BlockForward& f, const Buffers<A>& b, int64_t n0, int64_t n1, int64_t r0, int64_t r1) {
   with_weight_type<A>(f.weight_dtype, [&](auto type) {
     using W = decltype(type);
     gemv(static_cast<const W*>(f.w1), static_cast<const W*>(f.b1), b.z, b.p1, f.r, f.c, n0, n1, r0, r1);
@@ -190,7 +250,7 @@ void excite_hidden(const Forward& f, const Buffers<A>& b, int64_t n0, int64_t n1
 
 // p2 and s for channels [c0, c1).
 template <class A>
-void excite_gate(const Forward& f, const Buffers<A>& b, int64_t n0, int64_t n1, int64_t c0, int64_t c1) {
+void excite_gate(const BlockForward& f, const Buffers<A>& b, int64_t n0, int64_t n1, int64_t c0, int64_t c1) {
   with_weight_type<A>(f.weight_dtype, [&](auto type) {
     using W = decltype(type);
     gemv(static_cast<const W*>(f.w2), static_cast<const W*>(f.b2), f.r ? b.h : b.z, b.p2, f.c, f.r ? f.r : f.c, n0, n1,
@@ -202,37 +262,46 @@ void excite_gate(const Forward& f, const Buffers<A>& b, int64_t n0, int64_t n1, 
   }
 }
 
+// What is left after squeeze has written u over y: a call that reads u there.
+inline BlockForward from_u(BlockForward f) {
+  f.x = f.y;
+  f.scale = f.shift = nullptr;
+  f.options.pre_act = Activation::kIdentity;
+  return f;
+}
+
 template <class T, class A = Accumulator<T>>
-void forward_samples(const Forward& f, const Buffers<A>& b, ThreadGroup& threads, int64_t n0, int64_t n1) {
-  const bool plain =
-      f.options.pre_act == Activation::kIdentity && f.options.post_act == Activation::kIdentity && !f.residual;
-  squeeze<T>(f, b, threads, n0, n1);
+void forward_samples(const BlockForward& given, const Buffers<A>& b, ThreadGroup& threads, int64_t n0, int64_t n1) {
+  squeeze<T>(given, b, threads, n0, n1);
+  const BlockForward f = writes_u(given) ? from_u(given) : given;
+  const bool plain = u_is_x(f) && f.options.post_act == Activation::kIdentity && !f.residual;
   threads.parallel_for(f.r, kRowBlock<A>, [&](int64_t r0, int64_t r1) { excite_hidden(f, b, n0, n1, r0, r1); });
   if (!f.channels_last) {
     threads.parallel_for(f.c, kRowBlock<A>, [&](int64_t c0, int64_t c1) {
       excite_gate(f, b, n0, n1, c0, c1);
-      for (int64_t n = n1 - 1; n >= n0; --n) {
-        for (int64_t row = n * f.c + c0; row < n * f.c + c1; ++row) {
-          scale<T>(f, plain, row * f.l, f.l, [&](int64_t) { return ChannelBroadcast<A>{b.s[row]}; });
+      for (int64_t n = f.s ? n0 - 1 : n1 - 1; n >= n0; --n) {
+        for (int64_t c = c0; c < c1; ++c) {
+          const int64_t row = n * f.c + c;
+          scale<T>(f, plain, row * f.l, f.l, ChannelBroadcast<A>{b.s[row]}, affine_of_channel<A>(f, c));
         }
       }
     });
     return;
   }
   threads.parallel_for(f.c, kRowBlock<A>, [&](int64_t c0, int64_t c1) { excite_gate(f, b, n0, n1, c0, c1); });
+  if (f.s) return;
   threads.parallel_for((n1 - n0) * f.l, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = n0 * f.l + begin; i < n0 * f.l + end; ++i) {
-      const A* s = b.s + i / f.l * f.c;
-      scale<T>(f, plain, i * f.c, f.c, [&](int64_t c) { return ChannelVector<A>{s + c}; });
+      scale<T>(f, plain, i * f.c, f.c, ChannelVector<A>{b.s + i / f.l * f.c}, affine_from_channel<A>(f, 0));
     }
   });
 }
 
 }  // namespace
 
-size_t forward_scratch(const Forward& f) { return scratch_bytes<Buffers>(f); }
+size_t forward_scratch(const BlockForward& f) { return scratch_bytes<Buffers>(f); }
 
-void forward(const Forward& f, const Pool& pool, void* scratch) {
+void forward(const BlockForward& f, const Pool& pool, void* scratch) {
   with_map_type(f.dtype, [&](auto type) {
     using T = decltype(type);
     Arena arena(scratch);

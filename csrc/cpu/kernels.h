@@ -18,19 +18,19 @@ struct Pool {
 };
 
 struct Kernels {
-  const char* name;                           // the instruction set
-  size_t (*forward_scratch)(const Forward&);  // bytes; the caller allocates them, aligned to 64
-  void (*forward)(const Forward&, const Pool&, void* scratch);
+  const char* name;                                // the instruction set
+  size_t (*forward_scratch)(const BlockForward&);  // bytes; the caller allocates them, aligned to 64
+  void (*forward)(const BlockForward&, const Pool&, void* scratch);
   size_t (*backward_scratch)(const Backward&);
   void (*backward)(const Backward&, const Pool&, void* scratch);
 };
 
-#define SE_DECLARE_KERNELS(isa)                       \
-  namespace isa {                                     \
-  size_t forward_scratch(const Forward&);             \
-  void forward(const Forward&, const Pool&, void*);   \
-  size_t backward_scratch(const Backward&);           \
-  void backward(const Backward&, const Pool&, void*); \
+#define SE_DECLARE_KERNELS(isa)                          \
+  namespace isa {                                        \
+  size_t forward_scratch(const BlockForward&);           \
+  void forward(const BlockForward&, const Pool&, void*); \
+  size_t backward_scratch(const Backward&);              \
+  void backward(const Backward&, const Pool&, void*);    \
   }
 SE_DECLARE_KERNELS(baseline)
 SE_DECLARE_KERNELS(v3)  // x86-64-v3: AVX2, FMA, F16C

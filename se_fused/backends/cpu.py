@@ -49,13 +49,15 @@ class Cpu(Compiled):
         extension = native.load_extension()
         if extension.connect(address, PLAIN_TYPES, torch.empty_like):
             self._forward = extension.forward
+            # Scale and shift of an eval-mode batch norm (csrc/fast_path.h).
+            self.batch_norm: Callable[..., bool] = extension.batch_norm
 
     def has_fast_path(self) -> bool:
         return self._forward is not None
 
     def fast_path(
         self, x: Tensor, w1: Tensor | None, b1: Tensor | None, w2: Tensor, b2: Tensor | None, residual: Tensor | None,
-        *options: Any, inplace: bool,
+        *options: Any, inplace: bool, scale: Tensor | None = None, shift: Tensor | None = None, s: Tensor | None = None,
     ) -> Tensor | None:  # fmt: skip
         """Run inference on dense CPU tensors without Python checks and dispatcher, and return y.
 
@@ -66,6 +68,8 @@ class Cpu(Compiled):
         longer than the work on many small maps (benchmarks/results/call_overhead.csv, "bare" and "strided").
 
         options: as numbers.
+        scale, shift: [C] in the accumulation type: u = pre_act(scale * x + shift).
+        s: [N, C] in the accumulation type, to be filled with the gates; then the result is u instead of y.
         """
         if self._forward is None or type(x) is not Tensor or type(inplace) is not bool:
             return None
@@ -80,7 +84,7 @@ class Cpu(Compiled):
             return None
         if inplace and x.is_inference() and is_locked_inference_tensor(x):
             return None
-        y = self._forward(x, w1, b1, w2, b2, residual, inplace, *options)
+        y = self._forward(x, w1, b1, w2, b2, residual, inplace, *options, scale, shift, s)
         if inplace and y is not None:
             torch.autograd.graph.increment_version(x)
         return y

@@ -112,7 +112,7 @@ def operator_takes(tensors, options):
 def test_both_languages_take_the_same_calls(call):
     tensors, options, inplace = call
     takes = is_checked(*call) and is_dense(tensors)
-    assert (native.load_extension().forward(*tensors, inplace, *options) is not None) == takes
+    assert (native.load_extension().forward(*tensors, inplace, *options, None, None, None) is not None) == takes
     if tensors[0] is not None and tensors[3] is not None and not inplace:
         assert operator_takes(tensors, options) == takes
 
