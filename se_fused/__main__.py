@@ -9,7 +9,7 @@ import json
 import math
 import sys
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import torch
 from torch import nn
@@ -178,6 +178,7 @@ def replace(
     spec: Annotated[str, typer.Argument(help="module:callable that builds the model.")],
     arg: Annotated[list[str] | None, typer.Option(help="Goes to the callable; text or name=value; repeatable.")] = None,
     shape: Annotated[str, typer.Option("--input", help="Shape of the random input.")] = "1x3x224x224",
+    level: Annotated[Literal["layer", "block"], typer.Option(help="What to replace: see se_fused.replace.")] = "layer",
     include: Annotated[list[str] | None, typer.Option(help="Only layers whose name matches; may be repeated.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="No layer whose name matches; may be repeated.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each model.")] = 10,
@@ -191,12 +192,14 @@ def replace(
     Fails if nothing is replaced, a pattern matches no module, or the outputs differ by more than rounding.
     """
     before, x = _placed(_model(spec, arg or []).eval(), _input(shape), device, dtype, channels_last)
-    report = se_fused.replace(copy.deepcopy(before), include=include, exclude=exclude)
+    report = se_fused.replace(copy.deepcopy(before), level=level, include=include, exclude=exclude)
     facts: dict[str, Any] = {
         "model": spec,
         "replaced": {name: str(found) for name, found in report.replaced.items()},
         "skipped": report.skipped,
         "near": report.near,
+        "blocks": {name: [str(each) for each in block] for name, block in report.blocks.items()},
+        "alone": report.alone,
     }
     if not as_json:
         typer.echo(str(report))

@@ -31,7 +31,7 @@ from .recognised import Recognised
 from .undisturbed import undisturbed
 
 # The methods by which a class can define how it is copied. `replace` adds its own.
-_COPYING = (
+COPYING = (
     *("__new__", "__reduce__", "__reduce_ex__", "__getstate__", "__getnewargs__", "__getnewargs_ex__"),
     *("__deepcopy__", "__copy__"),
 )
@@ -98,7 +98,7 @@ def _obstacle(layer: nn.Module, arity: int) -> str | None:
         return f"it needs {arity} inputs"
     if "forward" in vars(layer) or cls.__call__ is not nn.Module.__call__:
         return "its forward is overridden on the object, or its class overrides __call__"
-    if any(getattr(cls, name, None) is not getattr(nn.Module, name, None) for name in _COPYING):
+    if any(getattr(cls, name, None) is not getattr(nn.Module, name, None) for name in COPYING):
         return f"its class {cls.__name__} defines its own copying"
     for name, module in layer.named_modules():
         whose = f"its {name}" if name else "it"

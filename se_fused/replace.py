@@ -8,123 +8,53 @@ layer stay the same.
 from __future__ import annotations
 
 import contextlib
-import copyreg
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import ops
+from .blocks import BlockSwap, FusedBlock, find_blocks
 from .inside import SWAP
 from .modules import SqueezeExcite
 from .near_miss import float64_refusal, near_miss
-from .observers import recorded, under_transform
+from .observers import under_transform
+from .options import refuse
 from .recognise import recognise
 from .recognised import Recognised
+from .replaced import Replaced, change_classes, original_class
 from .report import Report
-from .swap import Swap
+from .swap import LayerSwap
 from .undisturbed import undisturbed
 
 
-class FusedSE(nn.Module):
-    """The first base of a replaced layer's class. The second is the original class, whose `forward` runs the calls that
-    were not checked."""
+class FusedSE(Replaced):
+    """The first base of a replaced layer's class."""
 
-    # None: the layer computes as the original does, for example if it was made by `type(layer)(...)`.
-    _se_fused_swap: Swap | None = None
+    _se_fused_swap: LayerSwap | None = None
 
     def extra_repr(self) -> str:
         swap = self._se_fused_swap
         fused = "" if swap is None else f"fused: {swap.recognised}"
         return ", ".join(filter(None, (super().extra_repr(), fused)))
 
-    def __prepare_scriptable__(self) -> nn.Module:
-        raise RuntimeError("TorchScript cannot compile a fused SE layer: call se_fused.restore on the model first")
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # Pickle and deepcopy cannot find the class by name, because it is made at run time.
-        original, swap = _original_class(self), self._se_fused_swap
-        state = {name: value for name, value in vars(self).items() if name != SWAP}
-        if swap is None or swap.change(self) is not None:
-            return copyreg.__newobj__, (original,), state  # type: ignore[attr-defined]
-        return _blank, (original, swap.recognised, swap.inplace), state
-
-    def __setstate__(self, state: Any) -> None:
-        recognised, inplace = self.__dict__.pop(SWAP)
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        with contextlib.suppress(AttributeError):  # from a child that refers to this layer, and is not complete yet
-            Swap.attach(self, _original_class(self), recognised, inplace)
-
-
-def _fused_forward(original: type[Any]) -> Callable[..., Any]:
-    # functools.wraps keeps the signature of the original, which torch.fx, transformers and others read.
-    @functools.wraps(original.forward)
-    def forward(self: FusedSE, *args: Any, **kwargs: Any) -> Any:
-        # Compilers and tracers see the layer as it was written: Inductor fuses it with the operators around it, and
-        # TorchScript and ONNX know its operators.
+    def _fused_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         swap = self._se_fused_swap
-        if swap is not None and not recorded():
-            x = swap.map_of(args, kwargs)
-            weights = None if x is None else swap.weights(self, x)
-            if weights is not None:
-                assert x is not None
-                given = (x, *weights, x if swap.recognised.residual else None, swap.options)
-                if swap.inplace and not (torch.is_grad_enabled() or x.requires_grad or under_transform()):
-                    # ValueError, raised before anything is written: x overlaps itself or a weight, or is an inference
-                    # tensor. Then the call is not made in place.
-                    with contextlib.suppress(ValueError):
-                        return ops.call(*given, inplace=True)  # type: ignore[misc]
-                return ops.call(*given)
-        return original.forward(self, *args, **kwargs)
-
-    return forward
-
-
-_classes: dict[type[Any], type[FusedSE]] = {}
-
-
-def _fused_class(original: type[Any]) -> type[FusedSE]:
-    if original not in _classes:
-        members = {"__module__": original.__module__, "forward": _fused_forward(original)}
-        _classes[original] = type(f"Fused{original.__name__}", (FusedSE, original), members)
-    return _classes[original]
-
-
-def _original_class(layer: nn.Module) -> type[Any]:
-    original = type(layer).__bases__[-1]
-    if type(layer) is not _classes.get(original):
-        raise RuntimeError(
-            f"the class of a replaced layer was changed afterwards, to {type(layer).__name__}: undo that first"
-        )
-    return original
-
-
-def _blank(original: type[Any], recognised: Recognised, inplace: bool) -> FusedSE:
-    """An empty layer, to be filled by its __setstate__."""
-    cls = _fused_class(original)
-    layer = cls.__new__(cls)
-    layer.__dict__[SWAP] = recognised, inplace
-    return layer
-
-
-def _swap(layers: dict[nn.Module, Recognised], inplace: bool) -> dict[nn.Module, str]:
-    """Change the classes of `layers`. Returns the layers for which that fails, with the reason."""
-    failed: dict[nn.Module, str] = {}
-    changed: list[tuple[nn.Module, type[Any]]] = []
-    for layer in layers:
-        original = type(layer)
-        try:
-            layer.__class__ = _fused_class(original)
-        except Exception as error:  # for example from the class's own __init_subclass__
-            failed[layer] = f"its class cannot be changed: {error}"
-        else:
-            changed.append((layer, original))
-    for layer, original in changed:  # after the loop above, because a Swap records the classes of the modules inside
-        Swap.attach(layer, original, layers[layer], inplace)
-    return failed
+        x = None if swap is None else swap.map_of(args, kwargs)
+        if swap is None or x is None:
+            return None
+        weights = swap.weights(self, x)
+        if weights is None:
+            return None
+        given = (x, *weights, x if swap.recognised.residual else None, swap.options)
+        if swap.inplace and not (torch.is_grad_enabled() or x.requires_grad or under_transform()):
+            # ValueError, raised before anything is written: x overlaps itself or a weight, or is an inference
+            # tensor. Then the call is not made in place.
+            with contextlib.suppress(ValueError):
+                return ops.call(*given, inplace=True)  # type: ignore[misc]
+        return ops.call(*given)
 
 
 class _Examination:
@@ -198,6 +128,7 @@ class _Examination:
 def replace(
     model: nn.Module,
     *,
+    level: str = "layer",
     inplace: bool = False,
     dry_run: bool = False,
     include: str | Sequence[str] | None = None,
@@ -215,6 +146,10 @@ def replace(
 
     Args:
         model: any module; it may itself be an SE layer.
+        level: "layer", or "block": also let the module around each layer compute the layer together with its neighbours
+            (batch norm and activation before it; residual and activation, or 1x1 convolution and batch norm, after it).
+            That is for inference on CPUs: in eval mode with grad mode off. In all other calls the module computes as it
+            would at level "layer".
         inplace: let the layers overwrite their input while grad mode is off. Only safe for models that do not read that
             input again.
         dry_run: report, but change nothing.
@@ -226,7 +161,10 @@ def replace(
 
     Raises:
         TypeError: for an argument of another type.
+        ValueError: for an unknown level.
     """
+    if level not in ("layer", "block"):
+        refuse(ValueError, "level", repr(level), "'layer' or 'block'", "replace")
     if not isinstance(model, nn.Module):
         got = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
         raise TypeError(f"replace: model is {got}; wanted a torch.nn.Module")
@@ -235,9 +173,12 @@ def replace(
         examination.examine(model)
         near = examination.near_misses()
     outcome = examination.outcome
+    found = {layer: each for layer, each in outcome.items() if isinstance(each, Recognised)}
+    blocks, alone = find_blocks(model, examination.names, found) if level == "block" else ([], {})
     if not dry_run:
-        found = {layer: each for layer, each in outcome.items() if isinstance(each, Recognised)}
-        outcome.update(_swap(found, inplace))
+        facts = {layer: (recognised, inplace) for layer, recognised in found.items()}
+        outcome.update(change_classes(FusedSE, LayerSwap, facts))
+        change_classes(FusedBlock, BlockSwap, {block.module: (block.program, block.dims) for block in blocks})
     named = [(name, layer) for layer, names in examination.names.items() for name in names]
     found_as = {name: outcome[layer] for name, layer in named if layer in outcome}
     return Report(
@@ -245,6 +186,8 @@ def replace(
         {name: found for name, found in found_as.items() if isinstance(found, Recognised)},
         {name: found for name, found in found_as.items() if isinstance(found, str)},
         {name: near[module] for name, module in named if module in near},
+        {name: block.neighbours for name, module in named for block in blocks if block.module is module},
+        {name: alone[layer] for name, layer in named if layer in alone},
     )
 
 
@@ -263,9 +206,9 @@ def restore(model: nn.Module) -> nn.Module:
     Raises:
         RuntimeError: if the class of a replaced layer was changed again afterwards, as `fully_shard` does.
     """
-    layers = [module for module in model.modules() if isinstance(module, FusedSE)]
-    originals = [_original_class(layer) for layer in layers]
-    for layer, original in zip(layers, originals, strict=True):
-        layer.__dict__.pop(SWAP, None)
-        layer.__class__ = original
+    modules = [module for module in model.modules() if isinstance(module, Replaced)]
+    originals = [original_class(module) for module in modules]
+    for module, original in zip(modules, originals, strict=True):
+        module.__dict__.pop(SWAP, None)
+        module.__class__ = original
     return model

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from .blocks.neighbours import Neighbours
 from .recognised import Recognised
 
 _NAMES_IN_FULL = 4
@@ -18,12 +19,16 @@ class Report:
 
     replaced: what each replaced layer computes. skipped: why each other layer was left as it is. near: why a module
     that `replace` cannot replace contains SE all the same, such as a block with SE written into its forward.
+    With level="block", blocks: for each replaced block, what each of its layers is computed with; alone: why each other
+    replaced layer is computed alone.
     """
 
     model: nn.Module
     replaced: dict[str, Recognised]
     skipped: dict[str, str]
     near: dict[str, str] = field(default_factory=dict)
+    blocks: dict[str, tuple[Neighbours, ...]] = field(default_factory=dict)
+    alone: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         groups: dict[str, Mapping[str, object]] = {
@@ -32,6 +37,10 @@ class Report:
             "near misses": self.near,
         }
         count = sum(map(len, groups.values()))
+        groups |= {
+            "with their neighbours, in blocks": {name: "; ".join(map(str, each)) for name, each in self.blocks.items()},
+            "without their neighbours": self.alone,
+        }
         if count == 0:
             return "no SE layer found"
         lines = [f"{len(self.replaced)} of {count} SE layer{'s' * (count > 1)} replaced"]

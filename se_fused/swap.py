@@ -1,4 +1,4 @@
-"""What a replaced layer keeps of the check that it passed: for which calls and weights it holds; if it still does."""
+"""What a replaced module keeps of the check that it passed: for which calls and weights it holds; if it still does."""
 
 from __future__ import annotations
 
@@ -21,22 +21,24 @@ _VALUE_TYPES = (bool, int, float, str, tuple)
 
 
 class Swap:
-    """What a layer, whose class was `original`, is `recognised` as. It holds no reference to the layer itself."""
+    """What a module, whose class was `original`, was found to compute. It holds no reference to the module itself.
+
+    facts: the further arguments of `attach`, from which a copy of the module gets a Swap of its own.
+    """
+
+    dims: tuple[int, ...]  # the numbers of dimensions of x for which the module was checked
 
     @classmethod
-    def attach(cls, layer: nn.Module, original: type[Any], recognised: Recognised, inplace: bool) -> None:
-        """Give `layer` a Swap of its own, without a call of a __setattr__ that it may define."""
-        attributes = vars(layer)
+    def attach(cls, module: nn.Module, original: type[Any], *facts: Any) -> None:
+        """Give `module` a Swap of its own, without a call of a __setattr__ that it may define."""
+        attributes = vars(module)
         attributes[SWAP] = None  # so that the snapshot counts this attribute too
-        attributes[SWAP] = cls(layer, original, recognised, inplace)
+        attributes[SWAP] = cls(module, original, *facts)
 
-    def __init__(self, layer: nn.Module, original: type[Any], recognised: Recognised, inplace: bool) -> None:
-        self.recognised, self.inplace, self.options = recognised, inplace, recognised.options()
+    def __init__(self, module: nn.Module, original: type[Any], *facts: Any) -> None:
+        self.facts = facts
         self._name = original.__name__
-        self._inside = Inside(layer, original)
-        self._parameters = [
-            _parameter(layer, name) for name in (recognised.w1, recognised.b1, recognised.w2, recognised.b2)
-        ]
+        self._inside = Inside(module, original)
         _, *parameters = inspect.signature(original.forward).parameters.values()
         self._arguments = [p.name for p in parameters if p.kind in _POSITIONAL]
         self._defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
@@ -56,7 +58,33 @@ class Swap:
             x = given.pop(self._arguments[0], None)
             if not all(name in self._defaults and _same(v, self._defaults[name]) for name, v in given.items()):
                 return None
-        return x if type(x) in PLAIN_TYPES and x.dim() in self.recognised.dims else None
+        return x if type(x) in PLAIN_TYPES and x.dim() in self.dims else None
+
+    def warn_once(self, module: nn.Module) -> None:
+        if not self._warned:
+            self._warned = True
+            _log.warning(
+                "se_fused: a replaced %s computes as it did before `replace`: %s", self._name, self.change(module)
+            )
+
+    def change(self, module: nn.Module) -> str | None:
+        """Why the check does not hold any more; None if it does."""
+        return self._inside.change(module)
+
+    def __deepcopy__(self, memo: Any) -> None:
+        # A Swap belongs to one module. `Replaced` makes another for a copy of the module; a copy made without it
+        # computes as the original does.
+        return None
+
+
+class LayerSwap(Swap):
+    """What an SE layer is `recognised` as; `inplace`: whether it may overwrite its input."""
+
+    def __init__(self, layer: nn.Module, original: type[Any], recognised: Recognised, inplace: bool) -> None:
+        super().__init__(layer, original, recognised, inplace)
+        self.recognised, self.inplace, self.options = recognised, inplace, recognised.options()
+        self.dims = recognised.dims
+        self._parameters = parameters_of(layer, recognised)
 
     def weights(self, layer: nn.Module, x: Tensor) -> Any:
         """[w1, b1, w2, b2] as they are now; None if x has another dtype, or if the check does not hold any more, which
@@ -65,11 +93,7 @@ class Swap:
             weights = [get(layer) for get, _ in self._parameters]
             if all(type(w) in types for w, (_, types) in zip(weights, self._parameters)):  # noqa: B905
                 return weights if self._is_of_one_dtype(x, weights) else None
-        if not self._warned:
-            self._warned = True
-            _log.warning(
-                "se_fused: a replaced %s computes as it did before `replace`: %s", self._name, self.change(layer)
-            )
+        self.warn_once(layer)
         return None
 
     def _is_of_one_dtype(self, x: Tensor, weights: list[Any]) -> bool:
@@ -86,20 +110,22 @@ class Swap:
         )
 
     def change(self, layer: nn.Module) -> str | None:
-        """Why the check does not hold any more; None if it does."""
-        change = self._inside.change(layer)
+        change = super().change(layer)
         if change is None and not all(type(get(layer)) in types for get, types in self._parameters):
             return "one of its weights is not a plain parameter any more"
         return change
 
-    def __deepcopy__(self, memo: Any) -> None:
-        # A Swap belongs to one layer. `FusedSE` makes another for a copy of the layer; a copy made without `FusedSE`
-        # computes as the original does.
-        return None
+
+_Parameter = tuple[Callable[[nn.Module], Any], tuple[type, ...]]  # a getter, and the types that it may return
 
 
-def _parameter(layer: nn.Module, name: str | None) -> tuple[Callable[[nn.Module], Any], tuple[type, ...]]:
-    """A getter of a parameter, and the types that the parameter may have. A bias may become None."""
+def parameters_of(layer: nn.Module, recognised: Recognised) -> list[_Parameter]:
+    """w1, b1, w2 and b2 of `layer`."""
+    return [_parameter(layer, name) for name in (recognised.w1, recognised.b1, recognised.w2, recognised.b2)]
+
+
+def _parameter(layer: nn.Module, name: str | None) -> _Parameter:
+    """One parameter. A bias may become None."""
     if name is None:
         return (lambda layer: None), (type(None),)
     path, _, leaf = name.rpartition(".")

@@ -214,6 +214,15 @@ def test_replace_prints_one_json_object(models):
     assert facts["failures"] == []
 
 
+def test_replace_at_block_level(models):
+    result = run("replace", f"{models}:net", "--input", "2x3x9x9", "--repeats", "1", "--level", "block")
+    assert result.exit_code == 0, result.output
+    assert "with their neighbours, in blocks: 1\n  1 + relu, in place\n" in result.stdout
+    result = run("replace", f"{models}:net", "--input", "2x3x9x9", "--repeats", "1", "--level", "block", "--json")
+    assert json.loads(result.stdout)["blocks"] == {"": ["1 + relu, in place"]}
+    assert run("replace", f"{models}:net", "--level", "network").exit_code == 2
+
+
 @pytest.mark.parametrize(
     ("options", "reason"), [(["--exclude", "1"], "excluded by '1'"), (["--include", "2*"], "no pattern of include")]
 )

@@ -1,0 +1,214 @@
+"""Finds the block of each SE layer: the smallest module whose forward shows what stands around the layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .. import tracing
+from ..equivalence import error_of
+from ..inside import Inside
+from ..recognise import COPYING
+from ..recognised import Recognised
+from ..replaced import Replaced
+from ..undisturbed import are_equal, random_states, undisturbed
+from . import fused
+from .neighbours import CONVOLUTIONS, Neighbours, join
+from .program import Program, Value, trace
+
+# A residual block, or a block in which the layer is wrapped twice, is found at the second module above at the latest.
+_LEVELS = 3
+# Relative, in float64: the sums are taken in another order, but nothing else differs.
+_TOLERANCE = 1e-10
+# Elements of the largest map that goes into a block for the comparison.
+_REALISTIC = 2**17
+
+
+@dataclass(frozen=True)
+class Block:
+    """A module whose forward can be computed by `program` on maps of `dims` dimensions.
+
+    neighbours: of the SE layers in it.
+    """
+
+    module: nn.Module
+    program: Program
+    dims: int
+    neighbours: tuple[Neighbours, ...]
+
+
+def find_blocks(
+    model: nn.Module, names: dict[nn.Module, list[str]], layers: dict[nn.Module, Recognised]
+) -> tuple[list[Block], dict[nn.Module, str]]:
+    """The blocks of these SE layers of `model`, inner ones first; and for each layer without one the reason.
+
+    names: of every module of `model`, all its dotted names.
+    """
+    alone: dict[nn.Module, str] = {}
+    chosen: dict[nn.Module, list[nn.Module]] = {}
+    for layer in layers:
+        if len(names[layer]) > 1:
+            alone[layer] = "it is used in several places"
+            continue
+        found = _block_of(model, names[layer][0], layers)
+        if isinstance(found, str):
+            alone[layer] = found
+        else:
+            chosen.setdefault(found, []).append(layer)
+    blocks: list[Block] = []
+    for module in sorted(chosen, key=lambda module: -names[module][0].count(".")):
+        here = {layer: layers[layer] for layer in chosen[module]}
+        found_block = _examine(module, here, [block.module for block in blocks])
+        if isinstance(found_block, str):
+            alone |= dict.fromkeys(here, found_block)
+        else:
+            blocks.append(found_block)
+    return blocks, alone
+
+
+def _block_of(model: nn.Module, name: str, layers: dict[nn.Module, Recognised]) -> nn.Module | str:
+    """The module above the layer `name` in which most of its neighbours are found, the smallest if several have as
+    many; else the reason why there is none."""
+    layer, best, reason = model.get_submodule(name), None, "it is not part of a block"
+    most = 0
+    for module in _above(model, name):
+        found = _examine(module, {layer: layers[layer]}, (), proves=False)
+        if isinstance(found, str):
+            reason = found if best is None else reason
+            continue
+        (neighbours,) = found.neighbours
+        if neighbours.count() > most:
+            best, most = module, neighbours.count()
+        if not neighbours.at_edge:
+            break
+    return reason if best is None else best
+
+
+def _above(model: nn.Module, name: str) -> Iterator[nn.Module]:
+    for _ in range(_LEVELS):
+        if not name:
+            return
+        name = name.rpartition(".")[0]
+        yield model.get_submodule(name)
+
+
+def _examine(module: nn.Module, layers: dict[nn.Module, Recognised], inner: Any, proves: bool = True) -> Block | str:
+    """`module` as a block of these SE layers, or the reason why it is none. `inner`: blocks found before, which may be
+    in it. `proves`: whether its program is compared with its forward."""
+    reason = _obstacle(module)
+    if reason is not None:
+        return reason
+    paths = {path: layers[each] for path, each in module.named_modules() if each in layers}
+    leaves = [path for path, each in module.named_modules() if path and (each in inner or isinstance(each, Replaced))]
+    with (
+        undisturbed(module) as put_back,
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast("cpu", enabled=False),
+    ):
+        try:
+            bare = tracing.bare_copy(module)
+            _draw_statistics(bare)
+            program = trace(bare, {bare.get_submodule(path) for path in (*paths, *leaves)})
+            program, neighbours = join(program, bare, paths)
+            if len(neighbours) < len(paths):
+                return "nothing that can be joined with it stands around it"
+            dims = _dims(bare, neighbours[0])
+            found = _mismatch(bare, program, dims) if proves else None
+        except Exception as error:  # foreign code may fail in any way, which must not end the examination of others
+            return f"the calls of its block cannot be followed: {type(error).__name__}: {error}".splitlines()[0]
+    if found is None and put_back:
+        found = f"a call of its block changes {put_back[0]}"
+    return found or Block(module, program, dims, tuple(neighbours))
+
+
+def _obstacle(module: nn.Module) -> str | None:
+    """A property of `module` that keeps it from being a block and that tracing does not show."""
+    cls = type(module)
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict, torch._dynamo.OptimizedModule)):
+        return "it is not part of a block"
+    if isinstance(module, Replaced):
+        return "its block is replaced already"
+    if any(isinstance(each, torch.jit.ScriptModule) for each in module.modules()):
+        return "its block is scripted by TorchScript"
+    if any("forward" in vars(each) for each in module.modules()) or cls.__call__ is not nn.Module.__call__:
+        return "a forward in its block is overridden on the object, or its class overrides __call__"
+    if any(getattr(cls, name, None) is not getattr(nn.Module, name, None) for name in COPYING):
+        return f"the class {cls.__name__} of its block defines its own copying"
+    change = Inside(module, cls).change(module)  # such as hooks
+    return None if change is None else f"in its block {change}"
+
+
+def _draw_statistics(bare: nn.Module) -> None:
+    """Give batch norms statistics with which a mistake shows: new ones have the mean 0 and the variance 1."""
+    for module in bare.modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None:
+            module.running_mean.copy_(tracing.numbers(module.num_features))
+            module.running_var.copy_(tracing.numbers(module.num_features).abs() + 0.5)
+
+
+def _dims(bare: nn.Module, neighbours: Neighbours) -> int:
+    """The number of dimensions of the block's maps: that of its convolution, else that of the SE layer."""
+    for module in bare.modules():
+        if isinstance(module, CONVOLUTIONS):
+            return len(module.kernel_size) + 2
+    return 4 if 4 in neighbours.recognised.dims else neighbours.recognised.dims[0]
+
+
+def _mismatch(bare: nn.Module, program: Program, dims: int) -> str | None:
+    """How the program differs from the forward of `bare`; None if it does not."""
+    c = _channels(bare, program, dims)
+    if c is None:
+        return "no map that its block takes was found"
+    side = max(4, round((_REALISTIC / c) ** (1 / (dims - 2))))
+    shapes = [
+        (2, c, *(9, 8, 7)[: dims - 2]),
+        (3, c, *(6, 11, 5)[: dims - 2]),
+        (1, c, *(side + 1, side, side)[: dims - 2]),
+    ]
+    runs = [program.bind(bare, partial(fused.bind, root=bare, folds=folds)) for folds in (False, True)]
+    before = Inside(bare, type(bare))
+    buffers = {name: buffer.clone() for name, buffer in bare.named_buffers()}
+    maps = [tracing.random_map(*shape) for shape in shapes]
+    maps += [maps[0] * 1e8, maps[1] * 1e-8]
+    states = random_states()
+    for x in maps:
+        given = x.clone()
+        wanted = bare(given)
+        if not isinstance(wanted, Tensor):
+            return "its block returns more than a map"
+        for run in runs:
+            if not torch.equal(given, x):
+                return "its block writes over its input"
+            got = run(given)
+            error = error_of(got, wanted) if got.shape == wanted.shape else float("inf")
+            if error > _TOLERANCE:
+                where = f"on a map of shape {list(x.shape)}"
+                return f"its block, joined, differs by {error:.1e} of its largest number, {where}"
+    if not are_equal(states, random_states()):
+        return "its block draws random numbers"
+    if any(not torch.equal(buffer, buffers[name]) for name, buffer in bare.named_buffers()):
+        return "a call changes a buffer of its block"
+    change = before.change(bare, marks=True)
+    return f"a call leaves something behind in its block: {change}" if change else None
+
+
+def _channels(bare: nn.Module, program: Program, dims: int) -> int | None:
+    """A number of channels of x with which the forward of `bare` runs."""
+    first = [call.target for call in program.calls if call.kind == "module" and Value(0) in call.values()]
+    modules: list[Any] = [*map(bare.get_submodule, first), *bare.modules()]
+    likely = [each.in_channels for each in modules if isinstance(each, CONVOLUTIONS)]
+    likely += [each.num_features for each in modules if isinstance(each, _BatchNorm)]
+    for c in dict.fromkeys(likely):
+        try:
+            bare(tracing.random_map(2, c, *(9, 8, 7)[: dims - 2]))
+        except Exception:
+            continue
+        return c
+    return None
