@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 
-from . import coverage, gpu_report, shapes
+from . import coverage, gpu_report, models, shapes
 from .layer_cpu_report import Line, mean
 
 _BASELINES = ("compile", "onnxruntime", "openvino")
@@ -16,7 +16,10 @@ TEXT = """
   {in_place_best} times. These are geometric means of {layer_shapes} shapes (float32, {threads} threads).
 * **Training** one layer, forward and backward, runs at {training_eager} times eager speed, on the same shapes.
 * **Whole networks** on a CPU run at {models_replaced} times eager speed after `replace`, in place {models_in_place}
-  ({models} timm networks, batch {models_batches}). Under torch.compile ({models_compiled}) nothing changes.
+  ({models} networks of timm and torchvision, batch {models_batches}). After `replace(model, level="block")`, which
+  computes SE layers together with the layers around them, they run at {models_block}, {models_block_mean} on
+  average; without their SE layers they would run at {models_without}. Under torch.compile ({models_compiled}) nothing
+  changes.
 * **`replace`** replaces {coverage_replaced} SE layers in {coverage_models} models of {coverage_libraries};
   it keeps {coverage_skipped}, and says why.
 * **On a GPU** (one {gpu}) all {gpu_right} calls that were compared with float64 agree. Whole networks run at
@@ -38,15 +41,13 @@ def _listed(words: Sequence[str]) -> str:
 
 
 def numbers(
-    layer: Sequence[Line], models: Sequence[Line], covered: Sequence[Line], gpu: gpu_report.Results
+    layer: Sequence[Line],
+    networks: Sequence[Line],
+    compiled: Sequence[Line],
+    covered: Sequence[Line],
+    gpu: gpu_report.Results,
 ) -> dict[str, str]:
     """The numbers as texts, by their names in TEXT."""
-    networks = {
-        (mode, variant): _range(
-            float(line["original_by_this"]) for line in models if (line["mode"], line["variant"]) == (mode, variant)
-        )
-        for mode, variant in (("eager", "replaced"), ("eager", "in place"), ("compiled", "replaced"))
-    }
     cases = gpu_report.best_measured(gpu)
     first = ("float16", "contiguous", "forward", 1)
     as_calls = [c.ratio("eager", "calls") for c in cases if (c.dtype, c.layout, c.direction, c.n) == first]
@@ -59,11 +60,14 @@ def numbers(
         "in_place_eager": f"{mean(layer, 'forward', ['eager'], 'fused_inplace'):.1f}",
         "in_place_best": f"{mean(layer, 'forward', _BASELINES, 'fused_inplace'):.1f}",
         "training_eager": f"{mean(layer, 'forward_backward', ['eager']):.1f}",
-        "models": str(len({line["network"] for line in models})),
-        "models_batches": _listed(list(dict.fromkeys(line["n"] for line in models))),
-        "models_replaced": networks["eager", "replaced"],
-        "models_in_place": networks["eager", "in place"],
-        "models_compiled": networks["compiled", "replaced"],
+        "models": str(len({line["network"] for line in networks})),
+        "models_batches": _listed(list(dict.fromkeys(line["n"] for line in networks))),
+        "models_replaced": _range(models.ratios(networks, "replaced")),
+        "models_in_place": _range(models.ratios(networks, "in place")),
+        "models_block": _range(models.ratios(networks, "block")),
+        "models_block_mean": f"{statistics.geometric_mean(models.ratios(networks, 'block')):.2f}",
+        "models_without": _range(models.ratios(networks, "without SE")),
+        "models_compiled": _range(models.ratios(compiled, "replaced")),
         "coverage_models": str(len(covered)),
         "coverage_libraries": _listed(list(dict.fromkeys(line["library"] for line in covered))),
         "coverage_replaced": str(coverage.total(covered, "replaced")),

@@ -65,8 +65,8 @@ def read(file: Path) -> list[Line]:
 
 def read_headline(folder: Path) -> dict[str, str]:
     """The README's numbers by name."""
-    layer, networks, covered = (read(folder / file.name) for file in (layer_cpu.RECORD, models.RECORD, coverage.RECORD))
-    return headline.numbers(layer, networks, covered, gpu_report.read(folder / "h200"))
+    records = (layer_cpu.RECORD, models.RECORD, compiled.RECORD, coverage.RECORD)
+    return headline.numbers(*(read(folder / file.name) for file in records), gpu_report.read(folder / "h200"))
 
 
 # By the name in the markers; the name of a GPU is that of its folder.

@@ -169,7 +169,7 @@ def test_the_figure_at_a_glance(record: Path, tmp_path: Path) -> None:
 @pytest.fixture
 def networks_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A models.csv of two small layers and made-up times in microseconds."""
-    microseconds = {"eager original": 3000.0, "eager replaced": 2000.0, "eager in place": 4000.0}
+    microseconds = {"original": 3000.0, "replaced": 2000.0, "in place": 4000.0}
 
     def measure(model: torch.nn.Module, x: torch.Tensor, calls: dict[str, object], seconds: float) -> timing.Times:
         return {name: [microseconds.get(name, 1000.0)] * 5 for name in calls}
@@ -186,8 +186,9 @@ def test_the_table_of_networks(networks_record: Path) -> None:
     text = models.table(report.read(networks_record))
     for network in models.NETWORKS:
         for n in models.BATCHES:
-            label = f"{network.split(':')[1]} (2 SE layers) | {n}"
-            assert f"| {label} | 3.0 (3.0 to 3.0) | 1.50 | **0.75** | 1.0 (1.0 to 1.0) | 1.00 | 1.00 |" in text
+            label = f"{network} (2 SE layers) | {n}"
+            assert f"| {label} | 3.0 (3.0 to 3.0) | 1.50 | **0.75** | 3.00 | 3.00 |" in text
+    assert "| geometric mean |  |  | 1.50 | 0.75 | 3.00 | 3.00 |" in text
     assert "medians of 5 or more interleaved rounds" in text
 
 
@@ -200,13 +201,13 @@ def test_the_table_of_what_replace_covers() -> None:
 
 
 def test_the_headline_is_a_function_of_the_records(record: Path, networks_record: Path, tmp_path: Path) -> None:
-    for name in ("coverage.csv", "h200"):
+    for name in ("compiled.csv", "coverage.csv", "h200"):
         source = report.RESULTS / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
     found = report.read_headline(tmp_path)
     for name, wanted in {
         "layer_eager": "1.5", "layer_best": "2.0", "in_place_eager": "3.0", "in_place_best": "4.0",
-        "training_eager": "1.5", "models": "4", "models_batches": "1 and 16", "models_replaced": "1.50 to 1.50",
+        "training_eager": "1.5", "models": "7", "models_batches": "1 and 16", "models_replaced": "1.50 to 1.50",
         "models_in_place": "0.75 to 0.75", "coverage_libraries": "timm, torchvision and transformers",
     }.items():  # fmt: skip
         assert found[name] == wanted, name
