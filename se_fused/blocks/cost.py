@@ -25,5 +25,6 @@ def folds_gate(u: Tensor, conv: Any) -> bool:
 def folds_norm(u: Tensor, conv: Any) -> bool:
     """Whether the batch norm that reads the result of this convolution of u goes into its weights: whether they are
     fewer than the elements of the result."""
+    # Half-precision weights times a scale could underflow.
     cin = u.shape[1]
-    return cin * cin <= u.numel()
+    return u.dtype.itemsize > 2 and cin * cin <= u.numel()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
 from functools import partial
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
 
 from .. import tracing
 from ..equivalence import error_of
@@ -17,6 +21,7 @@ from ..inside import Inside
 from ..recognise import COPYING
 from ..recognised import Recognised
 from ..replaced import Replaced
+from ..swap import Swap
 from ..undisturbed import are_equal, random_states, undisturbed
 from . import fused
 from .neighbours import CONVOLUTIONS, Neighbours, join
@@ -26,6 +31,10 @@ from .program import Program, Value, trace
 _LEVELS = 3
 # Relative, in float64: the sums are taken in another order, but nothing else differs.
 _TOLERANCE = 1e-10
+_TRANSPARENT = (
+    *(bool, int, float, complex, str, bytes, Enum, type, FunctionType, BuiltinFunctionType),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format, Tensor, nn.Module, Swap),
+)
 # Elements of the largest map that goes into a block for the comparison.
 _REALISTIC = 2**17
 
@@ -64,7 +73,7 @@ def find_blocks(
     blocks: list[Block] = []
     for module in sorted(chosen, key=lambda module: -names[module][0].count(".")):
         here = {layer: layers[layer] for layer in chosen[module]}
-        found_block = _examine(module, here, [block.module for block in blocks])
+        found_block = _examine(module, here, {*layers, *(block.module for block in blocks)})
         if isinstance(found_block, str):
             alone |= dict.fromkeys(here, found_block)
         else:
@@ -78,7 +87,7 @@ def _block_of(model: nn.Module, name: str, layers: dict[nn.Module, Recognised]) 
     layer, best, reason = model.get_submodule(name), None, "it is not part of a block"
     most = 0
     for module in _above(model, name):
-        found = _examine(module, {layer: layers[layer]}, (), proves=False)
+        found = _examine(module, {layer: layers[layer]}, set(layers), proves=False)
         if isinstance(found, str):
             reason = found if best is None else reason
             continue
@@ -98,14 +107,20 @@ def _above(model: nn.Module, name: str) -> Iterator[nn.Module]:
         yield model.get_submodule(name)
 
 
-def _examine(module: nn.Module, layers: dict[nn.Module, Recognised], inner: Any, proves: bool = True) -> Block | str:
-    """`module` as a block of these SE layers, or the reason why it is none. `inner`: blocks found before, which may be
-    in it. `proves`: whether its program is compared with its forward."""
+def _examine(
+    module: nn.Module, layers: dict[nn.Module, Recognised], replaced: set[nn.Module], proves: bool = True
+) -> Block | str:
+    """`module` as a block of these SE layers, or the reason why it is none.
+
+    replaced: all modules of the model that will be replaced; those inside are called whole. proves: whether the program
+    is compared with the forward.
+    """
     reason = _obstacle(module)
     if reason is not None:
         return reason
     paths = {path: layers[each] for path, each in module.named_modules() if each in layers}
-    leaves = [path for path, each in module.named_modules() if path and (each in inner or isinstance(each, Replaced))]
+    inside = [each for each in module.modules() if each is not module]
+    whole = [each for each in inside if each in replaced or isinstance(each, Replaced)]
     with (
         undisturbed(module) as put_back,
         torch.inference_mode(False),
@@ -115,7 +130,12 @@ def _examine(module: nn.Module, layers: dict[nn.Module, Recognised], inner: Any,
         try:
             bare = tracing.bare_copy(module)
             _draw_statistics(bare)
-            program = trace(bare, {bare.get_submodule(path) for path in (*paths, *leaves)})
+            of_bare = dict(zip(module.modules(), bare.modules(), strict=True))
+            leaves = [of_bare[each] for each in whole]
+            program = trace(bare, leaves)
+            with torch.inference_mode():
+                if trace(bare, leaves) != program:
+                    return "its block makes other calls in inference mode"
             program, neighbours = join(program, bare, paths)
             if len(neighbours) < len(paths):
                 return "nothing that can be joined with it stands around it"
@@ -137,12 +157,26 @@ def _obstacle(module: nn.Module) -> str | None:
         return "its block is replaced already"
     if any(isinstance(each, torch.jit.ScriptModule) for each in module.modules()):
         return "its block is scripted by TorchScript"
+    if any(parametrize.is_parametrized(each) for each in module.modules()):
+        return "a module of its block is reparametrised"
     if any("forward" in vars(each) for each in module.modules()) or cls.__call__ is not nn.Module.__call__:
         return "a forward in its block is overridden on the object, or its class overrides __call__"
     if any(getattr(cls, name, None) is not getattr(nn.Module, name, None) for name in COPYING):
         return f"the class {cls.__name__} of its block defines its own copying"
+    opaque = next((name for each in module.modules() for name, value in vars(each).items() if _is_opaque(value)), None)
+    if opaque is not None:
+        return f"its block holds an object whose changes cannot be noticed: {opaque}"
     change = Inside(module, cls).change(module)  # such as hooks
     return None if change is None else f"in its block {change}"
+
+
+def _is_opaque(value: Any) -> bool:
+    """Whether the inside of `value` can change without a notice."""
+    if isinstance(value, (tuple, list, set, deque)):
+        return any(map(_is_opaque, value))
+    if isinstance(value, dict):
+        return any(map(_is_opaque, value.values()))
+    return not (value is None or isinstance(value, _TRANSPARENT))
 
 
 def _draw_statistics(bare: nn.Module) -> None:

@@ -17,18 +17,18 @@ from .cost import folds_gate, folds_norm
 from .neighbours import Neighbours
 
 
-def affine(norm: dict[str, Any], bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def affine(norm: dict[str, Any], bias: Tensor | None, c: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """scale and shift [C], of `dtype`, with BatchNorm(x + bias) = scale * x + shift in eval mode.
 
     norm: the attributes of the module. bias: that of the convolution before it.
     """
     parameters, buffers = norm["_parameters"], norm["_buffers"]
     given = [parameters["weight"], parameters["bias"], buffers["running_mean"], buffers["running_var"], bias]
-    out = torch.empty((2, given[2].shape[0]), dtype=dtype, device="cpu")
+    out = torch.empty((2, c), dtype=dtype, device="cpu")
     if not CPU.batch_norm(*given, norm["eps"], out):
         converted = [t if t is None else t.detach().to(dtype).contiguous() for t in given]
         if not CPU.batch_norm(*converted, norm["eps"], out):
-            raise ValueError("se_fused: a batch norm has statistics or parameters of another shape")
+            raise ValueError(f"se_fused: a batch norm has statistics or parameters of another shape than [{c}]")
     scale, shift = out.unbind()
     return scale, shift
 
@@ -54,8 +54,10 @@ def bind(neighbours: Neighbours, root: nn.Module, folds: bool | None = None) -> 
     def run(x: Tensor, residual: Tensor | None = None) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
         weights = [get(layer) for get, _ in parameters]
-        scale, shift = (None, None) if norm is None else affine(norm, None, dtype)
-        if has_conv and (folds_gate(x, conv) if folds is None else folds):
+        scale, shift = (None, None) if norm is None else affine(norm, None, x.shape[1], dtype)
+        # A weight that was assigned later may be of another shape.
+        pointwise = has_conv and conv.weight.numel() == conv.weight.shape[0] * x.shape[1]
+        if pointwise and (folds_gate(x, conv) if folds is None else folds):
             s = x.new_empty(x.shape[:2], dtype=dtype)
             u = CPU.fast_path(x, *weights, None, *options, inplace=owns_x, scale=scale, shift=shift, s=s)
             if u is not None:
@@ -65,12 +67,12 @@ def bind(neighbours: Neighbours, root: nn.Module, folds: bool | None = None) -> 
             y = _in_steps(x, weights, residual, options, scale, shift)
         if not has_conv:
             return y
-        if conv_norm is not None and folds_norm(y, conv):
+        if conv_norm is not None and pointwise and folds_norm(y, conv):
             weight, bias = _folded(conv, conv_norm, dtype)
             return convolve[y.dim()](y, weight.view_as(conv.weight).to(y.dtype), bias.to(y.dtype))
-        y = convolve[y.dim()](y, conv.weight, conv.bias)
+        y = conv(y)
         if conv_norm is None:
-            return y
+            return y  # type: ignore[no-any-return]
         mean, variance = (conv_norm["_buffers"][name] for name in ("running_mean", "running_var"))
         weight, bias = (conv_norm["_parameters"][name] for name in ("weight", "bias"))
         return F.batch_norm(y, mean, variance, weight, bias, eps=conv_norm["eps"])
@@ -81,14 +83,16 @@ def bind(neighbours: Neighbours, root: nn.Module, folds: bool | None = None) -> 
 def _in_steps(
     x: Tensor, weights: Any, residual: Tensor | None, options: Options, scale: Tensor | None, shift: Tensor | None
 ) -> Tensor:
-    """What the kernels compute in one pass, for the calls that they do not take, such as that of an empty map."""
+    """What the kernels compute in one pass, for the calls that they do not take, such as one with a residual that is
+    broadcast."""
     if scale is not None:
         assert shift is not None
         across = (-1, *(1,) * (x.dim() - 2))
         x = torch.addcmul(shift.view(across), x, scale.view(across)).to(x.dtype)
     u = FUNCTIONS[options.pre_act](x)
     w1, b1, w2, b2 = weights
-    return ops.call(u, w1, b1, w2, b2, residual, options._replace(pre_act=0))
+    y = ops.call(u, w1, b1, w2, b2, None, options._replace(pre_act=0, post_act=0))
+    return FUNCTIONS[options.post_act](y if residual is None else y + residual)
 
 
 def _folded(conv: Any, conv_norm: dict[str, Any] | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -96,7 +100,7 @@ def _folded(conv: Any, conv_norm: dict[str, Any] | None, dtype: torch.dtype) -> 
     weight, bias = conv.weight.flatten(1), conv.bias
     if conv_norm is None:
         return weight, weight.new_zeros(weight.shape[0]) if bias is None else bias
-    scale, shift = affine(conv_norm, bias, dtype)
+    scale, shift = affine(conv_norm, bias, weight.shape[0], dtype)
     return weight * scale.unsqueeze(1), shift
 
 

@@ -94,6 +94,7 @@ class _Match:
         self.path, self.recognised = path, recognised
         self.calls = {call.number: call for call in program.calls}
         self.taken: list[Call] = []
+        self.sum = 0  # the number of the call that adds the residual
 
     def find(self) -> tuple[Program, Neighbours] | None:
         own = [call for call in self.program.calls if call.kind == "module" and call.target == self.path]
@@ -115,6 +116,10 @@ class _Match:
         conv = conv_norm = None
         if residual is None and post_act == "identity":
             last, conv, conv_norm = self._convolution(last)
+        begin = min(call.number for call in self.taken) if not owns_x else last.number if residual is None else self.sum
+        others = {call.number for call in self.program.calls} - {call.number for call in self.taken}
+        if any(begin < number < last.number for number in others):  # it could write to x or the residual
+            return None
         at_edge = producer is None or (last is layer and self.program.result == Value(layer.number))
         neighbours = Neighbours(
             self.path, self.recognised, norm, pre_act, owns_x, residual is not None, post_act, conv, conv_norm,
@@ -170,6 +175,7 @@ class _Match:
             if of_two and args[0] != args[1] and (args[0] == own or reader.target not in _IN_PLACE_SUMS):
                 residual = args[1] if args[0] == own else args[0]
                 self.taken.append(reader)
+                self.sum = reader.number
                 last = self._skip_identities(reader)
                 reader = self._reader(last)
         act = None if reader is None else self._activation(reader)
@@ -246,4 +252,5 @@ def _name_of(function: Any, before: Any, shape: tuple[int, ...]) -> str | None:
 
 def _is_pointwise(conv: Any) -> bool:
     ones, zeros = (1,) * len(conv.kernel_size), (0,) * len(conv.kernel_size)
-    return bool((conv.kernel_size, conv.stride, conv.padding, conv.groups) == (ones, ones, zeros, 1))
+    simple = conv.groups == 1 and conv.padding_mode == "zeros"
+    return bool(simple and (conv.kernel_size, conv.stride, conv.padding) == (ones, ones, zeros))

@@ -12,8 +12,10 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Program:
                 lines.append(f"    del {', '.join(f'v{n}' for n in ended)}")
         lines.append(f"    return {_source(self.result, names)}")
         exec("\n".join(lines), names)
-        return names["forward"]  # type: ignore[no-any-return]
+        return names.pop("forward")  # type: ignore[no-any-return]
 
 
 def _bound(call: Call, root: nn.Module, fused: Callable[[Any], Callable[..., Any]]) -> Callable[..., Any]:
@@ -126,12 +128,42 @@ def _values(tree: Any) -> Iterator[Value]:
         yield from _values(list(tree.values()))
 
 
+class _Proxy(fx.Proxy):
+    """Refuses questions whose answers depend on the call and would become constants of the program."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("dtype", "device", "layout", "requires_grad", "grad_fn", "is_cpu", "is_cuda"):
+            raise ValueError(f"its forward reads the {name} of a map")
+        return super().__getattr__(name)
+
+
+class _NoTensors(TorchDispatchMode):
+    """Refuses operators on tensors with numbers: what is computed of them would become a constant of the program."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        raise ValueError(f"its forward computes {func} outside of the calls")
+
+
+def _modes() -> tuple[bool, bool]:
+    return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
+
+
 class _Tracer(fx.Tracer):
     """It looks into modules that have children, but not into batch norms, SE layers and replaced blocks."""
 
+    proxy_buffer_attributes = True
+
     def __init__(self, leaves: Collection[nn.Module]) -> None:
         super().__init__()
-        self._leaves = leaves
+        self._leaves, self._modes = leaves, _modes()
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _modes() != self._modes:
+            raise ValueError("its forward changes grad mode or autocast")
+        return super().create_node(*args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         own = not m._modules or isinstance(m, _BatchNorm) or m in self._leaves
@@ -144,7 +176,8 @@ def trace(module: nn.Module, leaves: Collection[nn.Module]) -> Program:
 
     Raises:
         Exception: whatever torch.fx or the forward raises where the calls depend on the numbers or sizes of x.
-        ValueError: if the forward uses a tensor that is no parameter or buffer of it.
+        ValueError: if the forward uses a tensor that is no parameter or buffer of it, computes with one, or depends on
+            dtype, device or modes.
     """
     original = type(module)
     first, *others = list(inspect.signature(original.forward).parameters.values())[1:]
@@ -155,7 +188,8 @@ def trace(module: nn.Module, leaves: Collection[nn.Module]) -> Program:
     # fx traces the forward of the class. This one has a single argument, so that fx keeps the defaults of the others.
     module.__class__ = type(original.__name__, (original,), {"forward": lambda self, x: original.forward(self, x)})
     try:
-        graph = _Tracer(leaves).trace(module)
+        with _NoTensors():  # type: ignore[no-untyped-call]
+            graph = _Tracer(leaves).trace(module)
     finally:
         module.__class__ = original
     numbers: dict[fx.Node, Value] = {}
