@@ -102,8 +102,7 @@ class Inside:
         self._note_items(layer)
 
     def _note_items(self, layer: nn.Module) -> None:
-        """Note the attributes of all modules by identity, for a first comparison in C++, which takes a fifth of the
-        time.
+        """Note the attributes of all modules by identity, for a first comparison in C++, which takes less time.
 
         There is none if an attribute is a container, whose contents may change.
         """

@@ -28,7 +28,7 @@ from .equivalence import mismatch, same
 from .inside import HOOKS, Inside
 from .options import ACTIVATIONS, GATES, SQUEEZES, HardSigmoid, Options
 from .recognised import Recognised
-from .undisturbed import undisturbed
+from .undisturbed import undisturbed_inference
 
 # The methods by which a class can define how it is copied. `replace` adds its own.
 COPYING = (
@@ -45,12 +45,7 @@ def recognise(layer: nn.Module) -> Recognised | str | None:
     shapes = tracing.weight_shapes(layer)
     if shapes is None:
         return None
-    with (
-        undisturbed(layer) as put_back,
-        torch.inference_mode(False),
-        torch.no_grad(),
-        torch.autocast("cpu", enabled=False),
-    ):
+    with undisturbed_inference(layer) as put_back:
         try:
             found = _recognise(layer, shapes)
         except Exception as error:  # foreign code may fail in any way, which must not end the examination of others

@@ -53,6 +53,18 @@ def undisturbed(model: nn.Module) -> Iterator[list[str]]:
                 changed.append(name)
 
 
+@contextmanager
+def undisturbed_inference(model: nn.Module) -> Iterator[list[str]]:
+    """`undisturbed`, with gradients, inference mode and autocast off, whatever the caller has on."""
+    with (
+        undisturbed(model) as changed,
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast("cpu", enabled=False),
+    ):
+        yield changed
+
+
 def random_states() -> tuple[Any, Any, Any]:
     """The random states of torch (on the CPU), Python, and NumPy if it is loaded."""
     numpy = sys.modules.get("numpy.random")

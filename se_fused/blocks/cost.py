@@ -11,7 +11,7 @@ from torch import Tensor
 
 # Cin * Cout / L up to which a matrix product per sample, with the gates in its weights, takes less time than to scale
 # the map in place and convolve it. On two cores with AVX-512, with 2 to 64 samples, the ratio of the two times is 0.3
-# to 1.0 up to 4, 0.4 to 1.15 from 7 to 12, and beyond 20 mostly 1.2 to 2.
+# to 1.0 up to 4, 0.4 to 1.15 from 7 to 12, and beyond 20 mostly 1.2 to 2 (an experiment that was not recorded).
 _WEIGHTS_PER_POSITION = 6
 
 

@@ -16,13 +16,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from .. import tracing
+from ..backends import CPU
 from ..equivalence import error_of
 from ..inside import Inside
 from ..recognise import COPYING
 from ..recognised import Recognised
 from ..replaced import Replaced
 from ..swap import Swap
-from ..undisturbed import are_equal, random_states, undisturbed
+from ..undisturbed import are_equal, random_states, undisturbed_inference
 from . import fused
 from .neighbours import CONVOLUTIONS, Neighbours, join
 from .program import Program, Value, trace
@@ -59,6 +60,8 @@ def find_blocks(
 
     names: of every module of `model`, all its dotted names.
     """
+    if not CPU.has_fast_path():
+        return [], dict.fromkeys(layers, "the CPU kernels, which would compute its block, are not available")
     alone: dict[nn.Module, str] = {}
     chosen: dict[nn.Module, list[nn.Module]] = {}
     for layer in layers:
@@ -121,12 +124,7 @@ def _examine(
     paths = {path: layers[each] for path, each in module.named_modules() if each in layers}
     inside = [each for each in module.modules() if each is not module]
     whole = [each for each in inside if each in replaced or isinstance(each, Replaced)]
-    with (
-        undisturbed(module) as put_back,
-        torch.inference_mode(False),
-        torch.no_grad(),
-        torch.autocast("cpu", enabled=False),
-    ):
+    with undisturbed_inference(module) as put_back:
         try:
             bare = tracing.bare_copy(module)
             _draw_statistics(bare)
@@ -242,7 +240,7 @@ def _channels(bare: nn.Module, program: Program, dims: int) -> int | None:
     for c in dict.fromkeys(likely):
         try:
             bare(tracing.random_map(2, c, *(9, 8, 7)[: dims - 2]))
-        except Exception:
+        except Exception:  # of a number that does not fit, or anything else: then the next one is tried
             continue
         return c
     return None

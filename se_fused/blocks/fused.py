@@ -48,6 +48,7 @@ def bind(neighbours: Neighbours, root: nn.Module, folds: bool | None = None) -> 
         None if name is None else vars(root.get_submodule(name)) for name in (neighbours.norm, neighbours.conv_norm)
     )
     conv: Any = root.get_submodule(neighbours.conv) if neighbours.conv else None
+    normalise: Any = root.get_submodule(neighbours.conv_norm) if neighbours.conv_norm else lambda y: y
     convolve: dict[int, Callable[..., Tensor]] = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
     owns_x = neighbours.owns_x
 
@@ -70,12 +71,7 @@ def bind(neighbours: Neighbours, root: nn.Module, folds: bool | None = None) -> 
         if conv_norm is not None and pointwise and folds_norm(y, conv):
             weight, bias = _folded(conv, conv_norm, dtype)
             return convolve[y.dim()](y, weight.view_as(conv.weight).to(y.dtype), bias.to(y.dtype))
-        y = conv(y)
-        if conv_norm is None:
-            return y  # type: ignore[no-any-return]
-        mean, variance = (conv_norm["_buffers"][name] for name in ("running_mean", "running_var"))
-        weight, bias = (conv_norm["_parameters"][name] for name in ("weight", "bias"))
-        return F.batch_norm(y, mean, variance, weight, bias, eps=conv_norm["eps"])
+        return normalise(conv(y))  # type: ignore[no-any-return]
 
     return run
 

@@ -94,7 +94,7 @@ class _Match:
         self.path, self.recognised = path, recognised
         self.calls = {call.number: call for call in program.calls}
         self.taken: list[Call] = []
-        self.sum = 0  # the number of the call that adds the residual
+        self.sum: int | None = None  # the number of the call that adds the residual
 
     def find(self) -> tuple[Program, Neighbours] | None:
         own = [call for call in self.program.calls if call.kind == "module" and call.target == self.path]
@@ -116,9 +116,7 @@ class _Match:
         conv = conv_norm = None
         if residual is None and post_act == "identity":
             last, conv, conv_norm = self._convolution(last)
-        begin = min(call.number for call in self.taken) if not owns_x else last.number if residual is None else self.sum
-        others = {call.number for call in self.program.calls} - {call.number for call in self.taken}
-        if any(begin < number < last.number for number in others):  # it could write to x or the residual
+        if self._moves_a_read(owns_x, last):
             return None
         at_edge = producer is None or (last is layer and self.program.result == Value(layer.number))
         neighbours = Neighbours(
@@ -133,6 +131,14 @@ class _Match:
         calls = (fused if call is last else call for call in self.program.calls)
         kept = (call for call in calls if call is fused or call.number not in taken)
         return changed(self.program, calls=tuple(kept)), neighbours
+
+    def _moves_a_read(self, owns_x: bool, last: Call) -> bool:
+        """Whether x or the residual, which the joined call reads in the place of `last`, could be written to between
+        that place and the one where it was read."""
+        reads = [] if owns_x else [min(call.number for call in self.taken)]
+        reads += [] if self.sum is None else [self.sum]
+        others = {call.number for call in self.program.calls} - {call.number for call in self.taken}
+        return any(read < number < last.number for read in reads for number in others)
 
     def _before(self, value: Value) -> tuple[Value, str | None, str]:
         """x, and the batch norm and activation between x and `value`."""

@@ -220,7 +220,7 @@ def trace(module: nn.Module, leaves: Collection[nn.Module]) -> Program:
 
 def _plain(tree: Any) -> Any:
     """`tree` with the immutable lists and dicts of torch.fx as tuples, lists and dicts."""
-    if isinstance(tree, tuple) and type(tree) is tuple:
+    if type(tree) is tuple:
         return tuple(map(_plain, tree))
     if isinstance(tree, list):
         return [_plain(each) for each in tree]
