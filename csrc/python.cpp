@@ -42,6 +42,31 @@ bool same_items(const py::list& dicts, const py::list& expected) {
   return true;
 }
 
+// CPython's number for the state of a class and of those that it inherits from: another one after each change, or 0.
+unsigned version(PyObject* type) {
+  const auto* cls = reinterpret_cast<const PyTypeObject*>(type);
+  return PyType_HasFeature(const_cast<PyTypeObject*>(cls), Py_TPFLAGS_VALID_VERSION_TAG) ? cls->tp_version_tag : 0;
+}
+
+std::vector<unsigned> versions(const py::tuple& types) {
+  std::vector<unsigned> all;
+  for (const py::handle type : types) all.push_back(version(type.ptr()));
+  return all;
+}
+
+// Whether the objects have these types, and `classes` these versions.
+bool same_types(const py::tuple& objects, const py::tuple& types, const py::tuple& classes, const py::list& versions) {
+  for (size_t i = 0; i < objects.size(); ++i) {
+    PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(PyTuple_GET_ITEM(objects.ptr(), i)));
+    if (type != PyTuple_GET_ITEM(types.ptr(), i)) return false;
+  }
+  for (size_t i = 0; i < classes.size(); ++i) {
+    const unsigned long now = version(PyTuple_GET_ITEM(classes.ptr(), i));
+    if (now == 0 || now != PyLong_AsUnsignedLong(PyList_GET_ITEM(versions.ptr(), i))) return false;
+  }
+  return true;
+}
+
 se::Device preset(const std::string& name) {
   std::string known;
   for (const se::Device& device : se::device_presets()) {
@@ -111,6 +136,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("same_items", &same_items,
         "Whether each dict has the items (key, value, key, value, ...), in this order, by identity. An Ellipsis stands "
         "for any value.");
+
+  m.def("versions", &versions, "A number for the state of each class: another one after each change, or 0.");
+  m.def("same_types", &same_types, "Whether these objects have these types, and these classes these versions.");
 
   py::class_<se::Device>(m, "Device", "The limits of a GPU that plans depend on.")
       .def(py::init<std::string, int, int, int64_t, int64_t, std::array<int, 5>, double, int64_t>(), py::arg("name"),

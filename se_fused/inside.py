@@ -9,6 +9,7 @@ attribute that is neither a module nor a list, tuple, dict, set or deque.
 from __future__ import annotations
 
 import copy
+import itertools
 import sys
 from collections import deque
 from collections.abc import Mapping
@@ -74,6 +75,7 @@ class Inside:
         del below[""]
         self._names, self._below = list(below), tuple(below.values())
         self._types = tuple(map(type, self._below))
+        self._versioned = tuple(dict.fromkeys((original, *self._types)))
         own = [cls for each in (original, *self._types) for cls in each.__mro__ if not is_torch_or_builtin(cls)]
         self._classes = [vars(cls) for cls in dict.fromkeys(own)]
         self._torch_classes = tuple(cls for cls in dict.fromkeys(self._types) if is_torch_or_builtin(cls))
@@ -102,16 +104,21 @@ class Inside:
         self._note_items(layer)
 
     def _note_items(self, layer: nn.Module) -> None:
-        """Note the attributes of all modules by identity, for a first comparison in C++, which takes less time.
+        """Note the attributes of all modules by identity, and the versions of their classes, for a first comparison in
+        C++, which takes less time.
 
         There is none if an attribute is a container, whose contents may change.
         """
-        extension = sys.modules.get("se_fused._C")
-        self._same_items = None if extension is None else extension.same_items
+        self._quick: Any = sys.modules.get("se_fused._C")
+        modules = [vars(layer), *self._dicts]
+        of_classes = itertools.chain.from_iterable(self._values[len(modules) :])
+        if any(map(_is_mutable, of_classes)):
+            self._quick = None
+        self._versions = [] if self._quick is None else self._quick.versions(self._versioned)
         self._inner: list[dict[str, Any]] = []
         self._items: list[tuple[Any, ...]] = []
         contents: list[tuple[Any, ...]] = []
-        for i, attributes in enumerate([vars(layer), *self._dicts]):
+        for i, attributes in enumerate(modules):
             expected = dict(attributes)
             for name, value in attributes.items():
                 if name in _CONTENTS or (i > 0 and name in HOOKS):
@@ -123,7 +130,7 @@ class Inside:
                 elif name in _IGNORED:
                     expected[name] = ...
                 elif _is_mutable(value):
-                    self._same_items = None
+                    self._quick = None
             self._items.append(_flat(expected))
         self._items += contents
 
@@ -135,32 +142,30 @@ class Inside:
 
     def unchanged(self, layer: nn.Module) -> bool:
         """Whether `change` would find nothing. Every forward asks this, so the comparisons are ones that run in C."""
-        modules = [vars(layer), *self._dicts]
-        if self._same_items is not None and self._same_items([*modules, *self._inner], self._items):
-            modules_same, watched, first = True, self._classes, len(modules)
-        else:
-            modules_same, watched, first = False, [*modules, *self._classes], 0
+        if self._below and any(GLOBAL_HOOKS):
+            return False
+        quick, modules = self._quick, [vars(layer), *self._dicts]
+        same_types = quick is not None and quick.same_types(self._below, self._types, self._versioned, self._versions)
+        if same_types and quick.same_items([*modules, *self._inner], self._items):
+            return True
+        watched = [*modules, *self._classes]
         try:
-            return not (
-                (self._below and any(GLOBAL_HOOKS))
-                or tuple(map(type, self._below)) != self._types
+            same = not (
+                tuple(map(type, self._below)) != self._types
                 or tuple(map(_forward, self._torch_classes)) != self._forwards
-                or [get(each) for get, each in zip(self._getters[first:], watched)] != self._values[first:]  # noqa: B905
-                or (list(map(len, watched)) != self._counts[first:] and self.change(layer) is not None)
-                or not (modules_same or self._modules_unchanged(modules))
+                or [get(each) for get, each in zip(self._getters, watched)] != self._values  # noqa: B905
+                or (list(map(len, watched)) != self._counts and self.change(layer) is not None)
+                or any(map(any, map(_hooks, self._dicts)))
+                or list(map(list, self._containers)) != self._order
+                or list(map(list, map(_parameters, modules))) != self._parameters
+                or list(map(list, map(_buffers, modules))) != self._buffers
+                or any(modules[i][kind][name] is not None for i, kind, name in self._absent)
             )
         except Exception:  # an attribute is gone, or objects of a foreign type cannot be compared
             return False
-
-    def _modules_unchanged(self, modules: list[dict[str, Any]]) -> bool:
-        """Whether hooks, children, parameters and buffers are the same; attributes are compared elsewhere."""
-        return not (
-            any(map(any, map(_hooks, self._dicts)))
-            or list(map(list, self._containers)) != self._order
-            or list(map(list, map(_parameters, modules))) != self._parameters
-            or list(map(list, map(_buffers, modules))) != self._buffers
-            or any(modules[i][kind][name] is not None for i, kind, name in self._absent)
-        )
+        if same and quick is not None and not same_types:  # changes of classes that do not count
+            self._versions = quick.versions(self._versioned)
+        return same
 
     def change(self, layer: nn.Module, marks: bool = False) -> str | None:
         """Describe the first change; None if there is none. `marks`: the marks of libraries count as changes."""
