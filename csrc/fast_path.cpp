@@ -1,10 +1,13 @@
 #include "fast_path.h"
 
 #include <cmath>
+#include <memory>
+#include <optional>
 #include <stdexcept>
 #include <vector>
 
 #include "arguments.h"
+#include "cpu/dispatch.h"
 
 namespace py = pybind11;
 
@@ -64,7 +67,10 @@ bool read_dltensor(PyObject* object, View& out) {
   return t.data != nullptr;
 }
 
-void (*run)(const BlockForward*) = nullptr;
+struct {
+  void (*forward)(const BlockForward*) = nullptr;
+  void (*batch_norm)(const BatchNorm*) = nullptr;
+} run;
 std::vector<PyTypeObject*> plain_types;  // torch keeps the types and the functions alive
 PyObject *empty_like = nullptr, *is_neg = nullptr, *storage_offset = nullptr, *untyped_storage = nullptr;
 
@@ -78,13 +84,18 @@ bool has_storage(py::handle tensor) {
   return storage && !storage.attr("nbytes")().equal(py::int_(0));
 }
 
+bool is_plain(const PyObject* object) {
+  for (const PyTypeObject* type : plain_types) {
+    if (Py_TYPE(object) == type) return true;
+  }
+  return false;
+}
+
 // Fails for a subclass of Tensor, which may redefine operators, and for a lazily negated tensor, which DLPack does not
 // mark.
 bool view(py::handle object, View& out) {
   if (object.is_none()) return true;
-  bool is_plain = false;
-  for (const PyTypeObject* type : plain_types) is_plain |= Py_TYPE(object.ptr()) == type;
-  if (!is_plain) return false;
+  if (!is_plain(object.ptr())) return false;
   PyObject* negative = PyObject_CallOneArg(is_neg, object.ptr());
   const bool is_not_negated = negative == Py_False;
   Py_XDECREF(negative);
@@ -93,7 +104,7 @@ bool view(py::handle object, View& out) {
 
 }  // namespace
 
-bool connect(uintptr_t forward, const py::tuple& types, py::object empty) {
+bool connect(uintptr_t forward, uintptr_t batch_norm, const py::tuple& types, py::object empty) {
   plain_types.clear();
   for (const py::handle type : types) plain_types.push_back(reinterpret_cast<PyTypeObject*>(type.ptr()));
   auto keep = [](PyObject*& place, py::object function) {
@@ -104,83 +115,185 @@ bool connect(uintptr_t forward, const py::tuple& types, py::object empty) {
   keep(is_neg, types[0].attr("is_neg"));
   keep(storage_offset, types[0].attr("storage_offset"));
   keep(untyped_storage, types[0].attr("untyped_storage"));
-  run = find_exchange(types[0]) ? reinterpret_cast<void (*)(const BlockForward*)>(forward) : nullptr;
-  return run != nullptr;
+  run = {};
+  if (!find_exchange(types[0])) return false;
+  run.forward = reinterpret_cast<void (*)(const BlockForward*)>(forward);
+  run.batch_norm = reinterpret_cast<void (*)(const BatchNorm*)>(batch_norm);
+  return true;
 }
+
+namespace {
+
+// A batch norm: the tuple (weight, bias, mean, variance, epsilon), whose weight and bias may be None. False for tensors
+// that must take another way.
+struct Norm {
+  View weight, bias, mean, variance;
+  double epsilon = 0;
+  bool read(const py::tuple& norm) {
+    epsilon = norm[4].cast<double>();
+    return view(norm[0], weight) && view(norm[1], bias) && view(norm[2], mean) && view(norm[3], variance);
+  }
+};
+
+// The elements of `t` [C], of `dtype`, in type A; `otherwise` for no tensor.
+template <class A>
+std::vector<A> elements(const char* name, const View& t, int64_t c, DType dtype, A otherwise) {
+  std::vector<A> out(c, otherwise);
+  if (const void* data = weight_data(name, t, c, 0, dtype)) {
+    cpu::with_weight_type<A>(dtype, [&](auto type) {
+      for (int64_t i = 0; i < c; ++i) out[i] = cpu::load<A>(static_cast<const decltype(type)*>(data) + i);
+    });
+  }
+  return out;
+}
+
+// An eval-mode batch norm of C channels as one product and one sum, in the accumulation type of maps of `dtype`.
+class Affine {
+ public:
+  Affine(const Norm& norm, int64_t c, DType dtype) {
+    require(norm.mean && norm.variance, "a batch norm without statistics");
+    require(norm.mean.dtype == dtype || (element_bytes(dtype) == 2 && norm.mean.dtype == DType::kFloat32),
+            "a batch norm of another dtype than its map");
+    dtype == DType::kFloat64 ? fill<double>(norm, c) : fill<float>(norm, c);
+  }
+  const void *scale, *shift;
+
+ private:
+  template <class A>
+  void fill(const Norm& norm, int64_t c) {
+    const DType dtype = norm.mean.dtype;
+    const std::vector<A> weight = elements<A>("weight", norm.weight, c, dtype, 1);
+    const std::vector<A> bias = elements<A>("bias", norm.bias, c, dtype, 0);
+    const std::vector<A> mean = elements<A>("mean", norm.mean, c, dtype, 0);
+    const std::vector<A> variance = elements<A>("variance", norm.variance, c, dtype, 1);
+    memory_ = std::make_unique<char[]>(2 * c * sizeof(A));
+    A *const k = reinterpret_cast<A*>(memory_.get()), *const b = k + c;
+    for (int64_t i = 0; i < c; ++i) {
+      k[i] = weight[i] / std::sqrt(variance[i] + static_cast<A>(norm.epsilon));
+      b[i] = bias[i] - mean[i] * k[i];
+    }
+    scale = k, shift = b;
+  }
+  std::unique_ptr<char[]> memory_;
+};
+
+template <class A>
+void fold_rows(const View& weight, const View& bias, const Affine& affine, const View& folded, const View& shift) {
+  const int64_t rows = weight.sizes[0], columns = weight.numel() / rows;
+  const auto* const scale = static_cast<const A*>(affine.scale);
+  const auto* const w = static_cast<const A*>(weight.data);
+  const std::vector<A> b = elements<A>("bias", bias, rows, weight.dtype, 0);
+  auto* const out = static_cast<A*>(folded.data);
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < columns; ++j) out[i * columns + j] = w[i * columns + j] * scale[i];
+    static_cast<A*>(shift.data)[i] = b[i] * scale[i] + static_cast<const A*>(affine.shift)[i];
+  }
+}
+
+// A tensor that was just made.
+View view_of(const py::object& tensor) {
+  View out;
+  if (!view(tensor, out)) {
+    PyErr_Clear();
+    require(false, "a tensor whose memory cannot be found");
+  }
+  return out;
+}
+
+py::object output(py::handle x, bool inplace) {
+  return inplace ? py::reinterpret_borrow<py::object>(x) : py::handle(empty_like)(x);
+}
+
+// Runs `compute`, which returns a Python object. None if it throws: for an error, or inputs that need a conversion. The
+// way around reports or converts them.
+template <class Compute>
+py::object or_none(Compute&& compute) {
+  try {
+    return compute();
+  } catch (const std::runtime_error&) {
+    return py::none();
+  }
+}
+
+}  // namespace
 
 py::object forward(py::handle x, py::handle w1, py::handle b1, py::handle w2, py::handle b2, py::handle residual,
                    bool inplace, int64_t act, int64_t gate, double slope, double offset, int64_t squeeze,
-                   int64_t pre_act, int64_t post_act, py::handle scale, py::handle shift, py::handle s) {
+                   int64_t pre_act, int64_t post_act, const py::object& norm, py::handle s) {
   Inputs in;
-  View scale_view, shift_view, s_view;
-  if (!run || !view(x, in.x) || !view(w1, in.w1) || !view(b1, in.b1) || !view(w2, in.w2) || !view(b2, in.b2) ||
-      !view(residual, in.residual) || !view(scale, scale_view) || !view(shift, shift_view) || !view(s, s_view)) {
+  View s_view;
+  Norm before;
+  const bool has_norm = !norm.is_none();
+  if (!run.forward || !view(x, in.x) || !view(w1, in.w1) || !view(b1, in.b1) || !view(w2, in.w2) || !view(b2, in.b2) ||
+      !view(residual, in.residual) || !view(s, s_view) || (has_norm && !before.read(norm))) {
     PyErr_Clear();
     return py::none();
   }
   if (in.x.dim < 3) return py::none();
   const bool channels_last = !is_dense(in.x);
   if (channels_last && !is_dense(in.x, true)) return py::none();
-  BlockForward f{};
-  py::object y;
-  try {
+  return or_none([&]() -> py::object {
+    BlockForward f{};
     fill_problem(f, in, {act, gate, slope, offset, squeeze, pre_act, post_act}, channels_last);
-    const DType dtype = accumulator_dtype(f);
-    require(static_cast<bool>(scale_view) == static_cast<bool>(shift_view), "scale without shift, or shift without it");
-    f.scale = weight_data("scale", scale_view, f.c, 0, dtype);
-    f.shift = weight_data("shift", shift_view, f.c, 0, dtype);
-    f.s = const_cast<void*>(weight_data("s", s_view, f.n, f.c, dtype));
-    y = inplace ? py::reinterpret_borrow<py::object>(x) : py::handle(empty_like)(x);
-    View out;
-    if (!view(y, out)) {
-      PyErr_Clear();
-      return py::none();
+    std::optional<Affine> affine;
+    if (has_norm) {
+      affine.emplace(before, f.c, f.dtype);
+      f.scale = affine->scale, f.shift = affine->shift;
     }
-    f.y = y_data(out, in, channels_last);
-  } catch (const std::runtime_error&) {
-    return py::none();  // an error, or inputs that need a conversion: the dispatcher path reports or converts them
-  }
-  const py::gil_scoped_release without_gil;
-  run(&f);
-  return y;
+    f.s = const_cast<void*>(weight_data("s", s_view, f.n, f.c, accumulator_dtype(f)));
+    py::object y = output(x, inplace);
+    f.y = y_data(view_of(y), in, channels_last);
+    const py::gil_scoped_release without_gil;
+    run.forward(&f);
+    return y;
+  });
 }
 
-namespace {
-
-template <class A>
-void fold_statistics(int64_t c, const void* weight, const void* bias, const void* mean, const void* variance,
-                     const void* convolution_bias, double epsilon, void* out) {
-  auto at = [](const void* values, int64_t i, A otherwise) {
-    return values ? static_cast<const A*>(values)[i] : otherwise;
-  };
-  A* const scale = static_cast<A*>(out);
-  for (int64_t i = 0; i < c; ++i) {
-    scale[i] = at(weight, i, 1) / std::sqrt(at(variance, i, 1) + static_cast<A>(epsilon));
-    scale[c + i] = at(bias, i, 0) + (at(convolution_bias, i, 0) - at(mean, i, 0)) * scale[i];
-  }
-}
-
-}  // namespace
-
-bool batch_norm(py::handle weight, py::handle bias, py::handle mean, py::handle variance, py::handle convolution_bias,
-                double epsilon, py::handle out) {
-  View w, b, m, v, k, o;
-  if (!view(weight, w) || !view(bias, b) || !view(mean, m) || !view(variance, v) || !view(convolution_bias, k) ||
-      !view(out, o)) {
+py::object batch_norm(py::handle x, py::handle residual, bool inplace, int64_t act, const py::tuple& norm) {
+  Inputs in;
+  Norm before;
+  if (!run.batch_norm || !view(x, in.x) || !view(residual, in.residual) || !before.read(norm)) {
     PyErr_Clear();
-    return false;
+    return py::none();
   }
-  if (o.dim != 2 || o.sizes[0] != 2 || (o.dtype != DType::kFloat32 && o.dtype != DType::kFloat64)) return false;
-  const int64_t c = o.sizes[1];
-  try {
-    require(m.dim == 1 && v.dim == 1, "no statistics");
-    auto data = [&](const View& t) { return weight_data("a vector", t, c, 0, o.dtype); };
-    (o.dtype == DType::kFloat64 ? fold_statistics<double> : fold_statistics<float>)(c, data(w), data(b), data(m),
-                                                                                    data(v), data(k), epsilon, o.data);
-  } catch (const std::runtime_error&) {
-    return false;
+  const bool channels_last = in.x && !is_dense(in.x);
+  return or_none([&]() -> py::object {
+    const int64_t numel = in.x ? in.x.numel() : 0;
+    require(in.x.dim >= 3 && numel > 0 && act >= 0 && act < kActivations, "an empty map, or activation code ", act);
+    BatchNorm f{};
+    f.n = in.x.sizes[0], f.c = in.x.sizes[1], f.l = numel / (f.n * f.c);
+    f.dtype = in.x.dtype;
+    f.act = static_cast<Activation>(act);
+    f.x = map_data("x", in.x, in.x, channels_last);
+    f.residual = map_data("residual", in.residual, in.x, channels_last);
+    const Affine affine(before, f.c, f.dtype);
+    f.scale = affine.scale, f.shift = affine.shift;
+    py::object y = output(x, inplace);
+    f.y = y_data(view_of(y), in, channels_last);
+    f.channels_last = f.l == 1 || channels_last;  // the order with the longer rows
+    const py::gil_scoped_release without_gil;
+    run.batch_norm(&f);
+    return y;
+  });
+}
+
+py::object fold(py::handle weight, py::handle bias, const py::tuple& norm) {
+  View w, b;
+  Norm after;
+  if (!run.forward || !view(weight, w) || !view(bias, b) || !after.read(norm)) {
+    PyErr_Clear();
+    return py::none();
   }
-  return true;
+  return or_none([&]() -> py::object {
+    require(w.dim >= 2 && w.numel() > 0 && is_dense(w), "no dense weight");
+    require(element_bytes(w.dtype) > 2, "a half-precision weight times a scale could underflow");
+    const Affine affine(after, w.sizes[0], w.dtype);
+    py::object folded = output(weight, false), shift = output(norm[2], false);
+    const View f = view_of(folded), s = view_of(shift);
+    require(is_dense(f) && s.dtype == w.dtype, "a result of another layout or dtype");
+    w.dtype == DType::kFloat64 ? fold_rows<double>(w, b, affine, f, s) : fold_rows<float>(w, b, affine, f, s);
+    return py::make_tuple(folded, shift);
+  });
 }
 
 }  // namespace se::fast_path

@@ -120,19 +120,15 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "The instruction sets of this CPU, the plans of calls on a GPU, the fast path to the CPU kernels.";
   m.def("cpu_features", &cpu_features, "Those instruction sets, of the ones compiled for, that this CPU has.");
 
-  m.def(
-      "connect", &se::fast_path::connect, py::arg("forward"), py::arg("types"), py::arg("empty_like"),
-      "Make forward() call the function at this address, for tensors of these types. False if this torch has no DLPack "
-      "exchange.");
+  m.def("connect", &se::fast_path::connect, py::arg("forward"), py::arg("batch_norm"), py::arg("types"),
+        py::arg("empty_like"),
+        "Make forward() and batch_norm() call the functions at these addresses, for tensors of these types. False if "
+        "this torch has no DLPack exchange.");
+  // csrc/fast_path.h describes these three.
   m.def("forward", &se::fast_path::forward,
-        "squeeze_excite of x, w1, b1, w2, b2, residual, inplace, then the options as numbers (se.h), then scale, shift "
-        "and s of BlockForward (se.h) or None. Returns None, without computing anything, if the call must take the "
-        "dispatcher.");
-
-  m.def(
-      "batch_norm", &se::fast_path::batch_norm,
-      "Fill out [2, C] with scale and shift of an eval-mode batch norm, from weight, bias (or None), mean, variance, "
-      "the bias [C] of the convolution before it (or None), and epsilon. False, if it cannot: then nothing was done.");
+        "squeeze_excite of x, w1, b1, w2, b2, residual, inplace, the options as numbers (se.h), norm, s.");
+  m.def("batch_norm", &se::fast_path::batch_norm, "act(norm(x) + residual) of x, residual, inplace, act, norm.");
+  m.def("fold", &se::fast_path::fold, "Weight and bias of a convolution with `norm` after it: of weight, bias, norm.");
   m.def("same_items", &same_items,
         "Whether each dict has the items (key, value, key, value, ...), in this order, by identity. An Ellipsis stands "
         "for any value.");

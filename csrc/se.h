@@ -67,6 +67,20 @@ struct BlockForward : Forward {
   void* s;            // A [N, C], or null; if given, the gates are written here and y = u
 };
 
+// An eval-mode BatchNorm as one product and one sum, and what follows it: y = act(scale * x + shift + residual). Only
+// the CPU kernels take it.
+struct BatchNorm {
+  int64_t n, c, l;
+  bool channels_last;
+  DType dtype;  // of the maps
+  Activation act;
+  const void* x;         // map
+  const void* residual;  // map, or null
+  const void* scale;     // A [C]
+  const void* shift;     // A [C]
+  void* y;               // map; may be x
+};
+
 struct Backward : Problem {
   const void* g;       // map: the gradient of y
   const void* z;       // A [N, C], as forward wrote it

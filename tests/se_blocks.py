@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +46,22 @@ class Residual(nn.Module):
         y = self.se(self.bn(self.conv(x)))
         y += x
         return F.relu(y)
+
+
+class Deep(Inverted):
+    """Inverted with batch norms apart from the SE layer: of the input, of another convolution, and of a shortcut."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        conv, norm = type(self.project), type(self.bn1)
+        affine = self.bn1.affine
+        self.bn_in, self.bn0, self.bn3 = (norm(C, affine=affine) for _ in range(3))
+        self.expand, self.shortcut = conv(C, C, 1), conv(C, C, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.act(self.bn0(self.expand(F.relu(self.bn_in(x)))))
+        y = self.bn2(self.project(self.se(self.act(self.bn1(self.conv(y))))))
+        return F.relu(y + self.bn3(self.shortcut(x)))
 
 
 class Linear(nn.Module):
@@ -162,6 +179,43 @@ class WritesBetween(nn.Module):
         y = self.se(self.bn(x))
         x.add_(1)
         return y + x
+
+
+class NormWritesBetween(Deep):
+    """The same, between a batch norm apart from the SE layer and its activation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        y = self.bn_in(x)
+        x.add_(1)
+        return Inverted.forward(self, F.relu(y)) + x
+
+
+class ActsBeforeSum(Deep):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.bn0(self.expand(x))) + Inverted.forward(self, x)
+
+
+class ReadTwice(Deep):
+    """The result of a convolution has another reader than its batch norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.expand(x)
+        return F.relu(self.bn0(y)) + y + Inverted.forward(self, x)
+
+
+class BroadcastsShortcut(Deep):
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn0(self.expand(x)) + x.mean((2, 3), keepdim=True))
+        return Inverted.forward(self, y)
+
+
+class WidensShortcut(Deep):
+    """The sum is wider than the result of the batch norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn0(self.expand(x.mean((2, 3), keepdim=True))) + x)
+        return Inverted.forward(self, y)
 
 
 class Parametrised(Inverted):

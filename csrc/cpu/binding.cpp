@@ -15,9 +15,10 @@
 namespace {
 
 const se::cpu::Kernels& kernels() {
-#define SE_KERNELS(isa, name)                                                                                          \
-  se::cpu::Kernels {                                                                                                   \
-    name, se::cpu::isa::forward_scratch, se::cpu::isa::forward, se::cpu::isa::backward_scratch, se::cpu::isa::backward \
+#define SE_KERNELS(isa, name)                                                                   \
+  se::cpu::Kernels {                                                                            \
+    name, se::cpu::isa::forward_scratch, se::cpu::isa::forward, se::cpu::isa::backward_scratch, \
+        se::cpu::isa::backward, se::cpu::isa::batch_norm                                        \
   }
   static const se::cpu::Kernels chosen = [] {
     const char* variable = std::getenv("SE_FUSED_CPU");
@@ -107,7 +108,10 @@ const se::Registered<Cpu> registered("CPU");
 
 }  // namespace
 
-// For csrc/fast_path.cpp. se_fused/backends/cpu.py passes it this function's address.
-extern "C" __attribute__((visibility("default"))) void se_fused_cpu_forward(const se::BlockForward* f) {
-  run_forward(*f);
+// For csrc/fast_path.cpp. se_fused/backends/cpu.py passes it the addresses of these functions.
+#define SE_EXPORT extern "C" __attribute__((visibility("default")))
+SE_EXPORT void se_fused_cpu_forward(const se::BlockForward* f) { run_forward(*f); }
+SE_EXPORT void se_fused_cpu_batch_norm(const se::BatchNorm* f) {
+  if (f->y != f->x) request_huge_pages(f->y, f->n * f->c * f->l * se::element_bytes(f->dtype));
+  kernels().batch_norm(*f, pool());
 }

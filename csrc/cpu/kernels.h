@@ -1,8 +1,9 @@
 // The interface of the CPU kernels to their binding. The kernels include no torch header.
 //
-// forward.cpp and backward.cpp are compiled once for each instruction set, into one library. The headers that they
-// include therefore keep everything in unnamed namespaces: with external linkage, the linker would keep one copy of
-// each function for all instruction sets (one-definition rule), and a CPU without AVX-512 could get AVX-512 code.
+// forward.cpp, backward.cpp and batch_norm.cpp are compiled once for each instruction set, into one library. The
+// headers that they include therefore keep everything in unnamed namespaces: with external linkage, the linker would
+// keep one copy of each function for all instruction sets (one-definition rule), and a CPU without AVX-512 could get
+// AVX-512 code.
 #pragma once
 
 #include <cstddef>
@@ -23,6 +24,7 @@ struct Kernels {
   void (*forward)(const BlockForward&, const Pool&, void* scratch);
   size_t (*backward_scratch)(const Backward&);
   void (*backward)(const Backward&, const Pool&, void* scratch);
+  void (*batch_norm)(const BatchNorm&, const Pool&);
 };
 
 #define SE_DECLARE_KERNELS(isa)                          \
@@ -31,6 +33,7 @@ struct Kernels {
   void forward(const BlockForward&, const Pool&, void*); \
   size_t backward_scratch(const Backward&);              \
   void backward(const Backward&, const Pool&, void*);    \
+  void batch_norm(const BatchNorm&, const Pool&);        \
   }
 SE_DECLARE_KERNELS(baseline)
 SE_DECLARE_KERNELS(v3)  // x86-64-v3: AVX2, FMA, F16C

@@ -29,6 +29,8 @@ class Cpu(Compiled):
     def __init__(self) -> None:
         # `forward` of csrc/fast_path.cpp once it is connected to the kernels, before that None.
         self._forward: Callable[..., Tensor | None] | None = None
+        # All functions of csrc/fast_path.h, for callers that know that the call is an inference that nothing watches.
+        self.unchecked: Any = None
 
     def load(self) -> None:
         self._forward = None
@@ -45,19 +47,19 @@ class Cpu(Compiled):
 
     def _connect(self, path: Path) -> None:
         """Connect the fast path to the kernels in the library `path`."""
-        address = ctypes.cast(ctypes.CDLL(str(path)).se_fused_cpu_forward, ctypes.c_void_p).value
+        library = ctypes.CDLL(str(path))
+        kernels = library.se_fused_cpu_forward, library.se_fused_cpu_batch_norm
+        addresses = [ctypes.cast(kernel, ctypes.c_void_p).value for kernel in kernels]
         extension = native.load_extension()
-        if extension.connect(address, PLAIN_TYPES, torch.empty_like):
-            self._forward = extension.forward
-            # Scale and shift of an eval-mode batch norm (csrc/fast_path.h).
-            self.batch_norm: Callable[..., bool] = extension.batch_norm
+        if extension.connect(*addresses, PLAIN_TYPES, torch.empty_like):
+            self._forward, self.unchecked = extension.forward, extension
 
     def has_fast_path(self) -> bool:
         return self._forward is not None
 
     def fast_path(
         self, x: Tensor, w1: Tensor | None, b1: Tensor | None, w2: Tensor, b2: Tensor | None, residual: Tensor | None,
-        *options: Any, inplace: bool, scale: Tensor | None = None, shift: Tensor | None = None, s: Tensor | None = None,
+        *options: Any, inplace: bool,
     ) -> Tensor | None:  # fmt: skip
         """Run inference on dense CPU tensors without Python checks and dispatcher, and return y.
 
@@ -68,8 +70,6 @@ class Cpu(Compiled):
         longer than the work on many small maps (benchmarks/results/call_overhead.csv, "bare" and "strided").
 
         options: as numbers.
-        scale, shift: [C] in the accumulation type: u = pre_act(scale * x + shift).
-        s: [N, C] in the accumulation type, to be filled with the gates; then the result is u instead of y.
         """
         if self._forward is None or type(x) is not Tensor or type(inplace) is not bool:
             return None
@@ -84,7 +84,7 @@ class Cpu(Compiled):
             return None
         if inplace and x.is_inference() and is_locked_inference_tensor(x):
             return None
-        y = self._forward(x, w1, b1, w2, b2, residual, inplace, *options, scale, shift, s)
+        y = self._forward(x, w1, b1, w2, b2, residual, inplace, *options, None, None)
         if inplace and y is not None:
             torch.autograd.graph.increment_version(x)
         return y

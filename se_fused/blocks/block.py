@@ -10,12 +10,11 @@ from torch import _C, Tensor, nn
 from torch.autograd import profiler
 
 from ..backends import CPU, forcing
-from ..memory import PLAIN_TYPES
 from ..observers import observed, under_transform
 from ..replaced import Replaced
 from ..swap import Swap
 from . import fused
-from .neighbours import Neighbours
+from .neighbours import Neighbours, Norm
 from .program import Program
 
 _training = itemgetter("training")
@@ -27,13 +26,10 @@ class BlockSwap(Swap):
     def __init__(self, block: nn.Module, original: type[Any], program: Program, dims: int) -> None:
         super().__init__(block, original, program, dims)
         self.dims = (dims,)
-        self.run = program.bind(block, lambda neighbours: fused.bind(neighbours, block))
-        self.neighbours: list[Neighbours] = [call.target for call in program.calls if call.kind == "fused"]
+        self.run = program.bind(block, lambda call: fused.bind(call, block))
+        self.joined: list[Neighbours | Norm] = [call.target for call in program.calls if call.kind == "fused"]
         modules = [module for module in block.modules() if module is not block]
         self._modules = [vars(module) for module in modules]
-        self._parameters = [module._parameters for module in (block, *modules)]
-        of_modules = [module._buffers for module in (block, *modules)]
-        self._buffers = [(buffers, name) for buffers in of_modules for name, t in buffers.items() if t is not None]
 
     def holds(self, block: nn.Module, x: Tensor) -> bool:
         """Whether the program computes what the block does for `x`: now, on this device, in this mode."""
@@ -42,15 +38,6 @@ class BlockSwap(Swap):
         if not self._inside.unchanged(block):
             self.warn_once(block)
             return False
-        tensors: list[Tensor | None] = [t for named in self._parameters for t in named.values() if t is not None]
-        tensors += [buffers[name] for buffers, name in self._buffers]
-        dtype = x.dtype
-        for t in tensors:
-            # A batch norm whose statistics have become None computes those of the batch.
-            if t is None or type(t) not in PLAIN_TYPES or not t.is_cpu:
-                return False
-            if t.dtype is not dtype and t.is_floating_point():
-                return False
         return True
 
 
@@ -77,7 +64,7 @@ class FusedBlock(Replaced):
 
     def extra_repr(self) -> str:
         swap = self._se_fused_swap
-        fused = [] if swap is None else [f"fused: {neighbours}" for neighbours in swap.neighbours]
+        fused = [] if swap is None else [f"fused: {call}" for call in swap.joined]
         return ", ".join(filter(None, (super().extra_repr(), *fused)))
 
     def _fused_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -5,8 +5,6 @@ The weights are computed anew in each call, so that a change of them is never mi
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 # Cin * Cout / L up to which a matrix product per sample, with the gates in its weights, takes less time than to scale
@@ -15,16 +13,16 @@ from torch import Tensor
 _WEIGHTS_PER_POSITION = 6
 
 
-def folds_gate(u: Tensor, conv: Any) -> bool:
-    """Whether the gates of the map u [N, Cin, *spatial] go into the weights of the 1x1 convolution that reads it."""
+def folds_gate(u: Tensor, weight: Tensor) -> bool:
+    """Whether the gates of the map u [N, Cin, *spatial] go into the weight [Cout, Cin, ...] of the 1x1 convolution that
+    reads it."""
     n, cin = u.shape[:2]
     # torch's batched products of half-precision numbers are slower than its convolutions.
-    return n > 1 and u.dtype.itemsize > 2 and cin * cin * n * conv.out_channels <= _WEIGHTS_PER_POSITION * u.numel()
+    return n > 1 and u.dtype.itemsize > 2 and n * cin * weight.numel() <= _WEIGHTS_PER_POSITION * u.numel()
 
 
-def folds_norm(u: Tensor, conv: Any) -> bool:
-    """Whether the batch norm that reads the result of this convolution of u goes into its weights: whether they are
-    fewer than the elements of the result."""
+def folds_norm(u: Tensor, weight: Tensor) -> bool:
+    """Whether the batch norm that reads the result of this convolution of u goes into its weight: whether that has
+    fewer elements than the result."""
     # Half-precision weights times a scale could underflow.
-    cin = u.shape[1]
-    return u.dtype.itemsize > 2 and cin * cin <= u.numel()
+    return u.dtype.itemsize > 2 and weight.shape[1] ** 2 <= u.numel()

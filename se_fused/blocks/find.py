@@ -25,7 +25,8 @@ from ..replaced import Replaced
 from ..swap import Swap
 from ..undisturbed import are_equal, random_states, undisturbed_inference
 from . import fused
-from .neighbours import CONVOLUTIONS, Neighbours, join
+from .calls import CONVOLUTIONS
+from .neighbours import Neighbours, join
 from .program import Program, Value, trace
 
 # A residual block, or a block in which the layer is wrapped twice, is found at the second module above at the latest.

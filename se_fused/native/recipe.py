@@ -83,7 +83,7 @@ def _cpu() -> Recipe:
     kernels: dict[str, tuple[str, list[str]]] = {"binding": ("cpu/binding.cpp", [])}
     for isa, name in instruction_sets().items():
         march = [f"-march={name}"] if name in _X86.values() else []
-        for kernel in ("forward", "backward"):
+        for kernel in ("forward", "backward", "batch_norm"):
             kernels[f"{kernel}_{isa}"] = (f"cpu/{kernel}.cpp", [*_KERNEL_FLAGS, f"-DSE_CPU_ISA={isa}", *march])
     module = {"python": ("python.cpp", python), "fast_path": ("fast_path.cpp", python)} | _planner()
     return kernels | module, {"cpu": (list(kernels), _TORCH), "_C": (list(module), ())}

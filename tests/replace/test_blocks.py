@@ -11,16 +11,22 @@ from hypothesis import strategies as st
 from se_blocks import (
     ACTS,
     UNJOINED,
+    ActsBeforeSum,
     Autocasts,
     Both,
     Broadcast,
+    BroadcastsShortcut,
     C,
     Clamped,
     Clips,
     Counts,
+    Deep,
     IntoShortcut,
     Inverted,
+    NormWritesBetween,
+    ReadTwice,
     Residual,
+    WidensShortcut,
     WritesBetween,
     assert_same,
     drawn,
@@ -45,7 +51,7 @@ def found_in(model: nn.Module) -> list[str]:
 def test_inverted_residual(act: str, dims: int) -> None:
     model = drawn(Inverted(act, dims))
     original = copy.deepcopy(model)
-    found = "bn1 + " + (f"{act} + " if act != "identity" else "") + "se + project + bn2, in place"
+    found = "bn1 + " + (f"{act} + " if act != "identity" else "") + "se + project + bn2 + residual, in place"
     assert found_in(model) == [found]
     assert isinstance(model, FusedBlock)
     assert isinstance(model, Inverted)
@@ -55,6 +61,19 @@ def test_inverted_residual(act: str, dims: int) -> None:
         with torch.no_grad():
             assert_same(model(x), original(x))
         assert torch.equal(x, before)
+
+
+def test_other_batch_norms() -> None:
+    model = drawn(Deep())
+    original = copy.deepcopy(model)
+    assert found_in(model) == ["bn1 + silu + se + project + bn2 + residual + relu, in place"]
+    joined = ["bn_in + relu", "bn0 + silu, in place", "bn3, in place"]
+    assert all(f"fused: {each}" in repr(model) for each in joined)
+    x = image()
+    before = x.clone()
+    with torch.no_grad():
+        assert_same(model(x), original(x))
+    assert torch.equal(x, before)
 
 
 def test_residual() -> None:
@@ -70,12 +89,13 @@ def test_residual() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    act=st.sampled_from(sorted(ACTS)), bias=st.booleans(), affine=st.booleans(), n=st.integers(1, 20),
-    sides=st.tuples(st.integers(1, 40), st.integers(1, 40)), channels_last=st.booleans(), seed=st.integers(0, 99),
+    block=st.sampled_from([Inverted, Deep]), act=st.sampled_from(sorted(ACTS)), bias=st.booleans(),
+    affine=st.booleans(), n=st.integers(1, 20), sides=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    channels_last=st.booleans(), seed=st.integers(0, 99),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
 )  # fmt: skip
-def test_any_map(act, bias, affine, n, sides, channels_last, seed, dtype) -> None:
-    model = drawn(Inverted(act, bias=bias, affine=affine), seed).to(dtype)
+def test_any_map(block, act, bias, affine, n, sides, channels_last, seed, dtype) -> None:
+    model = drawn(block(act, bias=bias, affine=affine), seed).to(dtype)
     original, exact = copy.deepcopy(model), copy.deepcopy(model).double()
     replace(model, level="block")
     x = torch.randn(n, C, *sides).to(dtype)
@@ -114,7 +134,13 @@ def test_models(name: str) -> None:
     assert not any(isinstance(module, FusedBlock) for module in model.modules())
 
 
-@pytest.mark.parametrize("block", [Broadcast, WritesBetween, Both, Clamped, IntoShortcut, *UNJOINED])
+@pytest.mark.parametrize(
+    "block",
+    [
+        *(Broadcast, WritesBetween, Both, Clamped, IntoShortcut, NormWritesBetween, ActsBeforeSum, ReadTwice),
+        *(BroadcastsShortcut, WidensShortcut, *UNJOINED),
+    ],
+)
 def test_what_is_not_joined(block: type[nn.Module]) -> None:
     """A block is left alone, or joined without what another reads; in both cases it computes what it did."""
     model = drawn(block())
@@ -199,4 +225,4 @@ def test_arguments() -> None:
     assert len(report.blocks) == 1
     assert type(model) is Inverted
     assert type(model.se) is SqueezeExcitation
-    assert "bn1 + silu + se + project + bn2, in place" in str(report)
+    assert "bn1 + silu + se + project + bn2 + residual, in place" in str(report)

@@ -10,7 +10,7 @@ import weakref
 
 import pytest
 import torch
-from se_blocks import C, Inverted, assert_same, drawn, image
+from se_blocks import C, Deep, Inverted, assert_same, drawn, image
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -81,8 +81,14 @@ def _drop_statistics(model: nn.Module) -> None:
     model.bn2.running_mean = model.bn2.running_var = None
 
 
+def _drop_other_statistics(model: nn.Module) -> None:
+    for norm in (model.bn0, model.bn1):
+        norm.running_mean = norm.running_var = None
+
+
 CHANGES_OF_NUMBERS = [
     _drop_statistics,
+    _drop_other_statistics,
     _load,
     _write_data,
     _new_parameter,
@@ -104,12 +110,53 @@ CHANGES_OF_STRUCTURE = {
 
 @pytest.mark.parametrize("change", CHANGES_OF_NUMBERS)
 def test_changes_of_numbers(change) -> None:
-    model, x = drawn(Inverted()), image()
+    model, x = drawn(Deep()), image()
     replace(model, level="block")
     with torch.no_grad():
         model(x)
     change(model)
     x = x.to(model.conv.weight.dtype)
+    with torch.no_grad():
+        y = model(x)
+        assert_same(y, restore(model)(x))
+
+
+@pytest.mark.parametrize("name", ["conv", "bn0", "bn1", "se", "project", "bn2"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_one_module_of_another_dtype(name: str, dtype: torch.dtype) -> None:
+    """The block raises where the original does, and else computes the same."""
+    model, x = drawn(Deep()), image()
+    replace(model, level="block")
+    getattr(model, name).to(dtype)
+    results = []
+    for each in (model, restore(copy.deepcopy(model))):
+        try:
+            with torch.no_grad():
+                results.append(each(x))
+        except RuntimeError as error:
+            results.append(type(error))
+    if isinstance(results[1], Tensor):
+        assert_same(*results)
+    else:
+        assert results[0] is results[1]
+
+
+class Doubling(Tensor):
+    """A weight whose reader gets twice its values."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            args = [each.as_subclass(Tensor) * 2 if isinstance(each, Doubling) else each for each in args]
+            return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["conv", "bn0", "bn1", "project", "bn2"])
+def test_a_weight_of_a_subclass(name: str) -> None:
+    model, x = drawn(Deep()), image()
+    replace(model, level="block")
+    named = getattr(model, name)._parameters
+    named["weight"] = named["weight"].detach().as_subclass(Doubling)
     with torch.no_grad():
         y = model(x)
         assert_same(y, restore(model)(x))
