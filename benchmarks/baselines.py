@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 import se_fused
 from se_fused.cases import LAYOUTS, TOLERANCE
 
+from . import engines
 from .shapes import Shape
 from .timing import Variant
 
@@ -99,57 +99,20 @@ def _compile(i: Inputs, threads: int) -> Variant:
 
 
 @functools.lru_cache(maxsize=1)
-def onnx_model(i: Inputs) -> bytes:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        program = torch.onnx.export(
-            ClassicSE(*i.weights).eval(), (i.x,), input_names=["x"], output_names=["y"], dynamo=True, verbose=False
-        )
-    assert program is not None
-    model: bytes = program.model_proto.SerializeToString()
-    return model
+def _onnx_model(i: Inputs) -> bytes:
+    return engines.export(ClassicSE(*i.weights), i.x)
 
 
-def _onnxruntime(i: Inputs, threads: int) -> Variant:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(onnx_model(i), options, providers=["CPUExecutionProvider"])
+def _engine(name: str, i: Inputs, threads: int) -> Variant:
     y = torch.full_like(i.x, math.nan)
-    binding = session.io_binding()
-    for bind, name, t in ((binding.bind_input, "x", i.x), (binding.bind_output, "y", y)):
-        bind(name, "cpu", 0, t.numpy().dtype, list(t.shape), t.data_ptr())
-    return Variant("onnxruntime", functools.partial(session.run_with_iobinding, binding), outputs=(y,))
-
-
-def _openvino(i: Inputs, threads: int) -> Variant:
-    import openvino
-
-    core = openvino.Core()
-    config = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": threads,
-        "INFERENCE_PRECISION_HINT": "f32",
-        # Threads that are not pinned are mostly faster: 0.51 to 1.05 of the time, in the geometric mean 0.80, over two
-        # runs at four shapes. Both runs were on a busy machine, which may favour them.
-        "ENABLE_CPU_PINNING": False,
-    }
-    request = core.compile_model(core.read_model(onnx_model(i)), "CPU", config).create_infer_request()
-    y = torch.full_like(i.x, math.nan)
-    request.set_input_tensor(openvino.Tensor(i.x.numpy(), shared_memory=True))
-    request.set_output_tensor(openvino.Tensor(y.numpy(), shared_memory=True))
-    # Without share_outputs the Python binding would copy y once more.
-    return Variant("openvino", functools.partial(request.infer, share_inputs=True, share_outputs=True), outputs=(y,))
+    return Variant(name, engines.ENGINES[name](_onnx_model(i), i.x, y, threads), outputs=(y,))
 
 
 FUSED: dict[str, Callable[[Inputs, int], Variant]] = {"fused": _fused, "fused_inplace": _fused_inplace}
 BASELINES: dict[str, Callable[[Inputs, int], Variant]] = {
     "eager": _eager,
     "compile": _compile,
-    "onnxruntime": _onnxruntime,
-    "openvino": _openvino,
+    **{name: functools.partial(_engine, name) for name in engines.ENGINES},
 }
 
 

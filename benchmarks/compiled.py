@@ -5,9 +5,9 @@
 A line of the CSV has milliseconds per call, and the ratio of the original's time to the variant's: the median over the
 rounds.
 
-`replaced` is the network after se_fused.replace, which shows a compiler the original layers. In `formula` and
-`operator`, each SE layer is a call of se_fused.squeeze_excite: compiled as plain PyTorch, or as one operator that
-Inductor cannot look into.
+`replaced` and `block` are the network after se_fused.replace at each level, which shows a compiler the original layers.
+In `formula` and `operator`, each SE layer is a call of se_fused.squeeze_excite: compiled as plain PyTorch, or as one
+operator that Inductor cannot look into.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .networks import Line
 RECORD = layer_cpu.RECORD.with_name("compiled.csv")
 NETWORKS = ("timm:efficientnet_b0", "timm:mobilenetv3_large_100")
 BATCHES = (1, 8)
-VARIANTS = ("original", "replaced", "formula", "operator")
+VARIANTS = ("original", "replaced", "block", "formula", "operator")
 
 
 class Call(nn.Module):
@@ -47,7 +47,7 @@ class Call(nn.Module):
 
 
 def build_variant(model: nn.Module, name: str) -> nn.Module:
-    if name in ("original", "replaced"):
+    if name in ("original", "replaced", "block"):
         return networks.build_variant(model, name)
     model = networks.build_variant(model, "original")
     for layer, recognised in se_fused.replace(model, dry_run=True).replaced.items():

@@ -1,4 +1,5 @@
-"""Whole networks on the CPU, eager: as they were, replaced at each level, and without their SE layers.
+"""Whole networks on the CPU, eager: as they were, replaced at each level, and without their SE layers. Beside them, the
+original in inference engines of other projects.
 
     python -m benchmarks.models [--out benchmarks/results/models.csv]
 
@@ -9,17 +10,20 @@ else: it shows what the layers cost.
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
+from torch import Tensor, nn
 
 import se_fused
 
-from . import layer_cpu, networks
+from . import engines, layer_cpu, networks
 from .layer_cpu_report import markdown, ratio_text
 from .networks import Line
 
@@ -34,13 +38,27 @@ NETWORKS = (
     "torchvision:efficientnet_b0",
 )
 BATCHES = (1, 16)
-VARIANTS = ("original", "replaced", "in place", "block", "without SE")
+EAGER = ("original", "replaced", "in place", "block", "without SE")
+VARIANTS = (*EAGER, *engines.ENGINES)
+
+
+def engine(name: str, model: nn.Module, x: Tensor, threads: int) -> Callable[[], Tensor]:
+    with torch.inference_mode():
+        y = torch.full_like(model(x), math.nan)
+    fill = engines.ENGINES[name](engines.export(model, x), x, y, threads)
+
+    def call() -> Tensor:
+        fill()
+        return y
+
+    return call
 
 
 def contest(network: str, n: int, seconds: float) -> Iterator[Line]:
     model, x = networks.build(network, n)
     layers = str(len(se_fused.replace(model, dry_run=True).replaced))
-    calls = {variant: partial(networks.build_variant(model, variant), x) for variant in VARIANTS}
+    calls: dict[str, Callable[[], Tensor]] = {name: partial(networks.build_variant(model, name), x) for name in EAGER}
+    calls |= {name: engine(name, model, x, torch.get_num_threads()) for name in engines.ENGINES}
     found = networks.measure(model, x, calls, seconds)
     for variant in VARIANTS:
         yield {"se_layers": layers, "variant": variant} | networks.columns(found, variant, "original")
