@@ -26,6 +26,7 @@ from ..swap import Swap
 from ..undisturbed import are_equal, random_states, undisturbed_inference
 from . import fused
 from .calls import CONVOLUTIONS
+from .cost import WAYS
 from .neighbours import Neighbours, join
 from .program import Program, Value, trace
 
@@ -205,7 +206,7 @@ def _mismatch(bare: nn.Module, program: Program, dims: int) -> str | None:
         (3, c, *(6, 11, 5)[: dims - 2]),
         (1, c, *(side + 1, side, side)[: dims - 2]),
     ]
-    runs = [program.bind(bare, partial(fused.bind, root=bare, folds=folds)) for folds in (False, True)]
+    runs = [program.bind(bare, partial(fused.bind, root=bare, way=way)) for way in WAYS]
     before = Inside(bare, type(bare))
     buffers = {name: buffer.clone() for name, buffer in bare.named_buffers()}
     maps = [tracing.random_map(*shape) for shape in shapes]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,18 +13,20 @@ from ..backends import CPU
 from ..memory import PLAIN_TYPES
 from ..options import ACTIVATIONS, FUNCTIONS, Options
 from ..swap import parameters_of
-from .cost import folds_gate, folds_norm
+from .cost import folds_norm, way_of
 from .neighbours import Neighbours, Norm
 
 _CONVOLVE: dict[int, Callable[..., Tensor]] = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
 
-def bind(call: Neighbours | Norm, root: nn.Module, folds: bool | None = None) -> Callable[..., Tensor]:
+def bind(call: Neighbours | Norm, root: nn.Module, way: str | None = None) -> Callable[..., Tensor]:
     """The function of x, and of the residual if there is one, that computes `call` with the modules of `root`.
 
-    folds: whether to fold the gate into the convolution; None: as `cost` says.
+    way: how to compute the convolution (cost.py); None: the fastest.
     """
-    return _bind_norm(call, root) if isinstance(call, Norm) else _bind_layer(call, root, folds)
+    if isinstance(call, Neighbours):
+        return _bind_layer(call, root, way)
+    return _bind_norm(call, root) if call.conv is None else _bind_convolution(call.conv, call, root, way)
 
 
 def _reader_of(norm: nn.Module) -> Callable[[], tuple[Any, ...]]:
@@ -48,7 +50,7 @@ def _bind_norm(call: Norm, root: nn.Module) -> Callable[..., Tensor]:
     def run(x: Tensor, residual: Tensor | None = None) -> Tensor:
         norm = read()
         y = kernels.batch_norm(x, residual, owns_x, act, norm)
-        if y is None:
+        if y is None:  # such as with a residual that is broadcast
             y = _normalised(x, norm)
             y = activate(y if residual is None else y + residual)
         return y  # type: ignore[no-any-return]
@@ -56,7 +58,45 @@ def _bind_norm(call: Norm, root: nn.Module) -> Callable[..., Tensor]:
     return run
 
 
-def _bind_layer(call: Neighbours, root: nn.Module, folds: bool | None) -> Callable[..., Tensor]:
+# Computes u and s, the gates, or y = u * s and None if the gates are not wanted or cannot be had.
+Gated = Callable[[Tensor, bool], tuple[Tensor, "Tensor | None"]]
+
+
+def _bind_convolution(
+    path: str, norm: Norm | None, root: nn.Module, way: str | None, gated: Gated | None = None
+) -> Callable[..., Tensor]:
+    """The function that computes the 1x1 convolution `path` of x, or of the result of `gated`, and `norm` of that."""
+    kernels, conv = CPU.unchecked, cast(Any, root.get_submodule(path))
+    of_conv = conv._parameters
+    normalise = None if norm is None else _bind_norm(norm, root)
+    read_norm = None
+    # What follows the batch norm would need a pass over y, which the two can share.
+    if norm is not None and not norm.residual and norm.act == "identity":
+        read_norm = _reader_of(root.get_submodule(norm.norm))
+
+    def run(x: Tensor, *residual: Tensor) -> Tensor:
+        weight, bias = of_conv["weight"], of_conv["bias"]
+        # Another one may have been assigned.
+        usual = type(weight) in PLAIN_TYPES and weight.dtype is x.dtype
+        usual = usual and weight.numel() == weight.shape[0] * x.shape[1]
+        how = (way or way_of(x, weight)) if usual else "convolution"
+        folded = None
+        if read_norm is not None and usual and (how == "folded" or folds_norm(x, weight)):
+            folded = kernels.fold(weight, bias, read_norm())
+        u, s = (x, None) if gated is None else gated(x, how == "folded")
+        weight, bias = folded or (weight, bias)
+        if how != "convolution":
+            y = _product(u, s, weight, bias)
+        elif folded is not None:
+            y = _CONVOLVE[u.dim()](u, weight, bias)
+        else:
+            y = conv(u)
+        return y if normalise is None or folded is not None else normalise(y, *residual)
+
+    return run
+
+
+def _bind_layer(call: Neighbours, root: nn.Module, way: str | None) -> Callable[..., Tensor]:
     kernels, owns_x = CPU.unchecked, call.owns_x
     recognised, layer = call.recognised, root.get_submodule(call.layer)
     parameters = [get for get, _ in parameters_of(layer, recognised)]
@@ -77,58 +117,33 @@ def _bind_layer(call: Neighbours, root: nn.Module, folds: bool | None) -> Callab
 
     def scaled(x: Tensor, residual: Tensor | None = None) -> Tensor:
         y = forward(x, residual, None)
-        if y is None:  # such as with a residual that is broadcast
+        if y is None:
             y = layer(pre_act(x if read is None else _normalised(x, read())))
             y = post_act(y if residual is None else y + residual)
         return y
 
-    if call.conv is None:
-        return scaled
-    conv: Any = root.get_submodule(call.conv)
-    of_conv = conv._parameters
-    read_conv_norm = normalise = None
-    if call.conv_norm is not None:
-        normalise = _bind_norm(Norm(call.conv_norm, True, call.residual, call.post_act), root)
-        # What follows the batch norm would need a pass over y, which the two can share.
-        if not call.residual and call.post_act == "identity":
-            read_conv_norm = _reader_of(root.get_submodule(call.conv_norm))
-
-    def convolved(x: Tensor, *residual: Tensor) -> Tensor:
-        weight, bias = of_conv["weight"], of_conv["bias"]
-        # Another one may have been assigned.
-        pointwise = type(weight) in PLAIN_TYPES and weight.numel() == weight.shape[0] * x.shape[1]
-        pointwise = pointwise and weight.dtype is x.dtype
-        folds_s = pointwise and (folds_gate(x, weight) if folds is None else folds)
-        folded = None
-        if read_conv_norm is not None and (folds_s or (pointwise and folds_norm(x, weight))):
-            folded = kernels.fold(weight, bias, read_conv_norm())
-        y = None
-        if folds_s:
+    def gated(x: Tensor, wants_s: bool) -> tuple[Tensor, Tensor | None]:
+        if wants_s:
             s = x.new_empty(x.shape[:2])
             u = forward(x, None, s)
             if u is not None:
-                y = _product(u, s, *(folded or (weight, bias)))
-        if y is None:
-            u = scaled(x)
-            y = conv(u) if folded is None else _CONVOLVE[u.dim()](u, *folded)
-        return y if normalise is None or folded is not None else normalise(y, *residual)
+                return u, s
+        return scaled(x), None
 
-    return convolved
+    if call.conv is None:
+        return scaled
+    norm = None if call.conv_norm is None else Norm(None, call.conv_norm, True, call.residual, call.post_act)
+    return _bind_convolution(call.conv, norm, root, way, gated)
 
 
-def _product(u: Tensor, s: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _product(u: Tensor, s: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
     """W (u * s) + b as one matrix product per sample, (W diag(s)) u + b, which neither reads nor writes u again.
 
-    u: [N, Cin, *spatial]. s: [N, Cin]. weight: [Cout, Cin, 1, ...]. bias: [Cout] or None.
+    u: [N, Cin, *spatial]. s: [N, Cin], or None for 1. weight: [Cout, Cin, 1, ...]. bias: [Cout] or None.
     """
     n, c, *spatial = u.shape
-    of_sample = weight.flatten(1) * s.unsqueeze(1)  # [N, Cout, Cin]
-    if u.is_contiguous():
-        y = _products(of_sample, u.view(n, c, -1), None if bias is None else bias.unsqueeze(1))
-        return y.view(n, -1, *spatial)
-    rows = u.movedim(1, -1).reshape(n, -1, c)
-    return _products(rows, of_sample.mT, bias).view(n, *spatial, -1).movedim(-1, 1)
-
-
-def _products(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.bmm(a, b) if bias is None else torch.baddbmm(bias, a, b)
+    matrix = weight.flatten(1)
+    of_sample = matrix.expand(n, -1, -1) if s is None else matrix * s.unsqueeze(1)  # [N, Cout, Cin]
+    maps = u.reshape(n, c, -1)
+    y = torch.bmm(of_sample, maps) if bias is None else torch.baddbmm(bias.unsqueeze(1), of_sample, maps)
+    return y.view(n, -1, *spatial)

@@ -5,8 +5,8 @@
         or:  1x1 convolution                                         y = W (u * s) + b
         or:  1x1 convolution, batch norm, sum, activation            y = post_act(norm'(W (u * s) + b) + residual)
 
-The other batch norms are joined with what follows them: y = act(norm(x) + residual). Each value in between must have
-one reader only.
+The other batch norms are joined with what follows them, and with a 1x1 convolution before them:
+y = act(norm(W x + b) + residual). Each value in between must have one reader only.
 """
 
 from __future__ import annotations
@@ -57,19 +57,20 @@ class Neighbours:
 
 @dataclass(frozen=True)
 class Norm:
-    """A batch norm and the calls after it that are computed with it: act(norm(x) + residual).
+    """A batch norm and the calls around it that are computed with it: act(norm(conv(x)) + residual).
 
-    norm: its path in the block. owns_x: nothing else reads x, which may be overwritten. residual: whether a sum
-    follows.
+    conv: the 1x1 convolution before it, and norm, by their paths in the block. owns_x: nothing else reads what the
+    batch norm reads, which may be overwritten. residual: whether a sum follows.
     """
 
+    conv: str | None
     norm: str
     owns_x: bool
     residual: bool
     act: str
 
     def __str__(self) -> str:
-        return _listed(self.owns_x, self.norm, "residual" if self.residual else None, self.act)
+        return _listed(self.owns_x, self.conv, self.norm, "residual" if self.residual else None, self.act)
 
 
 def _listed(in_place: bool, *names: str | None) -> str:
@@ -136,16 +137,23 @@ def _join_norm(calls: Calls, call: Call) -> Program:
     if act is None or not isinstance(call.args[0], Value):
         return calls.program
     tail = calls.tail(call) if act == "identity" else Tail(())
+    act = act if act != "identity" else tail.act
     x, owns_x = call.args[0], calls.owns(call.args[0])
-    norm = Norm(call.target, owns_x, tail.residual is not None, act if act != "identity" else tail.act)
-    if not (owns_x or norm.residual or norm.act != "identity"):
-        return calls.program
+    conv = _pointwise(calls, calls.by_number.get(x.number)) if owns_x else None
+    residual = () if tail.residual is None else (tail.residual,)
+    late = [] if tail.read is None else [tail.read]
+    if conv is not None and isinstance(conv.args[0], Value):
+        taken = [conv, call, *tail.calls]
+        if not calls.moves_a_read([conv.number, *late], taken, taken[-1]):
+            norm = Norm(conv.target, call.target, True, tail.residual is not None, act)
+            return _joined(calls.program, taken, Call(taken[-1].number, "fused", norm, (conv.args[0], *residual)))
+    norm = Norm(None, call.target, owns_x, tail.residual is not None, act)
     taken = [call, *tail.calls]
-    reads = [] if owns_x else [call.number]
-    if calls.moves_a_read(reads + ([] if tail.read is None else [tail.read]), taken, taken[-1]):
+    if not (owns_x or norm.residual or act != "identity"):
         return calls.program
-    args = (x,) if tail.residual is None else (x, tail.residual)
-    return _joined(calls.program, taken, Call(taken[-1].number, "fused", norm, args))
+    if calls.moves_a_read(late if owns_x else [call.number, *late], taken, taken[-1]):
+        return calls.program
+    return _joined(calls.program, taken, Call(taken[-1].number, "fused", norm, (x, *residual)))
 
 
 def _joined(program: Program, taken: list[Call], fused: Call) -> Program:

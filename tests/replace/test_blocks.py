@@ -67,7 +67,7 @@ def test_other_batch_norms() -> None:
     model = drawn(Deep())
     original = copy.deepcopy(model)
     assert found_in(model) == ["bn1 + silu + se + project + bn2 + residual + relu, in place"]
-    joined = ["bn_in + relu", "bn0 + silu, in place", "bn3, in place"]
+    joined = ["bn_in + relu", "expand + bn0 + silu, in place", "shortcut + bn3, in place"]
     assert all(f"fused: {each}" in repr(model) for each in joined)
     x = image()
     before = x.clone()

@@ -62,7 +62,8 @@ def _write_data(model: nn.Module) -> None:
 
 
 def _new_parameter(model: nn.Module) -> None:
-    model.project.weight = nn.Parameter(torch.randn_like(model.project.weight))
+    for conv in (model.expand, model.project):
+        conv.weight = nn.Parameter(torch.randn_like(conv.weight))
 
 
 def _new_statistics(model: nn.Module) -> None:
@@ -121,7 +122,7 @@ def test_changes_of_numbers(change) -> None:
         assert_same(y, restore(model)(x))
 
 
-@pytest.mark.parametrize("name", ["conv", "bn0", "bn1", "se", "project", "bn2"])
+@pytest.mark.parametrize("name", ["expand", "bn0", "conv", "bn1", "se", "project", "bn2"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_one_module_of_another_dtype(name: str, dtype: torch.dtype) -> None:
     """The block raises where the original does, and else computes the same."""
@@ -151,7 +152,7 @@ class Doubling(Tensor):
             return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", ["conv", "bn0", "bn1", "project", "bn2"])
+@pytest.mark.parametrize("name", ["expand", "bn0", "conv", "bn1", "project", "bn2"])
 def test_a_weight_of_a_subclass(name: str) -> None:
     model, x = drawn(Deep()), image()
     replace(model, level="block")
