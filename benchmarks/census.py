@@ -51,6 +51,8 @@ NEIGHBOURS = {
     "conv_norm": "batch norm after that",
 }
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+# The largest scale of a layer that a network starts with as good as without.
+_ASLEEP = 1e-3
 # An SE layer has at most two weights and two biases.
 _SE_PARAMETERS = 4
 
@@ -145,6 +147,16 @@ def side_for(bare: nn.Module) -> int:
     return SIDE
 
 
+def wake(model: nn.Module) -> nn.Module:
+    """`model` with ones for the gains that are zero or next to it at first: its branches would not reach the result."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            is_vector = p.numel() == max(p.shape, default=1)
+            if is_vector and "bias" not in name and float(p.abs().max()) < _ASLEEP:
+                p.fill_(1)
+    return model
+
+
 def results(model: nn.Module, x: Tensor) -> list[Tensor]:
     with torch.no_grad():
         return [y for y in tree_leaves(model(x)) if isinstance(y, Tensor)]
@@ -163,7 +175,7 @@ def examine(network: Network) -> Line:
     side = side_for(bare)
     torch.manual_seed(0)
     x = torch.randn(N, 3, side, side)
-    model = zoo.settled(coverage.build(network.library, network.model), x)
+    model = zoo.settled(wake(coverage.build(network.library, network.model)), x)
     wanted = results(model, x)
     report = se_fused.replace(model, level="block")
     got = results(model, x)
