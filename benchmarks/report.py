@@ -18,6 +18,7 @@ import typer
 from . import (
     ROOT,
     call_overhead,
+    census,
     compiled,
     coverage,
     figures,
@@ -79,6 +80,7 @@ RECORDS = {
     "models": Record(models.RECORD, read, models.table),
     "compiled": Record(compiled.RECORD, read, compiled.table),
     "coverage": Record(coverage.RECORD, read, coverage.table),
+    "census": Record(census.RECORD, read, census.table),
     "call_overhead": Record(call_overhead.RECORD, read, call_overhead.table),
     "predicted": Record(RESULTS / "h200", lambda folder: folder, predicted.table),
     "h200_plans": Record(RESULTS / "h200", lambda folder: folder, predicted.against),

@@ -17,6 +17,7 @@ from rich.console import Console
 from benchmarks import (
     baselines,
     call_overhead,
+    census,
     compiled,
     coverage,
     figures,
@@ -197,6 +198,21 @@ def test_the_table_of_what_replace_covers() -> None:
     none = line | {"model": "x", "replaced": "0", "skipped": "3"}
     text = coverage.table([none, line | {"model": "y", "replaced": "5", "skipped": "1"}])
     assert "| a 1 | 2 | 5 | 4 | x |" in text
+    assert "PyTorch 2, commit abc, 2026-01-02." in text
+
+
+def test_the_table_of_what_is_joined() -> None:
+    line = {"date": "2026-01-02", "commit": "abc", "torch": "2", "library": "a", "version": "1", "model": "x"}
+    line |= dict.fromkeys(census.NEIGHBOURS, "2") | dict.fromkeys(census.RESULTS, "")
+    line |= {"layers": "9", "joined": "4", "reasons": "2 it is far | 3 it is wide"}
+    exact = {"error": "2.0e-06", "classes": "equal"}
+    apart = {"error": "3.0e-05", "classes": "different", "original_error": "5.0e-05", "block_error": "4.0e-05"}
+    text = census.table([line, line | exact | {"model": "y"}, line | apart | {"model": "z", "reasons": "1 it is far"}])
+    assert "| a 1 | 3 | 27 | 12 | 6 | 6 | 6 | 6 | 6 | 6 | 6 |" in text
+    assert "| it is wide | 6 | x, y |\n| it is far | 5 | x, y, z |" in text
+    assert "2 of the networks were run. The classes are equal except for z. " in text
+    assert "by 1e-05 of the largest or less in 1 of them." in text
+    assert "| z | 3.0e-05 | 5.0e-05 | 4.0e-05 |" in text
     assert "PyTorch 2, commit abc, 2026-01-02." in text
 
 
