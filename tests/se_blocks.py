@@ -196,6 +196,15 @@ class ActsBeforeSum(Deep):
         return self.act(self.bn0(self.expand(x))) + Inverted.forward(self, x)
 
 
+class ReadsSums(Deep):
+    """Batch norms of a sum and of a concatenation, whose parts have other readers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.expand(x)
+        a, b = (x + y).chunk(2, 1)
+        return F.relu(self.bn0(x + y)) + F.relu(self.bn3(torch.cat([b, a], 1))) + y + Inverted.forward(self, x)
+
+
 class ReadTwice(Deep):
     """The result of a convolution has another reader than its batch norm."""
 

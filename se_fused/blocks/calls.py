@@ -29,6 +29,8 @@ _EXTREMES = torch.tensor(
 _ACTIVATION_METHODS = ("relu", "relu_", "sigmoid", "sigmoid_", "tanh", "tanh_")
 _IN_PLACE_SUMS = (operator.iadd, "add_")
 _SUMS = (operator.add, torch.add, "add", "__add__", *_IN_PLACE_SUMS)
+# Functions and methods whose result has memory of its own.
+_NEW = (operator.add, torch.add, "add", torch.cat)
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Calls:
             return False
         if producer.kind == "module":
             return type(self.root.get_submodule(producer.target)) in CONVOLUTIONS
-        return producer.kind == "fused"
+        return producer.kind == "fused" or (producer.target in _NEW and not producer.kwargs)
 
     def moves_a_read(self, reads: list[int], taken: list[Call], last: Call) -> bool:
         """Whether a value that was read by the calls of these numbers could be written to before `last`, which will

@@ -38,6 +38,8 @@ _TRANSPARENT = (
     *(bool, int, float, complex, str, bytes, Enum, type, FunctionType, BuiltinFunctionType),
     *(torch.dtype, torch.device, torch.layout, torch.memory_format, Tensor, nn.Module, Swap),
 )
+# Some blocks take only maps of even sides.
+_ANY_SIDES, _EVEN_SIDES = ((9, 8, 7), (6, 11, 5)), ((8, 12, 4), (6, 10, 8))
 # Elements of the largest map that goes into a block for the comparison.
 _REALISTIC = 2**17
 
@@ -197,15 +199,13 @@ def _dims(bare: nn.Module, neighbours: Neighbours) -> int:
 
 def _mismatch(bare: nn.Module, program: Program, dims: int) -> str | None:
     """How the program differs from the forward of `bare`; None if it does not."""
-    c = _channels(bare, program, dims)
-    if c is None:
+    found = _map_of(bare, program, dims)
+    if found is None:
         return "no map that its block takes was found"
-    side = max(4, round((_REALISTIC / c) ** (1 / (dims - 2))))
-    shapes = [
-        (2, c, *(9, 8, 7)[: dims - 2]),
-        (3, c, *(6, 11, 5)[: dims - 2]),
-        (1, c, *(side + 1, side, side)[: dims - 2]),
-    ]
+    c, sides = found
+    side = max(4, 2 * round((_REALISTIC / c) ** (1 / (dims - 2)) / 2))
+    realistic = (side + 1, side, side) if sides is _ANY_SIDES else (side + 2, side, side)
+    shapes = [(n, c, *of[: dims - 2]) for n, of in zip((2, 3, 1), (*sides, realistic), strict=True)]
     runs = [program.bind(bare, partial(fused.bind, root=bare, way=way)) for way in WAYS]
     before = Inside(bare, type(bare))
     buffers = {name: buffer.clone() for name, buffer in bare.named_buffers()}
@@ -233,16 +233,25 @@ def _mismatch(bare: nn.Module, program: Program, dims: int) -> str | None:
     return f"a call leaves something behind in its block: {change}" if change else None
 
 
-def _channels(bare: nn.Module, program: Program, dims: int) -> int | None:
-    """A number of channels of x with which the forward of `bare` runs."""
-    first = [call.target for call in program.calls if call.kind == "module" and Value(0) in call.values()]
+def _map_of(bare: nn.Module, program: Program, dims: int) -> tuple[int, tuple[tuple[int, ...], ...]] | None:
+    """A number of channels, and sides, of maps with which the forward of `bare` runs."""
+    readers = [call for call in program.calls if Value(0) in call.values()]
+    first = [call.target for call in readers if call.kind == "module"]
     modules: list[Any] = [*map(bare.get_submodule, first), *bare.modules()]
     likely = [each.in_channels for each in modules if isinstance(each, CONVOLUTIONS)]
     likely += [each.num_features for each in modules if isinstance(each, _BatchNorm)]
-    for c in dict.fromkeys(likely):
-        try:
-            bare(tracing.random_map(2, c, *(9, 8, 7)[: dims - 2]))
-        except Exception:  # of a number that does not fit, or anything else: then the next one is tried
-            continue
-        return c
+    likely += [each.in_features for each in modules if isinstance(each, nn.Linear)]
+    for call in readers:  # one that splits x has the numbers of channels of the parts
+        likely += [sum(arg) for arg in call.args if isinstance(arg, (list, tuple)) and _are_numbers(arg)]
+    for sides in (_ANY_SIDES, _EVEN_SIDES):
+        for c in dict.fromkeys(likely):
+            try:
+                bare(tracing.random_map(2, c, *sides[0][: dims - 2]))
+            except Exception:  # of a number that does not fit, or anything else: then the next one is tried
+                continue
+            return c, sides
     return None
+
+
+def _are_numbers(values: list[Any] | tuple[Any, ...]) -> bool:
+    return all(type(value) is int for value in values)

@@ -24,6 +24,7 @@ from se_blocks import (
     IntoShortcut,
     Inverted,
     NormWritesBetween,
+    ReadsSums,
     ReadTwice,
     Residual,
     WidensShortcut,
@@ -74,6 +75,12 @@ def test_other_batch_norms() -> None:
     with torch.no_grad():
         assert_same(model(x), original(x))
     assert torch.equal(x, before)
+
+
+def test_new_maps_are_overwritten() -> None:
+    model = drawn(ReadsSums())
+    replace(model, level="block")
+    assert all(f"fused: {each} + relu, in place" in repr(model) for each in ("bn0", "bn3"))
 
 
 def test_residual() -> None:
@@ -138,6 +145,7 @@ def test_models(name: str) -> None:
     "block",
     [
         *(Broadcast, WritesBetween, Both, Clamped, IntoShortcut, NormWritesBetween, ActsBeforeSum, ReadTwice),
+        ReadsSums,
         *(BroadcastsShortcut, WidensShortcut, *UNJOINED),
     ],
 )
