@@ -42,9 +42,10 @@ SE_INLINE V squeezed(Squeeze squeeze, V sum, V max, int64_t l) {
 }
 
 // Whether squeeze writes u over y, where scale reads it: if u is asked for, or would be computed twice. A residual that
-// is y must stay as it is.
+// is y must stay as it is, and u in half precision would be rounded.
 inline bool writes_u(const BlockForward& f) {
-  return f.s || (f.scale && f.options.pre_act != Activation::kIdentity && f.residual != f.y);
+  const bool is_exact = element_bytes(f.dtype) == accumulator_bytes(f.dtype);
+  return f.s || (f.scale && f.options.pre_act != Activation::kIdentity && is_exact && f.residual != f.y);
 }
 
 inline bool u_is_x(const BlockForward& f) { return !f.scale && f.options.pre_act == Activation::kIdentity; }
