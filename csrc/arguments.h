@@ -38,9 +38,9 @@ struct View {
   }
 };
 
-// The arguments of an operator, in the order of its schema.
+// The arguments of an operator, in the order of its schema. scale and shift are those of forward.
 struct Inputs {
-  View x, w1, b1, w2, b2, residual;
+  View x, w1, b1, w2, b2, residual, scale, shift;
 };
 struct OptionCodes {
   int64_t act, gate;
@@ -99,7 +99,7 @@ const void* weight_data(const char* name, const View& t, int64_t rows, int64_t c
 DType accumulator_dtype(const Problem& p) { return p.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32; }
 
 void fill_problem(Problem& p, const Inputs& in, const OptionCodes& codes, bool channels_last) {
-  const auto& [x, w1, b1, w2, b2, residual] = in;
+  const auto& [x, w1, b1, w2, b2, residual, scale, shift] = in;
   for (const int64_t code : {codes.act, codes.gate, codes.pre_act, codes.post_act}) {
     require(code >= 0 && code < kActivations, "activation code ", code);
   }
@@ -132,6 +132,13 @@ void fill_problem(Problem& p, const Inputs& in, const OptionCodes& codes, bool c
   p.b2 = weight_data("b2", b2, p.c, 0, p.weight_dtype);
 }
 
+void fill_forward(Forward& f, const Inputs& in, const OptionCodes& codes, bool channels_last) {
+  fill_problem(f, in, codes, channels_last);
+  require(static_cast<bool>(in.scale) == static_cast<bool>(in.shift), "scale without shift, or shift without scale");
+  f.scale = weight_data("scale", in.scale, f.c, 0, accumulator_dtype(f));
+  f.shift = weight_data("shift", in.shift, f.c, 0, accumulator_dtype(f));
+}
+
 // The memory of y. It may be that of x or of residual, which are read element by element before y is written there; it
 // must not overlap any other input, nor x or residual in part.
 void* y_data(const View& y, const Inputs& in, bool channels_last) {
@@ -149,6 +156,8 @@ void* y_data(const View& y, const Inputs& in, bool channels_last) {
   require_apart("b1", in.b1, false);
   require_apart("w2", in.w2, false);
   require_apart("b2", in.b2, false);
+  require_apart("scale", in.scale, false);
+  require_apart("shift", in.shift, false);
   return begin;
 }
 

@@ -219,13 +219,15 @@ py::object or_none(Compute&& compute) {
 
 py::object forward(py::handle x, py::handle w1, py::handle b1, py::handle w2, py::handle b2, py::handle residual,
                    bool inplace, int64_t act, int64_t gate, double slope, double offset, int64_t squeeze,
-                   int64_t pre_act, int64_t post_act, const py::object& norm, py::handle s) {
+                   int64_t pre_act, int64_t post_act, py::handle scale, py::handle shift, const py::object& norm,
+                   py::handle s) {
   Inputs in;
   View s_view;
   Norm before;
   const bool has_norm = !norm.is_none();
   if (!run.forward || !view(x, in.x) || !view(w1, in.w1) || !view(b1, in.b1) || !view(w2, in.w2) || !view(b2, in.b2) ||
-      !view(residual, in.residual) || !view(s, s_view) || (has_norm && !before.read(norm))) {
+      !view(residual, in.residual) || !view(scale, in.scale) || !view(shift, in.shift) || !view(s, s_view) ||
+      (has_norm && !before.read(norm))) {
     PyErr_Clear();
     return py::none();
   }
@@ -234,7 +236,7 @@ py::object forward(py::handle x, py::handle w1, py::handle b1, py::handle w2, py
   if (channels_last && !is_dense(in.x, true)) return py::none();
   return or_none([&]() -> py::object {
     BlockForward f{};
-    fill_problem(f, in, {act, gate, slope, offset, squeeze, pre_act, post_act}, channels_last);
+    fill_forward(f, in, {act, gate, slope, offset, squeeze, pre_act, post_act}, channels_last);
     std::optional<Affine> affine;
     if (has_norm) {
       affine.emplace(before, f.c, f.dtype);

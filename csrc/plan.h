@@ -72,7 +72,7 @@ struct Call {
   DType dtype;
   int alignment;  // the largest power of two, up to 16, that divides the address of every map
   Squeeze squeeze;
-  bool pre_act;    // whether there is an activation before the squeeze
+  bool pre_act;    // whether there is an activation, or scale and shift, before the squeeze
   bool post_act;   // whether there is an activation at the end
   bool residual;   // whether the residual is a map of its own; if it is x, it is read only once
   bool saves_p1;   // forward: p1 is an output, so it needs no scratch

@@ -1,6 +1,7 @@
 // Read this first: the symbols and options of the operation, and the argument structs that all native backends take.
 //
-//   u = pre_act(x)   z = squeeze(u)   h = act(W1 z + b1)   s = gate(W2 h + b2)   y = post_act(u * s + residual)
+//   u = pre_act(scale * x + shift)   z = squeeze(u)   h = act(W1 z + b1)   s = gate(W2 h + b2)
+//   y = post_act(u * s + residual)
 //
 // Every map is dense, [N, C, L] or (channels_last) [N, L, C], where L is the number of spatial positions. Reductions
 // and the excitation are computed in the accumulation type A: double for float64 maps, else float.
@@ -54,17 +55,17 @@ struct Problem {
 };
 
 struct Forward : Problem {
-  void* y;   // map; may be x
-  void* z;   // A [N, C], or null; z, p1 and p2 are what backward needs besides the inputs
-  void* p1;  // A [N, R], or null: W1 z + b1
-  void* p2;  // A [N, C], or null: W2 h + b2
-};
-
-// Forward with the neighbours of an SE layer, which only the CPU kernels take: u = pre_act(scale * x + shift).
-struct BlockForward : Forward {
+  void* y;            // map; may be x
+  void* z;            // A [N, C], or null; z, p1 and p2 are what backward needs besides the inputs
+  void* p1;           // A [N, R], or null: W1 z + b1
+  void* p2;           // A [N, C], or null: W2 h + b2
   const void* scale;  // A [C], an eval-mode BatchNorm as one product and one sum; null: u = pre_act(x)
   const void* shift;  // A [C]; null with scale
-  void* s;            // A [N, C], or null; if given, the gates are written here and y = u
+};
+
+// Forward with the gates as a result, which only the CPU kernels have.
+struct BlockForward : Forward {
+  void* s;  // A [N, C], or null; if given, the gates are written here and y = u
 };
 
 // An eval-mode BatchNorm as one product and one sum, and what follows it: y = act(scale * x + shift + residual). Only

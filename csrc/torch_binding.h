@@ -68,12 +68,13 @@ void* row_major_data(const char* name, const View& t, int64_t numel, DType dtype
 // The operators of a Backend, which has run(const Forward&, const Tensor& x) and run(const Backward&, const Tensor& x).
 template <class Backend>
 void forward_out(const Tensor& x, const OptionalTensor& w1, const OptionalTensor& b1, const Tensor& w2,
-                 const OptionalTensor& b2, const OptionalTensor& residual, int64_t act, int64_t gate, double slope,
-                 double offset, int64_t squeeze, int64_t pre_act, int64_t post_act, bool channels_last, const Tensor& y,
-                 const OptionalTensor& z, const OptionalTensor& p1, const OptionalTensor& p2) {
+                 const OptionalTensor& b2, const OptionalTensor& residual, const OptionalTensor& scale,
+                 const OptionalTensor& shift, int64_t act, int64_t gate, double slope, double offset, int64_t squeeze,
+                 int64_t pre_act, int64_t post_act, bool channels_last, const Tensor& y, const OptionalTensor& z,
+                 const OptionalTensor& p1, const OptionalTensor& p2) {
   Forward f{};
-  const Inputs in{view(x), view(w1), view(b1), view(w2), view(b2), view(residual)};
-  fill_problem(f, in, {act, gate, slope, offset, squeeze, pre_act, post_act}, channels_last);
+  const Inputs in{view(x), view(w1), view(b1), view(w2), view(b2), view(residual), view(scale), view(shift)};
+  fill_forward(f, in, {act, gate, slope, offset, squeeze, pre_act, post_act}, channels_last);
   f.y = y_data(view(y), in, channels_last);
   f.z = row_major_data("z", view(z), f.n * f.c, accumulator_dtype(f));
   f.p1 = row_major_data("p1", view(p1), f.n * f.r, accumulator_dtype(f));
@@ -89,7 +90,7 @@ void backward_out(const Tensor& g, const Tensor& x, const OptionalTensor& w1, co
                   const OptionalTensor& dx, const OptionalTensor& dw1, const OptionalTensor& db1,
                   const OptionalTensor& dw2, const OptionalTensor& db2, const OptionalTensor& dresidual) {
   Backward f{};
-  const Inputs in{view(x), view(w1), view(b1), view(w2), view(b2), view(residual)};
+  const Inputs in{view(x), view(w1), view(b1), view(w2), view(b2), view(residual), {}, {}};
   fill_problem(f, in, {act, gate, slope, offset, squeeze, pre_act, post_act}, channels_last);
   f.g = map_data("g", view(g), in.x, channels_last);
   f.z = row_major_data("z", view(z), f.n * f.c, accumulator_dtype(f));

@@ -17,7 +17,7 @@ class ReferenceSqueezeExcite(SqueezeExcite):
     """The layer in plain PyTorch: the mean, two matrix products, the activations and the scaling, one after another."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return reference.compute(x, self.w1, self.b1, self.w2, self.b2, residual, self.options)
+        return reference.compute(x, self.w1, self.b1, self.w2, self.b2, residual, options=self.options)
 
 
 class SEResidualBlock(nn.Module):

@@ -12,7 +12,7 @@ from .options import refuse
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _HALF = (torch.float16, torch.bfloat16)
-_TENSORS = ("x", "w1", "b1", "w2", "b2", "residual")
+_TENSORS = ("x", "w1", "b1", "w2", "b2", "residual", "scale", "shift")
 
 
 def _describe(value: Any) -> str:
@@ -53,20 +53,27 @@ def _check_parameter(name: str, t: Any, shape: tuple[int, ...], like: Tensor, *,
         refuse(TypeError, name, _describe(t), f"a dense tensor of {like.dtype}, the dtype of w2")
 
 
-def _check_kinds(x: Any, w1: Any, b1: Any, w2: Any, b2: Any, residual: Any, squeeze: str) -> None:
+def _check_beside_map(name: str, t: Tensor, x: Tensor) -> None:
+    """Check that `t` is on the device of `x` and of its dtype, or float32 beside half precision."""
+    if t.layout is not torch.strided or (
+        t.dtype is not x.dtype and not (t.dtype is torch.float32 and x.dtype in _HALF)
+    ):
+        also = " or torch.float32" if x.dtype in _HALF else ""
+        refuse(TypeError, name, _describe(t), f"a dense tensor of {x.dtype}, the dtype of x{also}")
+    if not (t.is_cpu and x.is_cpu) and t.device != x.device:
+        refuse(ValueError, name, f"on {t.device}", f"{x.device}, the device of x")
+
+
+def _check_kinds(
+    x: Any, w1: Any, b1: Any, w2: Any, b2: Any, residual: Any, scale: Any, shift: Any, squeeze: str
+) -> None:
     _check_map("x", x)
     c = x.shape[1]
     if squeeze != "mean" and 0 in x.shape[2:]:
         refuse(ValueError, "x", _describe(x), f"at least one position, because squeeze is {squeeze!r}")
     if not isinstance(w2, Tensor) or w2.is_nested:  # first, because the others are compared with it
         refuse(TypeError, "w2", _describe(w2), "a tensor of shape [C, R]")
-    if w2.layout is not torch.strided or (
-        w2.dtype is not x.dtype and not (w2.dtype is torch.float32 and x.dtype in _HALF)
-    ):
-        also = " or torch.float32" if x.dtype in _HALF else ""
-        refuse(TypeError, "w2", _describe(w2), f"a dense tensor of {x.dtype}, the dtype of x{also}")
-    if not (w2.is_cpu and x.is_cpu) and w2.device != x.device:
-        refuse(ValueError, "w2", f"on {w2.device}", f"{x.device}, the device of x")
+    _check_beside_map("w2", w2, x)
     r = c
     if w1 is not None:
         if not isinstance(w1, Tensor):
@@ -86,9 +93,15 @@ def _check_kinds(x: Any, w1: Any, b1: Any, w2: Any, b2: Any, residual: Any, sque
         _check_map("residual", residual)
         if residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device:
             refuse(ValueError, "residual", _describe(residual), f"the shape, dtype and device of x: {_describe(x)}")
+    for name, t, other in (("scale", scale, shift), ("shift", shift, scale)):
+        if t is not None or other is not None:
+            _check_parameter(name, t, (c,), t)
+            _check_beside_map(name, t, x)
 
 
-def check(x: Any, w1: Any, b1: Any, w2: Any, b2: Any, residual: Any, squeeze: str, inplace: Any) -> None:
+def check(
+    x: Any, w1: Any, b1: Any, w2: Any, b2: Any, residual: Any, scale: Any, shift: Any, squeeze: str, inplace: Any
+) -> None:
     """Check the tensors and `inplace` of a call of `se_fused.squeeze_excite`.
 
     Raises:
@@ -96,21 +109,22 @@ def check(x: Any, w1: Any, b1: Any, w2: Any, b2: Any, residual: Any, squeeze: st
     """
     if not isinstance(inplace, bool):
         refuse(TypeError, "inplace", _describe(inplace), "True or False")
+    tensors = (x, w1, b1, w2, b2, residual, scale, shift)
     try:
-        _check_kinds(x, w1, b1, w2, b2, residual, squeeze)
+        _check_kinds(*tensors, squeeze)
     except RuntimeError:  # from a nested tensor, which has no shape; too rare for a check of each tensor beforehand
-        for name, t in zip(_TENSORS, (x, w1, b1, w2, b2, residual), strict=True):
+        for name, t in zip(_TENSORS, tensors, strict=True):
             if isinstance(t, Tensor) and t.is_nested:
                 refuse(TypeError, name, _describe(t), "a dense tensor")
         raise
     has_addresses = memory.has_addresses()
     if has_addresses:
-        for i, t in enumerate((x, w1, b1, w2, b2, residual)):
+        for i, t in enumerate(tensors):
             if t is not None and type(t) in memory.PLAIN_TYPES and memory.is_freed(t):
                 got = f"{_describe(t)}, whose storage was freed"
                 refuse(ValueError, _TENSORS[i], got, "a tensor that has its memory")
     if inplace:
-        _check_inplace((x, w1, b1, w2, b2, residual), has_addresses)
+        _check_inplace(tensors, has_addresses)
 
 
 def _check_inplace(tensors: tuple[Tensor | None, ...], has_addresses: bool) -> None:
@@ -146,10 +160,13 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return False
 
 
-def needs_autocast(x: Any, w2: Any, residual: Any) -> bool:
+def needs_autocast(x: Any, w2: Any, *others: Any) -> bool:
     """Whether these have different dtypes and autocast is on, so that `autocast` must convert them."""
     try:
-        if x.dtype is w2.dtype and (residual is None or residual.dtype is x.dtype):
+        for t in (w2, *others):
+            if t is not None and t.dtype is not x.dtype:
+                break
+        else:
             return False
     except AttributeError:
         return False  # not a tensor
@@ -160,17 +177,17 @@ def needs_autocast(x: Any, w2: Any, residual: Any) -> bool:
 
 
 def autocast(x: Tensor, *others: Tensor | None) -> list[Tensor | None]:
-    """Convert `x`, w1, b1, w2, b2 and residual, of dtypes that eager PyTorch mixes under autocast, to dtypes that
-    `check` takes.
+    """Convert `x`, w1, b1, w2, b2, residual, scale and shift, of dtypes that eager PyTorch mixes under autocast, to
+    dtypes that `check` takes.
 
     As in eager, y has the wider dtype of x and residual; the interior is float32 whatever the autocast dtype.
     """
     if not all(t is None or (isinstance(t, Tensor) and t.is_floating_point()) for t in (x, *others)):
         return [x, *others]
-    *weights, residual = others
+    *weights, residual, _, _ = others
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     weight_dtype = dtype
     if dtype in _HALF and any(w is not None and w.dtype != dtype for w in weights):
         weight_dtype = torch.float32
-    cast = [w if w is None else w.to(weight_dtype) for w in weights]
-    return [x.to(dtype), *cast, residual if residual is None else residual.to(dtype)]
+    dtypes = [*[weight_dtype] * 4, dtype, *[torch.promote_types(dtype, torch.float32)] * 2]
+    return [x.to(dtype), *(t if t is None else t.to(to) for t, to in zip(others, dtypes, strict=True))]

@@ -83,7 +83,7 @@ class Case:
     """One call: x is [N, C, *spatial], and R is None for the one-FC form.
 
     `float_weights` makes the weights of half-precision maps float32; `kernel_dims` appends so many sizes of 1 to their
-    shapes; `residual` is "none", "map" for another map, or "x".
+    shapes; `residual` is "none", "map" for another map, or "x"; `affine` gives the call scale and shift.
     """
 
     n: int = 2
@@ -96,6 +96,7 @@ class Case:
     bias: bool = True
     layout: str = "contiguous"
     residual: str = "none"
+    affine: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -117,10 +118,12 @@ class Case:
         parts += [f"{name}={value}" for name, value in self.options.items()]
         if self.residual != "none":
             parts.append(f"residual={self.residual}")
-        return f"{self.precision}: " + ", ".join(parts + ["no bias"] * (not self.bias))
+        parts += ["scale and shift"] * self.affine + ["no bias"] * (not self.bias)
+        return f"{self.precision}: " + ", ".join(parts)
 
     def draw(self, generator: torch.Generator, device: torch.device | str = "cpu") -> dict[str, Tensor | None]:
-        """x, w1, b1, w2, b2 and residual: the same numbers on every device; x is laid out, on the device."""
+        """x, w1, b1, w2, b2, residual, and scale and shift if the case has them: the same numbers on every device; x is
+        laid out, on the device."""
 
         def normal(shape: tuple[int, ...], dtype: torch.dtype, fan_in: int = 1) -> Tensor:
             t = torch.randn(shape, generator=generator, dtype=torch.float64) / math.sqrt(fan_in)
@@ -136,7 +139,9 @@ class Case:
         w1, b1 = (None, None) if self.r is None else (weight(self.r, self.c), bias(self.r))
         w2, b2 = weight(self.c, self.c if self.r is None else self.r), bias(self.c)
         residual = x if self.residual == "x" else normal(self.shape, self.dtype) if self.residual == "map" else None
-        return {"x": x, "w1": w1, "b1": b1, "w2": w2, "b2": b2, "residual": residual}
+        tensors = {"x": x, "w1": w1, "b1": b1, "w2": w2, "b2": b2, "residual": residual}
+        vectors = {name: normal((self.c,), self.weight_dtype) for name in ("scale", "shift") if self.affine}
+        return tensors | vectors
 
 
 # What each call of the grid differs by from odd sizes: every option by itself, combinations that real networks use, and
@@ -163,6 +168,8 @@ GRID_CALLS: list[dict[str, Any]] = [
     {"n": 4, "c": 64, "r": 16, "spatial": (16, 16)},  # whole vectors
     {"n": 1, "c": 48, "r": 12, "spatial": (56, 56)},  # a large map
     {"n": 2, "c": 320, "r": 80, "spatial": (3, 3)},  # weights larger than the maps
+    {"affine": True},
+    {"affine": True, "residual": "x", "options": {"pre_act": "silu"}},
 ]
 GRID_LAYOUTS = ("contiguous", "channels_last", "every_second")
 
@@ -182,7 +189,8 @@ def call(
 ) -> Tensor:
     """`function`, such as `se_fused.squeeze_excite`, on the tensors of a case."""
     positional = [tensors[name] for name in ("x", "w1", "b1", "w2", "b2")]
-    return function(*positional, residual=tensors["residual"], **options, **more)
+    named = {name: tensors[name] for name in ("residual", "scale", "shift") if name in tensors}
+    return function(*positional, **named, **options, **more)
 
 
 def in_float64(tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:

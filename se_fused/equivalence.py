@@ -79,7 +79,7 @@ def _difference(bare: nn.Module, recognised: Recognised, shape: tuple[int, ...],
         return "it takes the gradient of a tensor that is no parameter of it"
     with torch.enable_grad():
         residual = leaves["x"] if recognised.residual else None
-        wanted = reference.compute(leaves["x"], *recognised.weights(bare), residual, recognised.options())
+        wanted = reference.compute(leaves["x"], *recognised.weights(bare), residual, options=recognised.options())
         right = torch.autograd.grad(wanted, list(leaves.values()), g)
     for got in (y, recorded.detach()):
         error = error_of(got, wanted.detach()) if got.shape == wanted.shape else math.inf
@@ -102,7 +102,7 @@ def _on_extremes(bare: nn.Module, recognised: Recognised, dims: int) -> str | No
     x[3, ::2] = 0
     x[4].view(-1)[0] = math.nan
     residual = x if recognised.residual else None
-    wanted = reference.compute(x, *recognised.weights(bare), residual, recognised.options())
+    wanted = reference.compute(x, *recognised.weights(bare), residual, options=recognised.options())
     got = bare(x.clone())
     # Rounding grows with the numbers that are added: 1e-16 of 1e8, which an identity gate multiplies by 1e8 again.
     if torch.allclose(got, wanted, rtol=1e-6, atol=1e-30, equal_nan=True):

@@ -1,6 +1,7 @@
 """The bodies of the operators: they convert maps to an order that backends read, allocate outputs, call the backend.
 
-The arguments of each are the backend, then x, w1, b1, w2, b2, residual, then the seven options as numbers.
+The arguments of each are the backend, then x, w1, b1, w2, b2, residual, in inference scale and shift, then the seven
+options as numbers.
 """
 
 from __future__ import annotations
@@ -29,17 +30,22 @@ def _dense_out(t: Tensor, channels_last: bool) -> Tensor:
     return t if channels_last or t.is_contiguous() else torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
+def _accumulated(t: Tensor | None, x: Tensor) -> Tensor | None:
+    """`t` dense and in the accumulation type of `x`."""
+    return dense(t if t is None else t.to(torch.promote_types(x.dtype, torch.float32)))
+
+
 def forward(
     backend: Backend,
     x: Tensor, w1: Tensor | None, b1: Tensor | None, w2: Tensor, b2: Tensor | None, residual: Tensor | None,
-    *options: Any, saved: tuple[Tensor | None, ...] = (None, None, None),
+    scale: Tensor | None, shift: Tensor | None, *options: Any, saved: tuple[Tensor | None, ...] = (None, None, None),
 ) -> Tensor:  # fmt: skip
     y = torch.empty_like(x)  # has the strides that eager PyTorch's result has
     channels_last = is_channels_last(y)
     out = _dense_out(y, channels_last)
     backend.forward_out(
         dense(x, channels_last), dense(w1), dense(b1), dense(w2), dense(b2), dense(residual, channels_last),
-        *options, channels_last, out, *saved,
+        _accumulated(scale, x), _accumulated(shift, x), *options, channels_last, out, *saved,
     )  # fmt: skip
     return y if out is y else y.copy_(out)
 
@@ -47,14 +53,14 @@ def forward(
 def forward_inplace(
     backend: Backend,
     x: Tensor, w1: Tensor | None, b1: Tensor | None, w2: Tensor, b2: Tensor | None, residual: Tensor | None,
-    *options: Any,
+    scale: Tensor | None, shift: Tensor | None, *options: Any,
 ) -> None:  # fmt: skip
     channels_last = is_channels_last(x)
     out = dense(x.resolve_neg(), channels_last)
     assert out is not None
     backend.forward_out(
         out, dense(w1), dense(b1), dense(w2), dense(b2), dense(residual, channels_last),
-        *options, channels_last, out, None, None, None,
+        _accumulated(scale, x), _accumulated(shift, x), *options, channels_last, out, None, None, None,
     )  # fmt: skip
     if out.data_ptr() != x.data_ptr():
         x.copy_(out)
@@ -69,7 +75,7 @@ def empty_saved(x: Tensor, w1: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
 
 def forward_train(backend: Backend, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     saved = empty_saved(args[0], args[1])
-    return forward(backend, *args, saved=saved), *saved
+    return forward(backend, *args[:6], None, None, *args[6:], saved=saved), *saved
 
 
 def empty_grads(inputs: tuple[Tensor | None, ...], needs: list[bool]) -> list[Tensor]:

@@ -30,20 +30,21 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _INPUTS = "Tensor x, Tensor? w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? residual"
+_FORWARD = f"{_INPUTS}, Tensor? scale, Tensor? shift"  # in inference; in training they are applied before the call
 _OPTIONS = ", ".join(f"{'float' if name in ('slope', 'offset') else 'int'} {name}" for name in Options._fields)
 _SAVED = "Tensor z, Tensor p1, Tensor p2"
 _CPU = backends.CPU
 
 _LIBRARY = torch.library.Library("se_fused", "DEF")
 for _schema in (
-    f"squeeze_excite({_INPUTS}, {_OPTIONS}) -> Tensor",
-    f"squeeze_excite_({_INPUTS.replace('Tensor x', 'Tensor(a!) x')}, {_OPTIONS}) -> ()",
+    f"squeeze_excite({_FORWARD}, {_OPTIONS}) -> Tensor",
+    f"squeeze_excite_({_FORWARD.replace('Tensor x', 'Tensor(a!) x')}, {_OPTIONS}) -> ()",
     f"squeeze_excite_train({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
     # needs: which of dx, dw1, db1, dw2, db2, dresidual are wanted; each of the others is returned with no elements.
     # residual_is_x: dresidual is added to dx.
     f"squeeze_excite_backward(Tensor g, {_INPUTS}, {_SAVED}, {_OPTIONS}, bool[6] needs, bool residual_is_x)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    f"forward_out({_INPUTS}, {_OPTIONS}, bool channels_last,"
+    f"forward_out({_FORWARD}, {_OPTIONS}, bool channels_last,"
     " Tensor(a!) y, Tensor(b!)? z, Tensor(c!)? p1, Tensor(d!)? p2) -> ()",
     f"backward_out(Tensor g, {_INPUTS}, {_SAVED}, {_OPTIONS}, bool channels_last, bool residual_is_x,"
     " Tensor(a!)? dx, Tensor(b!)? dw1, Tensor(c!)? db1, Tensor(d!)? dw2, Tensor(e!)? db2, Tensor(f!)? dresidual) -> ()",
@@ -85,28 +86,31 @@ def _(g: Tensor, *args: Any) -> tuple[Tensor, ...]:
 # Autograd. Besides the inputs, only z, p1 and p2 are saved; backward recomputes u, u * s and y from x.
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], saved: tuple[Tensor, ...]) -> None:
-    ctx.options = Options(*inputs[6:])
+def _save(ctx: Any, arguments: tuple[Any, ...], saved: tuple[Tensor, ...]) -> None:
+    ctx.count = len(arguments) - len(Options._fields)  # of the tensors: scale and shift are there only in inference
+    inputs, ctx.options = arguments[: ctx.count], Options(*arguments[ctx.count :])
     ctx.residual_is_x = inputs[5] is inputs[0]
     ctx.forced = forcing.current()
-    ctx.save_for_backward(*inputs[:6], *saved)
+    ctx.save_for_backward(*inputs, *saved)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     nothing = (None,) * len(ctx.options)
     if g is None:
-        return (None,) * 6 + nothing
+        return (*(None,) * ctx.count, *nothing)
     with forcing.resume(ctx.forced):
         return _gradients(ctx, g) + nothing
 
 
 def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    """dx, dw1, db1, dw2, db2, dresidual; None for an input that needs none."""
+    """dx, dw1, db1, dw2, db2, dresidual, in inference dscale and dshift; None for an input that needs none."""
     tensors = ctx.saved_tensors  # read once, as checkpointing demands
-    inputs, saved, needs = tensors[:6], tensors[6:], list(ctx.needs_input_grad[:6])
-    if torch.is_grad_enabled() or _is_batched(g):
+    inputs, saved, needs = tensors[: ctx.count], tensors[ctx.count :], list(ctx.needs_input_grad[: ctx.count])
+    has_scale = any(t is not None for t in inputs[6:])
+    if torch.is_grad_enabled() or _is_batched(g) or has_scale:
         return _reference_gradients(g, inputs, needs, ctx.options)
+    inputs = inputs[:6]
     add_to_dx = ctx.residual_is_x and needs[0]  # dresidual is added to dx
     g_is_dresidual = ctx.options.post_act == 0 and not add_to_dx
     computed = [*needs[:5], needs[5] and not (add_to_dx or g_is_dresidual)]
@@ -120,7 +124,7 @@ def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     grads: list[Tensor | None] = [grad if wanted else None for grad, wanted in zip(found, computed, strict=True)]
     if needs[5] and g_is_dresidual:
         grads[5] = g
-    return tuple(grads)
+    return (*grads, *(None,) * (ctx.count - 6))
 
 
 def _is_batched(g: Tensor) -> bool:
@@ -137,7 +141,7 @@ def _reference_gradients(
         # One input may be computed from another (w2 = w1.t(), residual = x). autograd.grad would then count the
         # gradient that flows through it twice, so each input gets its own alias.
         aliases = [t if t is None else t.view_as(t) for t in inputs]
-        y = reference.compute(*aliases, options=options)  # type: ignore[arg-type, misc]
+        y = reference.compute(*aliases, options=options)  # type: ignore[arg-type]
         wanted = [t for t, need in zip(aliases, needs, strict=True) if need and t is not None]
         found = iter(torch.autograd.grad(y, wanted, g, create_graph=create_graph))
     return tuple(next(found) if need else None for need in needs)
@@ -157,7 +161,7 @@ for _name, _setup in (("squeeze_excite_train", _setup_train), ("squeeze_excite",
 
 
 def _inplace_under_autograd(*args: Any) -> None:
-    if needs_grad(*args[:6]):
+    if needs_grad(*args[:8]):
         raise RuntimeError(
             "se_fused: squeeze_excite_ writes over x, which its gradient would need; call squeeze_excite"
         )
@@ -206,13 +210,15 @@ def squeeze_excite(
     act: str = "relu",
     gate: str | HardSigmoid = "sigmoid",
     squeeze: str = "mean",
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
     pre_act: str | None = None,
     residual: Tensor | None = None,
     post_act: str | None = None,
     inplace: bool = False,
 ) -> Tensor:
-    """Squeeze-and-Excitation as one operation: `post_act(u * s + residual)` with `u = pre_act(x)` and the gate
-    `s = gate(w2 @ act(w1 @ squeeze(u) + b1) + b2)`.
+    """Squeeze-and-Excitation as one operation: `post_act(u * s + residual)` with `u = pre_act(scale * x + shift)` and
+    the gate `s = gate(w2 @ act(w1 @ squeeze(u) + b1) + b2)`.
 
     Source: Hu et al., "Squeeze-and-Excitation Networks", equations 2 to 4. The interior is computed in float32 (float64
     for float64 `x`), and sums are taken in a fixed order. Derivatives are right in every order and mode.
@@ -227,7 +233,10 @@ def squeeze_excite(
             "sigmoid" or "tanh".
         gate: "sigmoid", "hard_sigmoid", "tanh", "relu", "identity" or a `HardSigmoid(slope, offset)`.
         squeeze: "mean", "max", or "mean_max" for half their sum, over all spatial positions.
-        pre_act: an activation of `x`, with the names of `act`, or None.
+        scale, shift: [C], both or neither: an eval-mode BatchNorm of `x` as one product and one sum,
+            `scale = weight / sqrt(variance + eps)` and `shift = bias - mean * scale`. Each is of the dtype of `x`, or
+            float32 beside a half-precision `x`.
+        pre_act: an activation of `scale * x + shift`, or of `x`, with the names of `act`, or None.
         residual: of the shape, dtype and device of `x`, added before `post_act`, or None. `residual=x`
             gives x * (1 + s).
         post_act: an activation of the sum, with the names of `act`, or None.
@@ -241,31 +250,35 @@ def squeeze_excite(
         BackendUnavailable: if a backend is forced that cannot run the call.
     """
     codes = encode("squeeze_excite", act, gate, squeeze, pre_act, post_act)
-    return call(x, w1, b1, w2, b2, residual, codes, inplace)
+    return call(x, w1, b1, w2, b2, residual, codes, inplace, scale, shift)
 
 
 def call(
     x: Tensor, w1: Tensor | None, b1: Tensor | None, w2: Tensor, b2: Tensor | None, residual: Tensor | None,
-    codes: Codes, inplace: bool = False,
+    codes: Codes, inplace: bool = False, scale: Tensor | None = None, shift: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`squeeze_excite` with encoded options: `Options`, which a layer makes once, or a plain tuple."""
     fast_path = _CPU.fast_path if _C._len_torch_function_stack() == 0 else _CPU.fast_path_under_mode
-    y = fast_path(x, w1, b1, w2, b2, residual, *codes, inplace=inplace)
+    y = fast_path(x, w1, b1, w2, b2, residual, *codes, inplace=inplace, scale=scale, shift=shift)
     if y is not None:
         return y
     options = Options(*codes)
-    if needs_autocast(x, w2, residual):
-        x, w1, b1, w2, b2, residual = autocast(x, w1, b1, w2, b2, residual)  # type: ignore[assignment]
-    _check(x, w1, b1, w2, b2, residual, SQUEEZES[options.squeeze], inplace)
+    tensors: Any = (x, w1, b1, w2, b2, residual, scale, shift)
+    if needs_autocast(x, w2, residual, scale, shift):
+        tensors = autocast(*tensors)
+        x = tensors[0]
+    _check(*tensors, SQUEEZES[options.squeeze], inplace)
     if recorded() and decomposes(x.device, forcing.current().name != "auto"):
-        return reference.compute(x, w1, b1, w2, b2, residual, options, inplace)
+        return reference.compute(*tensors, options=options, inplace=inplace)
     backend = backends.select(x.device)
     # An empty map needs no speed, and the reference defines its mean and maximum.
     if backend is backends.REFERENCE or under_transform() or x.numel() == 0:
-        return reference.compute(x, w1, b1, w2, b2, residual, options, inplace)
-    tensors = (x, w1, b1, w2, b2, residual)
+        return reference.compute(*tensors, options=options, inplace=inplace)
     bypass = unobserved(*tensors)  # the dispatcher
     if needs_grad(*tensors):
+        *tensors, scale, shift = tensors
+        if scale is not None:
+            tensors[0] = reference.affine(x, scale, shift).to(x.dtype)  # rounded once, as by PyTorch's batch norm
         if bypass:
             return _Train.apply(*tensors, *options, backend)  # type: ignore[no-any-return, no-untyped-call]
         return torch.ops.se_fused.squeeze_excite_train.default(*tensors, *options)[0]  # type: ignore[no-any-return]
@@ -285,7 +298,8 @@ def call(
 
 def explain(
     x: Tensor, w1: Tensor | None, b1: Tensor | None, w2: Tensor, b2: Tensor | None,
-    *, residual: Tensor | None = None, inplace: bool = False, **options: Unpack[OptionNames],
+    *, scale: Tensor | None = None, shift: Tensor | None = None, residual: Tensor | None = None, inplace: bool = False,
+    **options: Unpack[OptionNames],
 ) -> backends.Explanation:  # fmt: skip
     """Which backend would run `squeeze_excite` with these arguments, and why each of the others would not.
 
@@ -295,10 +309,10 @@ def explain(
         TypeError, ValueError, BackendUnavailable: as the call itself would.
     """
     chosen = Options.of(**options)
-    check(x, w1, b1, w2, b2, residual, SQUEEZES[chosen.squeeze], inplace)
+    check(x, w1, b1, w2, b2, residual, scale, shift, SQUEEZES[chosen.squeeze], inplace)
 
     def plan(backend: backends.Backend) -> str | None:
         r = 0 if w1 is None else w1.shape[0]
-        return backend.plan(x, r, chosen, residual is not None and residual is not x)
+        return backend.plan(x, r, chosen, residual is not None and residual is not x, scale is not None)
 
     return backends.explain(x.device, plan if x.numel() > 0 else None)

@@ -1,6 +1,6 @@
 """The formula in plain differentiable PyTorch. Every backend is tested against it.
 
-    u = pre_act(x)                     x [N, C, *spatial]
+    u = pre_act(scale * x + shift)     x [N, C, *spatial], scale and shift [C] or none
     z = squeeze(u)                     [N, C]   over the spatial positions
     h = act(W1 z + b1)                 [N, R]   w1 [R, C], b1 [R]; absent in the one-FC form
     s = gate(W2 h + b2)                [N, C]   w2 [C, R], b2 [C]; one-FC form: w2 [C, C]
@@ -33,6 +33,15 @@ def _squeeze(u: Tensor, how: str) -> Tensor:
     return u.amax(spatial) if how == "max" else (u.mean(spatial) + u.amax(spatial)) / 2
 
 
+def affine(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    """scale * x + shift by channel, or without them x, in float32, or in float64 for float64 `x`."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if scale is None or shift is None:
+        return wide
+    scale, shift = (t.to(wide.dtype)[(..., *(None,) * (x.dim() - 2))] for t in (scale, shift))
+    return wide * scale + shift
+
+
 def before_gate(
     u: Tensor, w1: Tensor | None, b1: Tensor | None, w2: Tensor, b2: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -48,7 +57,8 @@ def _linear(v: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
 
 def squeeze_excite(
     x: Tensor, w1: Tensor | None, b1: Tensor | None, w2: Tensor, b2: Tensor | None,
-    *, residual: Tensor | None = None, inplace: bool = False, **options: Unpack[OptionNames],
+    *, scale: Tensor | None = None, shift: Tensor | None = None, residual: Tensor | None = None, inplace: bool = False,
+    **options: Unpack[OptionNames],
 ) -> Tensor:  # fmt: skip
     """Compute `se_fused.squeeze_excite` in plain PyTorch; see there for the arguments, their shapes and dtypes.
 
@@ -57,19 +67,19 @@ def squeeze_excite(
     Raises:
         ValueError: for an option with an unknown name.
     """
-    return compute(x, w1, b1, w2, b2, residual, Options.of(**options), inplace)
+    return compute(x, w1, b1, w2, b2, residual, scale, shift, options=Options.of(**options), inplace=inplace)
 
 
 def compute(
     x: Tensor, w1: Tensor | None, b1: Tensor | None, w2: Tensor, b2: Tensor | None, residual: Tensor | None,
-    options: Options, inplace: bool = False,
+    scale: Tensor | None = None, shift: Tensor | None = None, *, options: Options, inplace: bool = False,
 ) -> Tensor:  # fmt: skip
     """`squeeze_excite` with its options already encoded as `Options`."""
     device = x.device.type
     # Without this condition, every traced graph would contain the context.
     casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     with torch.autocast(device, enabled=False) if casts else nullcontext():
-        u = FUNCTIONS[options.pre_act](x.to(torch.promote_types(x.dtype, torch.float32)))
+        u = FUNCTIONS[options.pre_act](affine(x, scale, shift))
         _, _, p2 = before_gate(u, w1, b1, w2, b2, options)
         v = u * options.apply_gate(p2)[(..., *(None,) * (x.dim() - 2))]
         if residual is not None:

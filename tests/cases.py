@@ -36,6 +36,7 @@ def cases(
     dtypes: tuple[torch.dtype, ...] = DTYPES,
     pre_acts: tuple[str | None, ...] = (None, *ACTIVATIONS),
     layouts: tuple[str, ...] = tuple(LAYOUTS),
+    affines: tuple[bool, ...] = (False, True),
 ) -> st.SearchStrategy[Case]:
     """Every option, dtype and layout; sizes around each vector width, tail and block border."""
     channels = st.one_of(st.integers(1, 40), st.sampled_from([54, 64, 72, 520]))
@@ -58,6 +59,7 @@ def cases(
         bias=st.booleans(),
         layout=st.sampled_from(layouts),
         residual=st.sampled_from(["none", "map", "x"]),
+        affine=st.sampled_from(affines),
         seed=st.integers(0, 2**31),
         options=st.fixed_dictionaries(
             {

@@ -72,7 +72,8 @@ def record(n, c, r, spatial, dtype, channels_last, options, with_residual):
     wide = torch.promote_types(dtype, torch.float32)
     kept = [new(n, c, of=wide), new(n, r or 0, of=wide), new(n, c, of=wide)]
     encoded = Options.of(**options)
-    launch.forward_out(*inputs, *encoded, channels_last, torch.empty_like(x), *kept)
+    vectors = [new(c, of=wide), new(c, of=wide)] if options is RICH else [None, None]  # scale and shift
+    launch.forward_out(*inputs, *vectors, *encoded, channels_last, torch.empty_like(x), *kept)
     grads = [None if t is None else torch.empty_like(t) for t in inputs]
     launch.backward_out(torch.empty_like(x), *inputs, *kept, *encoded, channels_last, False, *grads)
     for (module, name), kernel in saved.items():

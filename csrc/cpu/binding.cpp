@@ -95,7 +95,7 @@ void run_forward(const se::BlockForward& f) {
 }
 
 struct Cpu {
-  static void run(const se::Forward& f, const se::Tensor&) { run_forward({f, nullptr, nullptr, nullptr}); }
+  static void run(const se::Forward& f, const se::Tensor&) { run_forward({f, nullptr}); }
   static void run(const se::Backward& f, const se::Tensor&) {
     request_huge_pages(f.dx, map_bytes(f));
     request_huge_pages(f.dresidual, map_bytes(f));

@@ -5,6 +5,7 @@
 //   c0, channels               the channels: c0 to c0 + channels - 1
 //   sample_first()             whether this block stores values that several blocks compute for the whole sample
 //   owns(i)                    whether this block stores the values of channel c0 + i that several blocks compute
+//   kHeldChannels              the channels whose values a thread holds over its vectors
 //   for_each_vector(op)        calls the operation `op` for every V elements
 //
 // An operation has these members:
@@ -35,7 +36,7 @@ struct Divisor {
 // NCHW: the elements [first, first + count) of the map.
 template <class T>
 struct NchwTile {
-  static constexpr int V = 16 / sizeof(T);
+  static constexpr int V = 16 / sizeof(T), kHeldChannels = 0;
   int64_t n, range, first, c0;
   unsigned l, count, before;  // before: elements of channel c0 that come before the tile
   int channels;
@@ -72,7 +73,7 @@ struct NchwTile {
   __device__ void finish(const Operation& operation, unsigned e,
                          const typename Operation::template Fetched<W>& fetched) const {
     const unsigned i = by_l.divide(e + before), r = e + before - i * l;
-    const auto values = operation.template load_channels<W>([&](const auto* from, auto& v) {
+    const auto values = operation.template load_channels<W>([&](auto from, auto& v) {
       v[0] = from[i];
       if constexpr (kRun == W) {
 #pragma unroll
@@ -119,6 +120,7 @@ struct NchwTile {
 // channels_last: the channels [c0, c0 + channels) at some positions of sample n. V divides c0 and channels.
 template <class T, int V>
 struct NhwcTile {
+  static constexpr int kHeldChannels = V;
   int64_t n, first;
   unsigned range, positions;
   int c, c0, channels;
@@ -156,7 +158,7 @@ struct NhwcTile {
   template <class Operation>
   __device__ void for_each_vector(const Operation& operation) const {
     columns([&](int i, unsigned position, unsigned step) {
-      const auto values = operation.template load_channels<V>([&](const auto* from, auto& v) {
+      const auto values = operation.template load_channels<V>([&](auto from, auto& v) {
 #pragma unroll
         for (int k = 0; k < V; ++k) v[k] = from[i + k];
       });

@@ -1,15 +1,36 @@
 // What both algorithms of forward use: the squeeze of a channel, and y of V elements. kPlain: the mean, without
-// activations of the maps and without a residual. Most networks call this form, so it does no work for other options.
+// activations of the maps, scale and shift, and a residual. Most networks call this form, so it does no work for other
+// options.
 #pragma once
 
 #include "activations.cuh"
 
 namespace se::cuda {
 
-inline bool is_plain(const Problem& p) {
-  return p.options.squeeze == Squeeze::kMean && p.options.pre_act == Activation::kIdentity &&
-         p.options.post_act == Activation::kIdentity && !p.residual;
+inline bool is_plain(const Forward& f) {
+  return f.options.squeeze == Squeeze::kMean && f.options.pre_act == Activation::kIdentity &&
+         f.options.post_act == Activation::kIdentity && !f.residual && !f.scale;
 }
+
+// scale and shift of the channels of V elements, which are set if the call has them.
+template <int V, class A, bool kPlain>
+struct Affine {
+  A scale[V], shift[V];
+
+  __device__ void apply(A (&v)[V]) const {
+#pragma unroll
+    for (int i = 0; i < V; ++i) v[i] = std::fma(v[i], scale[i], shift[i]);
+  }
+};
+template <int V, class A>
+struct Affine<V, A, true> {};
+
+// A vector in global memory that the launch does not write.
+template <class A>
+struct GlobalVector {
+  const A* values;
+  __device__ A operator[](int64_t i) const { return load_one(values + i); }
+};
 
 template <class A, bool kPlain>
 struct SqueezePart {
@@ -20,23 +41,25 @@ struct SqueezePart<A, true> {
   A sum;
 };
 
-// A reduction (reduce.cuh) of u = pre_act(x). X: the place from which x is read (device.cuh). O: Options, or a
-// reference to the options of a kernel's parameter, whose copy would be in local memory.
-template <class T, class X, bool kPlain, class O = Options>
+// A reduction (reduce.cuh) of u = pre_act(scale * x + shift). X: the place from which x is read (device.cuh). F:
+// Forward, or a reference to a kernel's parameter, whose copy would be in local memory.
+template <class T, class X, bool kPlain, class F = Forward>
 struct SqueezeOperation {
   using A = Accumulator<T>;
   using Part = SqueezePart<A, kPlain>;
   template <int V>
-  struct Context {};
+  using Context = Affine<V, A, kPlain>;
   template <int V>
   using Fetched = Vector<V, T>;
-  static constexpr int kBlocks = kForwardBlocks<kPlain, A>, kAhead = kPlain ? 4 : X::kAhead;
+  static constexpr int kBlocks = kForwardBlocks<kPlain, A>;
+  // With the partial results, scale and shift of eight channels, the registers suffice for one load less.
+  static constexpr int kAhead = kPlain ? 4 : X::kAhead - (sizeof(T) == 2);
 
   X x;
-  O options;
+  F f;
 
-  __device__ bool has_sum() const { return options.squeeze != Squeeze::kMax; }
-  __device__ bool has_max() const { return options.squeeze != Squeeze::kMean; }
+  __device__ bool has_sum() const { return f.options.squeeze != Squeeze::kMax; }
+  __device__ bool has_max() const { return f.options.squeeze != Squeeze::kMean; }
   __device__ Part empty() const {
     if constexpr (kPlain)
       return {0};
@@ -56,18 +79,32 @@ struct SqueezeOperation {
       return {cuda::shuffle_xor(p.sum, offset), cuda::shuffle_xor(p.max, offset)};
   }
   template <int V>
-  __device__ Context<V> context(int64_t, int) const {
-    return {};
+  __device__ Context<V> context([[maybe_unused]] int64_t row, [[maybe_unused]] int step) const {
+    Context<V> affine{};
+    if constexpr (!kPlain) {
+      if (f.scale) {
+        const int64_t channel = row % f.c;
+#pragma unroll
+        for (int i = 0; i < V; ++i) {
+          affine.scale[i] = load_one(static_cast<const A*>(f.scale) + channel + i * step);
+          affine.shift[i] = load_one(static_cast<const A*>(f.shift) + channel + i * step);
+        }
+      }
+    }
+    return affine;
   }
   template <int V>
   __device__ Vector<V, T> fetch(Index at) const {
     return x.template load<V>(at);
   }
   template <int V>
-  __device__ void add(const Vector<V, T>& fetched, const Context<V>&, Part (&parts)[V]) const {
+  __device__ void add(const Vector<V, T>& fetched, [[maybe_unused]] const Context<V>& affine, Part (&parts)[V]) const {
     A u[V];
     fetched.unpack(u);
-    if constexpr (!kPlain) activate<T>(options.pre_act, options, u);
+    if constexpr (!kPlain) {
+      if (f.scale) affine.apply(u);
+      activate<T>(f.options.pre_act, f.options, u);
+    }
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       if (kPlain || has_sum()) parts[i].sum += u[i];
@@ -92,23 +129,25 @@ __device__ A squeezed(Squeeze squeeze, const SqueezePart<A, kPlain>& part, int64
     return squeezed(squeeze, part.sum, part.max, l);
 }
 
-// Computes y of a tile's elements (elementwise.cuh). s: the gates of its channels.
-template <class T, class X, bool kPlain>
+// Computes y of a tile's elements (elementwise.cuh). s: the gates of its channels, of which c0 is the first.
+template <class T, class X, bool kPlain, class Tile>
 struct ScaleOperation {
   using A = Accumulator<T>;
-  static constexpr int kAhead = kPlain ? X::kAhead : 2;
+  // With s, scale and shift of eight channels, the registers suffice for one load.
+  static constexpr int kAhead = kPlain ? X::kAhead : Tile::kHeldChannels == 8 ? 1 : 2;
   template <int V>
   struct Fetched {
     Vector<V, T> x, residual;
   };
   template <int V>
-  struct ChannelValues {
+  struct ChannelValues : Affine<V, A, kPlain> {
     A s[V];
   };
 
   const Forward& f;
   X x;
   const A* s;
+  int64_t c0;
 
   __device__ bool has_own_residual() const { return !kPlain && f.residual && f.residual != f.x; }
   template <int V>
@@ -120,8 +159,14 @@ struct ScaleOperation {
   }
   template <int V, class Load>
   __device__ ChannelValues<V> load_channels(Load&& load) const {
-    ChannelValues<V> values;
+    ChannelValues<V> values{};
     load(s, values.s);
+    if constexpr (!kPlain) {
+      if (f.scale) {
+        load(GlobalVector<A>{static_cast<const A*>(f.scale) + c0}, values.scale);
+        load(GlobalVector<A>{static_cast<const A*>(f.shift) + c0}, values.shift);
+      }
+    }
     return values;
   }
   template <int V>
@@ -132,12 +177,17 @@ struct ScaleOperation {
 #pragma unroll
       for (int i = 0; i < V; ++i) v[i] *= values.s[i];
     } else {
-      A residual[V];
-      fetched.x.unpack(residual);
-      if (has_own_residual()) fetched.residual.unpack(residual);
+      if (f.scale) values.apply(v);
       activate<T>(f.options.pre_act, f.options, v);
+      if (f.residual) {
+        A residual[V];
+        (f.residual == f.x ? fetched.x : fetched.residual).unpack(residual);
 #pragma unroll
-      for (int i = 0; i < V; ++i) v[i] = f.residual ? v[i] * values.s[i] + residual[i] : v[i] * values.s[i];
+        for (int i = 0; i < V; ++i) v[i] = v[i] * values.s[i] + residual[i];
+      } else {
+#pragma unroll
+        for (int i = 0; i < V; ++i) v[i] *= values.s[i];
+      }
       activate<T>(f.options.post_act, f.options, v);
     }
     store<V>(static_cast<T*>(f.y) + at.at, v);

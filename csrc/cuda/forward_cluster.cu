@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kMostForwardThreads, 1)
   for (int k = thread(); k < r; k += threads()) h[k] = bias<T>(f.b1, f.weight_dtype, k);
   for (int i = thread(); i < own; i += threads()) s[i] = bias<T>(f.b2, f.weight_dtype, tile.c0 + i);
   await_copies();
-  const SqueezeOperation<T, StagedTile<T>, kPlain, const Options&> squeeze{x, f.options};
+  const SqueezeOperation<T, StagedTile<T>, kPlain, const Forward&> squeeze{x, f};
   reduce_tile(tile, squeeze, f.c, reduction, reinterpret_cast<typename decltype(squeeze)::Part*>(work),
               [&](int i, const auto& part) {
                 z[i] = squeezed(f.options.squeeze, part, f.l);
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kMostForwardThreads, 1)
     s[i] = activate_one(f.options.gate, f.options, p2);
   }
   __syncthreads();
-  tile.for_each_vector(ScaleOperation<T, StagedTile<T>, kPlain>{f, x, s});
+  tile.for_each_vector(ScaleOperation<T, StagedTile<T>, kPlain, Tile>{f, x, s, tile.c0});
   cluster.wait();
 #else
   __trap();  // never runs: device_limits() reports no clusters

@@ -18,16 +18,15 @@ struct StoredSqueeze : SqueezeOperation<T, Global<T>, kPlain> {
   using Base = SqueezeOperation<T, Global<T>, kPlain>;
   int splits;
   Accumulator<T>*sums, *maxima;  // [N, splits, C]; null if `squeeze` does not need them
-  Problem shape;
 
-  __device__ const Problem& problem() const { return shape; }
+  __device__ const Problem& problem() const { return this->f; }
   template <class Copy>
   __device__ auto staged(Copy&& copy) const {
-    return SqueezeOperation<T, StagedTile<T>, kPlain, const Options&>{copy(this->x.map), this->options};
+    return SqueezeOperation<T, StagedTile<T>, kPlain, const Forward&>{copy(this->x.map), this->f};
   }
 
   __device__ void store(int64_t row, unsigned split, const typename Base::Part& p) const {
-    const int64_t at = partial_index(row, split, splits, shape.c);
+    const int64_t at = partial_index(row, split, splits, this->f.c);
     if (sums) store_one(sums + at, p.sum);
     if constexpr (!kPlain) {
       if (maxima) store_one(maxima + at, p.max);
@@ -132,7 +131,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<kPlain, A>)
     scale_kernel(const __grid_constant__ Forward f, Squeezed<A> z, bool fused_hidden, Elementwise e, Divisor by) {
   const Tile tile(f, e, by, gridDim.x - 1 - blockIdx.x);
   const A* s = gates<T>(f, z, fused_hidden, tile);
-  tile.for_each_vector(ScaleOperation<T, Streamed<T>, kPlain>{f, {static_cast<const T*>(f.x)}, s});
+  tile.for_each_vector(ScaleOperation<T, Streamed<T>, kPlain, Tile>{f, {static_cast<const T*>(f.x)}, s, tile.c0});
 }
 
 }  // namespace
@@ -156,7 +155,7 @@ void forward_two_pass(const Forward& given, const Plan& plan, void* scratch, voi
     with_form<T>(is_plain(f), [&](auto plain) {
       using Operation = StoredSqueeze<T, plain.value>;
       launch_reduction<T>(
-          plan, "squeeze", stream, Operation{{{static_cast<const T*>(f.x)}, f.options}, splits, sums, maxima, f},
+          plan, "squeeze", stream, Operation{{{static_cast<const T*>(f.x)}, f}, splits, sums, maxima},
           [](auto body, auto... sizes) { return squeeze_kernel<decltype(body), Operation, decltype(sizes)...>; });
       if (has_hidden) launch(plan, "hidden", stream, hidden_kernel<T>, f, z);
       with_tile<T>(plan.call, plan.elementwise, [&](auto* tile) {

@@ -157,6 +157,7 @@ void add_weight_gradients(Plan& plan) {
 
 Call call_of(const Forward& f) {
   Call call = planning::call_of(f, Direction::kForward);
+  call.pre_act = call.pre_act || f.scale;
   call.alignment = planning::alignment_of({f.x, f.residual, f.y});
   call.saves_p1 = f.p1 != nullptr;
   return call;

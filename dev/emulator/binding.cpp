@@ -39,6 +39,8 @@ void watch_output(const char* name, void* p, int64_t size, bool map = false) {
 void watch(const se::Forward& f, int64_t map) {
   const int64_t a = se::accumulator_bytes(f.dtype);
   watch_inputs(f, map);
+  emulator::watch("scale", f.scale, f.c * a, false);
+  emulator::watch("shift", f.shift, f.c * a, false);
   watch_output("z", f.z, f.n * f.c * a);
   watch_output("p1", f.p1, f.n * f.r * a);
   watch_output("p2", f.p2, f.n * f.c * a);
@@ -87,7 +89,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(emulator, m) {
   const std::string inputs = "Tensor x, Tensor? w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? residual, ";
   const std::string options =
       "int act, int gate, float slope, float offset, int squeeze, int pre_act, int post_act, bool channels_last, ";
-  m.def(("forward_out(" + inputs + options + "Tensor(a!) y, Tensor(b!)? z, Tensor(c!)? p1, Tensor(d!)? p2) -> ()")
+  m.def(("forward_out(" + inputs + "Tensor? scale, Tensor? shift, " + options +
+         "Tensor(a!) y, Tensor(b!)? z, Tensor(c!)? p1, Tensor(d!)? p2) -> ()")
             .c_str());
   m.def(("backward_out(Tensor g, " + inputs + "Tensor z, Tensor p1, Tensor p2, " + options +
          "bool residual_is_x, Tensor(a!)? dx, Tensor(b!)? dw1, Tensor(c!)? db1, Tensor(d!)? dw2, Tensor(e!)? db2, "

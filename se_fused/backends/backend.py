@@ -29,11 +29,11 @@ class Backend:
     def backward_out(self, *args: Any) -> None:
         raise NotImplementedError
 
-    def plan(self, x: Tensor, r: int, options: Options, own_residual: bool) -> str | None:
+    def plan(self, x: Tensor, r: int, options: Options, own_residual: bool, has_scale: bool) -> str | None:
         """A description of the kernels that a forward call launches; None if the backend has no choice of kernels.
 
         x: [N, C, *spatial]; only its shape, dtype, strides and device are read. r: R, or 0 in the one-FC form.
-        own_residual: whether there is a residual other than x.
+        own_residual: whether there is a residual other than x. has_scale: whether there are scale and shift.
         """
         return None
 

@@ -59,7 +59,7 @@ class Cpu(Compiled):
 
     def fast_path(
         self, x: Tensor, w1: Tensor | None, b1: Tensor | None, w2: Tensor, b2: Tensor | None, residual: Tensor | None,
-        *options: Any, inplace: bool,
+        *options: Any, inplace: bool, scale: Tensor | None = None, shift: Tensor | None = None,
     ) -> Tensor | None:  # fmt: skip
         """Run inference on dense CPU tensors without Python checks and dispatcher, and return y.
 
@@ -74,7 +74,7 @@ class Cpu(Compiled):
         if self._forward is None or type(x) is not Tensor or type(inplace) is not bool:
             return None
         try:
-            if needs_grad(x, w1, b1, w2, b2, residual):
+            if needs_grad(x, w1, b1, w2, b2, residual, scale, shift):
                 return None
         except AttributeError:
             return None  # not a tensor
@@ -84,12 +84,12 @@ class Cpu(Compiled):
             return None
         if inplace and x.is_inference() and is_locked_inference_tensor(x):
             return None
-        y = self._forward(x, w1, b1, w2, b2, residual, inplace, *options, None, None)
+        y = self._forward(x, w1, b1, w2, b2, residual, inplace, *options, scale, shift, None, None)
         if inplace and y is not None:
             torch.autograd.graph.increment_version(x)
         return y
 
-    def fast_path_under_mode(self, *args: Any, inplace: bool) -> Tensor | None:
+    def fast_path_under_mode(self, *args: Any, **more: Any) -> Tensor | None:
         """`fast_path` under a mode that sees every PyTorch function: only the mode of `torch.set_default_device`.
 
         It affects only the creation of tensors, but PyTorch would call it for each attribute of a tensor.
@@ -97,7 +97,7 @@ class Cpu(Compiled):
         if _C._len_torch_function_stack() > 1 or type(_C._get_function_stack_at(0)) is not DeviceContext:
             return None
         with _C.DisableTorchFunction():
-            return self.fast_path(*args, inplace=inplace)
+            return self.fast_path(*args, **more)
 
 
 def _load_operators(path: Path) -> Path:

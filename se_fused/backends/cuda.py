@@ -98,7 +98,7 @@ class Cuda(Compiled):
         finally:
             self._library.se_fused_force_plan(b"")
 
-    def plan(self, x: Tensor, r: int, options: Options, own_residual: bool) -> str:
+    def plan(self, x: Tensor, r: int, options: Options, own_residual: bool, has_scale: bool) -> str:
         extension = native.load_extension()
         limits = self.limits(x.device.index)
         device = extension.Device(torch.cuda.get_device_name(x.device), *limits[:4], limits[4:9], *limits[9:])
@@ -106,7 +106,8 @@ class Cuda(Compiled):
         return str(
             extension.plan(
                 device, n=n, c=c, r=r, l=x.numel() // (n * c), dtype=str(x.dtype).removeprefix("torch."),
-                channels_last=is_channels_last(x), squeeze=options.squeeze, pre_act=options.pre_act > 0,
+                channels_last=is_channels_last(x), squeeze=options.squeeze, 
+                pre_act=options.pre_act > 0 or has_scale,
                 residual=own_residual, post_act=options.post_act > 0, forced=forcing.current().plan,
             )
         )  # fmt: skip

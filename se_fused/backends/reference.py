@@ -25,13 +25,13 @@ class Reference(Backend):
         return None
 
     def forward_out(self, *args: Any) -> None:
-        (x, w1, b1, w2, b2, residual), options = args[:6], Options(*args[6:13])
-        _, y, *saved = args[13:]
-        u = FUNCTIONS[options.pre_act](x.to(torch.promote_types(x.dtype, torch.float32)))
+        (x, w1, b1, w2, b2, residual, scale, shift), options = args[:8], Options(*args[8:15])
+        _, y, *saved = args[15:]
+        u = FUNCTIONS[options.pre_act](reference.affine(x, scale, shift))
         for out, found in zip(saved, reference.before_gate(u, w1, b1, w2, b2, options), strict=True):
             if out is not None and found is not None:
                 out.copy_(found)
-        y.copy_(reference.compute(x, w1, b1, w2, b2, residual, options))
+        y.copy_(reference.compute(x, w1, b1, w2, b2, residual, scale, shift, options=options))
 
     def backward_out(self, g: Tensor, *args: Any) -> None:
         inputs, options, residual_is_x, outs = list(args[:6]), Options(*args[9:16]), args[17], args[18:]
@@ -47,7 +47,7 @@ class Reference(Backend):
             x, w1, b1, w2, b2, residual = leaves
             assert x is not None
             assert w2 is not None
-            y = reference.compute(x, w1, b1, w2, b2, residual, options)
+            y = reference.compute(x, w1, b1, w2, b2, residual, options=options)
             found = iter(torch.autograd.grad(y, recorded, g.clone() if g.is_inference() else g))
         grads: list[Any] = [None if t is None else next(found) for t in leaves]
         if residual_is_x:

@@ -113,7 +113,7 @@ def _bind_layer(call: Neighbours, root: nn.Module, way: str | None) -> Callable[
         if w2.dtype is not x.dtype:  # the kernel takes some that the layer does not
             return None
         norm = None if read is None else read()
-        return kernels.forward(x, w1, b1, w2, b2, residual, owns_x, *options, norm, s)  # type: ignore[no-any-return]
+        return kernels.forward(x, w1, b1, w2, b2, residual, owns_x, *options, None, None, norm, s)  # type: ignore[no-any-return]
 
     def scaled(x: Tensor, residual: Tensor | None = None) -> Tensor:
         y = forward(x, residual, None)

@@ -24,10 +24,10 @@ from .tiles import (
     MEAN,
     OFFSET,
     POST_ACT,
-    PRE_ACT,
     SLOPE,
     SQUEEZE,
     add_bias,
+    before_squeeze,
     block_start,
     gemv,
     load_weights,
@@ -41,7 +41,7 @@ from .tiles import (
 
 @triton.jit
 def _squeeze(
-    x, sums, maxima, split, n0, c0, begin, end, n, c, l, OPTIONS: tl.constexpr,
+    x, scale, shift, sums, maxima, split, n0, c0, begin, end, n, c, l, OPTIONS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, ALIGNMENT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
@@ -51,7 +51,7 @@ def _squeeze(
     for l0 in range(begin, end, BLOCK_L):
         offset, inside = map_offsets(n0, c0, l0, n, c, l, CHANNELS_LAST, ALIGNMENT, BLOCK_N, BLOCK_C, BLOCK_L)
         raw = tl.load(x + offset, inside, 0.0).to(A)
-        u = activation(raw, OPTIONS[PRE_ACT], OPTIONS[SLOPE], OPTIONS[OFFSET])
+        u = before_squeeze(raw, scale, shift, c0, c, OPTIONS)
         if OPTIONS[SQUEEZE] != MAX:
             total += tl.where(inside, u, 0.0)
         if OPTIONS[SQUEEZE] != MEAN:
@@ -106,7 +106,7 @@ def _hidden(
 
 @triton.jit
 def _scale(
-    x, residual, z, p1, w2, b2, p2, y, n0, c0, begin, end, n, c, r, l, OPTIONS: tl.constexpr,
+    x, residual, scale, shift, z, p1, w2, b2, p2, y, n0, c0, begin, end, n, c, r, l, OPTIONS: tl.constexpr,
     RESIDUAL: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGNMENT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -120,14 +120,14 @@ def _scale(
     s = activation(t, OPTIONS[GATE], OPTIONS[SLOPE], OPTIONS[OFFSET])
     for l0 in range(begin, end, BLOCK_L):
         offset, inside = map_offsets(n0, c0, l0, n, c, l, CHANNELS_LAST, ALIGNMENT, BLOCK_N, BLOCK_C, BLOCK_L)
-        _, _, v = scale_add(x, residual, s, offset, inside, OPTIONS, RESIDUAL)
+        _, _, v = scale_add(x, residual, s, offset, inside, OPTIONS, RESIDUAL, scale, shift, c0, c)
         out = activation(v, OPTIONS[POST_ACT], OPTIONS[SLOPE], OPTIONS[OFFSET])
         tl.store(y + offset, out.to(y.dtype.element_ty), inside)
 
 
 @triton.jit
 def squeeze_kernel(
-    x, sums, maxima, n, c, l, steps, OPTIONS: tl.constexpr,
+    x, scale, shift, sums, maxima, n, c, l, steps, OPTIONS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, ALIGNMENT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
@@ -138,7 +138,7 @@ def squeeze_kernel(
     begin = block_start(split, BLOCK_L) * steps
     end = tl.minimum(begin + steps * BLOCK_L, l)
     _squeeze(
-        x, sums, maxima, split, n0, c0, begin, end, n, c, l, OPTIONS,
+        x, scale, shift, sums, maxima, split, n0, c0, begin, end, n, c, l, OPTIONS,
         CHANNELS_LAST, ALIGNMENT, BLOCK_N, BLOCK_C, BLOCK_L,
     )  # fmt: skip
 
@@ -155,7 +155,7 @@ def hidden_kernel(
 
 @triton.jit
 def scale_kernel(
-    x, residual, z, p1, w2, b2, p2, y, n, c, r, l, steps, OPTIONS: tl.constexpr,
+    x, residual, scale, shift, z, p1, w2, b2, p2, y, n, c, r, l, steps, OPTIONS: tl.constexpr,
     RESIDUAL: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGNMENT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -165,20 +165,23 @@ def scale_kernel(
     begin = block_start(tl.program_id(1), BLOCK_L) * steps
     end = tl.minimum(begin + steps * BLOCK_L, l)
     _scale(
-        x, residual, z, p1, w2, b2, p2, y, n0, c0, begin, end, n, c, r, l, OPTIONS,
+        x, residual, scale, shift, z, p1, w2, b2, p2, y, n0, c0, begin, end, n, c, r, l, OPTIONS,
         RESIDUAL, CHANNELS_LAST, ALIGNMENT, BLOCK_N, BLOCK_C, BLOCK_L, BLOCK_K,
     )  # fmt: skip
 
 
 @triton.jit
 def forward_sample_kernel(
-    x, residual, w1, b1, w2, b2, sums, maxima, z, p1, p2, y, n, c, r, l, OPTIONS: tl.constexpr,
+    x, residual, scale, shift, w1, b1, w2, b2, sums, maxima, z, p1, p2, y, n, c, r, l, OPTIONS: tl.constexpr,
     RESIDUAL: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGNMENT: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K1: tl.constexpr, BLOCK_K2: tl.constexpr,
 ):  # fmt: skip
     n0 = block_start(tl.program_id(0), 1)
     for c0 in range(0, c, BLOCK_C):
-        _squeeze(x, sums, maxima, 0, n0, c0, 0, l, n, c, l, OPTIONS, CHANNELS_LAST, ALIGNMENT, 1, BLOCK_C, BLOCK_L)
+        _squeeze(
+            x, scale, shift, sums, maxima, 0, n0, c0, 0, l, n, c, l, OPTIONS,
+            CHANNELS_LAST, ALIGNMENT, 1, BLOCK_C, BLOCK_L,
+        )  # fmt: skip
     tl.debug_barrier()
     for r0 in range(0, r, BLOCK_R):
         _hidden(sums, maxima, z, w1, b1, p1, n0, r0, 1, n, c, r, l, OPTIONS, 1, BLOCK_R, BLOCK_K1)
@@ -186,6 +189,6 @@ def forward_sample_kernel(
     tl.debug_barrier()
     for c0 in range(0, c, BLOCK_C):
         _scale(
-            x, residual, z, p1, w2, b2, p2, y, n0, c0, 0, l, n, c, r, l, OPTIONS,
+            x, residual, scale, shift, z, p1, w2, b2, p2, y, n0, c0, 0, l, n, c, r, l, OPTIONS,
             RESIDUAL, CHANNELS_LAST, ALIGNMENT, 1, BLOCK_C, BLOCK_L, BLOCK_K2,
         )  # fmt: skip

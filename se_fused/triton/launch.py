@@ -80,6 +80,7 @@ def _on_device(x: Tensor) -> AbstractContextManager[Any]:
 
 def forward_out(
     x: Tensor, w1: Tensor | None, b1: Tensor | None, w2: Tensor, b2: Tensor | None, residual: Tensor | None,
+    scale: Tensor | None, shift: Tensor | None,
     act: int, gate: int, slope: float, offset: float, squeeze: int, pre_act: int, post_act: int, channels_last: bool,
     y: Tensor, z: Tensor | None, p1: Tensor | None, p2: Tensor | None,
 ) -> None:  # fmt: skip
@@ -95,19 +96,20 @@ def forward_out(
     with _on_device(x):
         if tiling.one_launch:
             forward.forward_sample_kernel[(n,)](
-                x, p.residual, w1, b1, w2, b2, sums, maxima, z, p1, p2, y, n, c, r, l,
+                x, p.residual, scale, shift, w1, b1, w2, b2, sums, maxima, z, p1, p2, y, n, c, r, l,
                 **p.sample_args, **p.scale_args, **p.launch_args,
             )  # fmt: skip
             return
         forward.squeeze_kernel[p.map_grid](
-            x, sums, maxima, n, c, l, tiling.steps, BLOCK_N=tiling.block_n, **p.tile_args, **p.launch_args
-        )
+            x, scale, shift, sums, maxima, n, c, l, tiling.steps,
+            BLOCK_N=tiling.block_n, **p.tile_args, **p.launch_args,
+        )  # fmt: skip
         forward.hidden_kernel[p.hidden_grid](
             sums, maxima, z, w1, b1, p1, tiling.splits, n, c, r, l, options,
             BLOCK_N=tiling.block_n, BLOCK_R=tiling.block_r, BLOCK_K=tiling.block_k1, **p.launch_args,
         )  # fmt: skip
         forward.scale_kernel[p.map_grid](
-            x, p.residual, z, p1, w2, b2, p2, y, n, c, r, l, tiling.steps,
+            x, p.residual, scale, shift, z, p1, w2, b2, p2, y, n, c, r, l, tiling.steps,
             BLOCK_N=tiling.block_n, BLOCK_K=tiling.block_k2, **p.scale_args, **p.launch_args,
         )  # fmt: skip
 

@@ -116,11 +116,24 @@ def gemv(
 
 
 @triton.jit
-def scale_add(x, residual, s, offset, inside, OPTIONS: tl.constexpr, RESIDUAL: tl.constexpr):
+def before_squeeze(raw, scale, shift, c0, c, OPTIONS: tl.constexpr):
+    """Returns u = pre_act(scale raw + shift) of a tile of x from channel c0 on. scale and shift may be None."""
+    if scale is not None:
+        i = c0 + tl.arange(0, raw.shape[1])
+        k = tl.load(scale + i, i < c, 0.0)[None, :, None]
+        b = tl.load(shift + i, i < c, 0.0)[None, :, None]
+        raw = tl.fma(raw, tl.broadcast_to(k, raw.shape), tl.broadcast_to(b, raw.shape))
+    return activation(raw, OPTIONS[PRE_ACT], OPTIONS[SLOPE], OPTIONS[OFFSET])
+
+
+@triton.jit
+def scale_add(
+    x, residual, s, offset, inside, OPTIONS: tl.constexpr, RESIDUAL: tl.constexpr, scale=None, shift=None, c0=0, c=0
+):
     """Loads one tile of x and returns x, u and v = u s + residual."""
     A: tl.constexpr = s.dtype
     raw = tl.load(x + offset, inside, 0.0).to(A)
-    u = activation(raw, OPTIONS[PRE_ACT], OPTIONS[SLOPE], OPTIONS[OFFSET])
+    u = before_squeeze(raw, scale, shift, c0, c, OPTIONS)
     v = u * s[:, :, None]
     if RESIDUAL == MAP:
         v += tl.load(residual + offset, inside, 0.0).to(A)

@@ -132,7 +132,7 @@ def test_a_compiled_region_follows_the_backend_that_is_forced():
 def test_the_library_knows_the_forced_plan_during_each_call():
     library = Library()
     cuda = Cuda(library)
-    tensors = [torch.ones(1, 2, 3), None, None, torch.ones(2, 2), None, None]
+    tensors = [torch.ones(1, 2, 3), None, None, torch.ones(2, 2), *[None] * 4]
     y = torch.empty(1, 2, 3)
 
     def run():
@@ -156,14 +156,15 @@ def recorded(case, backend):
     """y, what is saved for backward, and every gradient, by the operators of a program that was recorded elsewhere."""
     tensors = {key: t if t is None else t.requires_grad_() for key, t in case.tensors().items()}
     inputs = [tensors[key] for key in ("x", "w1", "b1", "w2", "b2", "residual")]
+    vectors = torch.rand(2, case.c)
     options, watching = Options.of(**case.options), Watching(backend)
     with forcing.force(forcing.Forced("watching", watching)):
         y, *saved = torch.ops.se_fused.squeeze_excite_train(*inputs, *options)
         (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)).sum().backward()
         with torch.no_grad():
-            inference = torch.ops.se_fused.squeeze_excite(*inputs, *options)
+            inference = torch.ops.se_fused.squeeze_excite(*inputs, *vectors, *options)
             inputs[0] = inputs[0].detach().clone()
-            torch.ops.se_fused.squeeze_excite_(*inputs, *options)
+            torch.ops.se_fused.squeeze_excite_(*inputs, *vectors, *options)
     asked = ["why_not", "forward_out", "why_not", "backward_out"] + ["why_not", "forward_out"] * 2
     assert watching.asked == asked
     return [y, *saved, inference, inputs[0], *(t.grad for t in tensors.values() if t is not None)]

@@ -66,6 +66,7 @@ def test_dense_maps_take_it(answers, layout, inplace):
         Case(dtype=torch.float64, r=None, bias=False),
         Case(spatial=(13,), layout="channels_last", residual="x"),
         Case(spatial=(3, 2, 5), layout="channels_last"),
+        Case(affine=True, dtype=torch.float16, float_weights=True),
     ],
     ids=str,
 )
@@ -84,6 +85,8 @@ def test_both_ways_give_the_same_bits(case):
     tensors, found = case.tensors(), []
     if case.residual == "map":
         tensors["residual"] = LAYOUTS[case.layout](tensors["residual"])
+    for name in ("scale", "shift") if case.affine else ():
+        tensors[name] = tensors[name].to(torch.promote_types(case.dtype, torch.float32))
     fast_path = backends.CPU.fast_path
     for way in (lambda *args, **more: found.append(fast_path(*args, **more)) or found[-1], lambda *_, **__: None):
         with pytest.MonkeyPatch.context() as patch:
@@ -125,6 +128,7 @@ REFUSED = {
     "a lazily negated weight": lambda t: {**t, "w2": torch._neg_view(t["w2"])},
     "a subclass": lambda t: {**t, "b1": t["b1"].as_subclass(Subclass)},
     "a tensor without memory": lambda t: {**t, "b2": torch._efficientzerotensor((16,), dtype=torch.float32)},
+    "a strided shift": lambda t: {**t, "scale": t["b2"], "shift": torch.ones(32)[::2]},
 }
 
 
@@ -147,12 +151,15 @@ WRONG = {
     "a vector": lambda t: {**t, "x": t["x"][0, 0, 0]},
     "weights that are no tensor": lambda t: {**t, "w1": t["w1"].tolist()},
     "no weights": lambda t: {**t, "w2": None},
+    "a scale without a shift": lambda t: {**t, "scale": t["b2"]},
+    "a shift of another size": lambda t: {**t, "scale": t["b2"], "shift": t["b2"][:1]},
+    "a scale of another dtype": lambda t: {**t, "scale": t["b2"].double(), "shift": t["b2"]},
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_what_is_wrong_is_said_as_ever(answers, name):
-    with pytest.raises((TypeError, ValueError), match=r"squeeze_excite: (x|w1|w2|b2|residual) is "):
+    with pytest.raises((TypeError, ValueError), match=r"squeeze_excite: (x|w1|w2|b2|residual|scale|shift) is "):
         run(WRONG[name](Case().tensors()))
     assert True not in answers
 

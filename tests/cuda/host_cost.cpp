@@ -133,17 +133,18 @@ class Layer {
   }
 
  private:
-  using Stack = std::array<StableIValue, 18>;
+  using Stack = std::array<StableIValue, 20>;
 
   static StableIValue handle(AtenTensorOpaque& tensor) { return reinterpret_cast<StableIValue>(&tensor); }
   static StableIValue optional(AtenTensorOpaque& tensor) {
     return reinterpret_cast<StableIValue>(new StableIValue(handle(tensor)));
   }
   Stack arguments() {
-    const StableIValue none = 0, relu = 1, sigmoid = 9;
-    return {
-        handle(x_), optional(w1_), optional(b1_), handle(w2_), optional(b2_), none, relu, sigmoid, 0, 0, squeeze_, 0, 0,
-        0,          handle(x_),    none,          none,        none};
+    constexpr StableIValue kRelu = 1, kSigmoid = 9;
+    // In the order of the schema (se_fused/ops.py). What is not set is 0: no tensor, or the option's default.
+    Stack stack{handle(x_), optional(w1_), optional(b1_), handle(w2_), optional(b2_)};
+    stack[8] = kRelu, stack[9] = kSigmoid, stack[12] = squeeze_, stack[16] = handle(x_);
+    return stack;
   }
   static void forward(Stack stack) {
     static const Function function = registered().at("forward_out");

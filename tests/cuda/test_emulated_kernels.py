@@ -5,6 +5,7 @@ call reads and writes as many bytes of the maps as the plan says.
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -83,7 +84,8 @@ def cluster_plans(case, backward):
                 native.load_extension().preset("H200"), n=case.n, c=case.c, r=case.r or 0, l=positions,
                 dtype=str(case.dtype).removeprefix("torch."), backward=backward, forced=plan,
                 channels_last=channels_last, alignment=alignment(case), residual=case.residual == "map",
-                squeeze=SQUEEZES.index(options.get("squeeze", "mean")), pre_act=options.get("pre_act") is not None,
+                squeeze=SQUEEZES.index(options.get("squeeze", "mean")),
+                pre_act=case.affine or options.get("pre_act") is not None,
                 post_act=options.get("post_act") is not None,
             )  # fmt: skip
         except ValueError:
@@ -127,7 +129,7 @@ def test_rows_through_shared_memory(cuda, case, data, seed):
     assert f"{rows} rows at a time through shared memory" in cuda.last_plan()
     cuda.setup("T4", f"rows={rows}", seed + 1)
     assert torch.equal(y.nan_to_num(), forward(case).nan_to_num()), "another schedule gives other bits"
-    compare(case)
+    compare(replace(case, affine=False))
     assert "two_pass backward" in cuda.last_plan()
     assert f"{rows} rows at a time through shared memory" in cuda.last_plan()
 
@@ -145,7 +147,7 @@ def test_forward_in_clusters_of_every_size(cuda, case, data, seed):
     assert torch.equal(y.nan_to_num(), forward(case).nan_to_num()), "another schedule gives other bits"
 
 
-@given(cases(dtypes=BELOW_FLOAT64, pre_acts=ORDER_KEEPING), st.data(), SEEDS)
+@given(cases(dtypes=BELOW_FLOAT64, pre_acts=ORDER_KEEPING, affines=(False,)), st.data(), SEEDS)
 @settings(max_examples=80)
 def test_gradients_in_clusters_of_every_size(cuda, case, data, seed):
     serving = [plan for plan in cluster_plans(case, backward=True) if plan in cluster_plans(case, backward=False)]
@@ -163,7 +165,7 @@ def test_channels_last_in_clusters(cuda, case, size, seed):
     assume(plan in cluster_plans(case, backward=True))
     cuda.setup("H200", plan, seed)
     forward(case)
-    compare(case)
+    compare(replace(case, affine=False))
     assert "cluster backward" in cuda.last_plan()
 
 
@@ -179,7 +181,7 @@ def test_in_place(cuda, case, gpu, seed):
     assert_close(y, expected, case.dtype)
 
 
-@given(cases(pre_acts=ORDER_KEEPING), SEEDS)
+@given(cases(pre_acts=ORDER_KEEPING, affines=(False,)), SEEDS)
 @settings(max_examples=120)
 def test_gradients(cuda, case, seed):
     cuda.setup("T4", "", seed)
@@ -272,6 +274,18 @@ def test_every_option(cuda, options, residual, plan, layouts):
         case = Case(c=24, r=5, spatial=(3, 7), dtype=dtype, layout=layout, residual=residual, options=options)
         forward(case)
         compare(case)
+
+
+@pytest.mark.parametrize("options", [{}, *OPTIONS[-2:], {"pre_act": "silu", "post_act": "relu"}], ids=str)
+@pytest.mark.parametrize("residual", ["none", "map", "x"])
+@pytest.mark.parametrize("spatial", [(3, 7), (4, 4), (2, 6), (3,), (1, 1)], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gpu", GPUS)
+def test_scale_and_shift(cuda, gpu, dtype, layout, spatial, residual, options):
+    cuda.setup(gpu)
+    case = Case(n=3, c=24, r=5, spatial=spatial, layout=layout, dtype=dtype, residual=residual, options=options)
+    forward(replace(case, affine=True))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

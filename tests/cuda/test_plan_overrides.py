@@ -157,7 +157,7 @@ def test_explain_prints_the_plan_of_the_device_with_its_prediction(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H200")
     for x in (torch.empty(32, 256, 7, 7, dtype=torch.float16), torch.empty(1, 24, 300, 300)):
-        text = Cuda(Library()).plan(x, 16, Options.of(), own_residual=False)
+        text = Cuda(Library()).plan(x, 16, Options.of(), own_residual=False, has_scale=False)
         n, c, *spatial = x.shape
         assert text == str(C.plan(H200, n=n, c=c, r=16, l=math.prod(spatial), dtype=str(x.dtype)[6:]))
         assert re.search(f"predicted: {PREDICTED}", text)

@@ -15,7 +15,7 @@ import se_fused
 from se_fused import memory, reference
 
 pytestmark = pytest.mark.usefixtures("native")
-NAMES = ("x", "w1", "b1", "w2", "b2", "residual")
+NAMES = ("x", "w1", "b1", "w2", "b2", "residual", "scale", "shift")
 
 
 def _reversed(t):
@@ -41,6 +41,9 @@ HISTORIES = {
     "residual comes from x": lambda t: {**t, "residual": t["x"] * 2},
     "x comes from w1": lambda t: {**t, "x": t["x"] + t["w1"].sum()},
     "w1 comes from x": lambda t: {**t, "w1": t["w1"] * t["x"].mean()},
+    "shift is scale": lambda t: {**t, "shift": t["scale"]},
+    "shift comes from x": lambda t: {**t, "shift": t["shift"] * t["x"].mean()},
+    "no scale and shift": lambda t: {**t, "scale": None, "shift": None},
 }
 
 
@@ -79,7 +82,7 @@ def gradients(function, leaves, history, way, g, order, options):
 
 
 @given(
-    layouts=st.tuples(*[st.sampled_from(list(LAYOUTS))] * 7),
+    layouts=st.tuples(*[st.sampled_from(list(LAYOUTS))] * 9),
     history=st.sampled_from(list(HISTORIES)),
     way=st.sampled_from(list(WAYS)),
     order=st.sampled_from([1, 2]),
@@ -93,10 +96,10 @@ def gradients(function, leaves, history, way, g, order, options):
 )
 @settings(max_examples=400)
 def test_gradients_whatever_the_strides_and_the_history(layouts, history, way, order, options):
-    case = Case(n=2, c=6, r=6, spatial=(3, 4), dtype=torch.float64, residual="map")
+    case = Case(n=2, c=6, r=6, spatial=(3, 4), dtype=torch.float64, residual="map", affine=True)
     leaves = {name: LAYOUTS[layout](t) for (name, t), layout in zip(case.tensors().items(), layouts, strict=False)}
     # PyTorch itself does not keep a separate gradient for each element of memory of an expanded leaf.
-    g = LAYOUTS[layouts[6]](torch.randn_like(leaves["x"].contiguous()))
+    g = LAYOUTS[layouts[8]](torch.randn_like(leaves["x"].contiguous()))
     got, wanted = (
         gradients(f, leaves, history, way, g, order, options)
         for f in (se_fused.squeeze_excite, reference.squeeze_excite)
@@ -139,7 +142,8 @@ def test_batched_gradients(vectorize):
 
 @st.composite
 def views(draw):
-    """x [2, 3, 2, 2] and a residual like it or a w2 [3, 3], each with its own strides and offset in 64 elements."""
+    """x [2, 3, 2, 2] and a residual like it, a w2 [3, 3] or a scale [3], each with its own strides and offset in 64
+    elements."""
 
     def view(shape):
         steps = draw(st.lists(st.sampled_from([0, 1, 2, 3, 4, 6, 8, 12, 24]), min_size=len(shape), max_size=len(shape)))
@@ -147,7 +151,9 @@ def views(draw):
         assume(room >= 0)
         return shape, steps, draw(st.integers(0, room))
 
-    return view((2, 3, 2, 2)), draw(st.sampled_from(["residual", "w2"])), view((2, 3, 2, 2)), view((3, 3))
+    shapes = {"residual": (2, 3, 2, 2), "w2": (3, 3), "scale": (3,)}
+    name = draw(st.sampled_from(list(shapes)))
+    return view((2, 3, 2, 2)), name, view(shapes[name])
 
 
 def places(shape, steps, offset):
@@ -160,11 +166,14 @@ def places(shape, steps, offset):
 @given(views(), st.booleans())
 @settings(max_examples=600)
 def test_in_place_is_right_or_refused_wherever_inputs_lie(drawn, exact):
-    x_view, name, residual_view, w2_view = drawn
-    other_view = w2_view if name == "w2" else x_view if exact else residual_view
+    x_view, name, other_view = drawn
+    if name == "residual" and exact:
+        other_view = x_view
     flat = torch.randn(64)
     x, other = flat.as_strided(*x_view), flat.as_strided(*other_view)
     tensors = {**dict.fromkeys(NAMES), "x": x, "w2": torch.randn(3, 3), name: other}
+    if name == "scale":
+        tensors["shift"] = torch.randn(3)
     mine, its = places(*x_view), places(*other_view)
     legal = len(set(mine)) == len(mine) and (not set(mine) & set(its) or (name == "residual" and mine == its))
     copies = {key: t if t is None else t.clone() for key, t in tensors.items()}
@@ -220,8 +229,8 @@ import itertools, sys
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 import torch, se_fused
 from cases import Case, call
-for name, offset, grad in itertools.product(["x", "w1", "b2", "residual"], [0, 64], [False, True]):
-    tensors = Case(residual="map").tensors()
+for name, offset, grad in itertools.product(["x", "w1", "b2", "residual", "shift"], [0, 64], [False, True]):
+    tensors = Case(residual="map", affine=True).tensors()
     flat = torch.randn(offset + tensors[name].numel())
     tensors[name] = flat[offset:].view(tensors[name].shape)
     flat.untyped_storage().resize_(0)
@@ -234,7 +243,7 @@ for name, offset, grad in itertools.product(["x", "w1", "b2", "residual"], [0, 6
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["named"] * 16
+    assert done.stdout.split() == ["named"] * 20
 
 
 def test_the_kernels_refuse_what_the_call_would():
@@ -242,14 +251,20 @@ def test_the_kernels_refuse_what_the_call_would():
     flat = torch.randn(65)
     x, y = flat[:64].view(1, 4, 4, 4), flat[1:].view(1, 4, 4, 4)
     out = torch.ops.se_fused.forward_out.default
-    options = (0, 9, 0.0, 0.0, 0, 0, 0)
+    options, nothing = (0, 9, 0.0, 0.0, 0, 0, 0), (None,) * 4
     with pytest.raises(RuntimeError, match="y overlaps x"):
-        out(x, None, None, torch.randn(4, 4), None, None, *options, False, y, None, None, None)
+        out(x, None, None, torch.randn(4, 4), *nothing, *options, False, y, None, None, None)
     with pytest.raises(RuntimeError, match="y overlaps w2"):
-        out(x.clone(), None, None, flat[1:17].view(4, 4), None, None, *options, False, y, None, None, None)
+        out(x.clone(), None, None, flat[1:17].view(4, 4), *nothing, *options, False, y, None, None, None)
+    with pytest.raises(RuntimeError, match="y overlaps shift"):
+        out(x.clone(), None, None, torch.randn(4, 4), None, None, torch.randn(4), flat[1:5], *options, False, y,
+            None, None, None)  # fmt: skip
+    with pytest.raises(RuntimeError, match="scale without shift"):
+        out(x.clone(), None, None, torch.randn(4, 4), None, None, torch.randn(4), None, *options, False, y,
+            None, None, None)  # fmt: skip
     z = torch.empty(4, 2).t()
     with pytest.raises(RuntimeError, match="z is not row-major"):
-        out(torch.randn(2, 4, 2, 2), None, None, torch.randn(4, 4), None, None, *options, False,
+        out(torch.randn(2, 4, 2, 2), None, None, torch.randn(4, 4), *nothing, *options, False,
             torch.empty(2, 4, 2, 2), z, torch.empty(2, 0), torch.empty(2, 4))  # fmt: skip
 
 

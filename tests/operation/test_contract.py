@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("native")
 
 
 def good():
-    return Case(c=8, r=2, residual="map").tensors()
+    return Case(c=8, r=2, residual="map", affine=True).tensors()
 
 
 def changed(**replacements):
@@ -69,6 +69,16 @@ BAD_TENSORS = [
     ({"residual": X[:1]}, ValueError, r"residual is a tensor of shape \[1, 8, 5, 7\].*of x"),
     ({"residual": X.double()}, ValueError, r"residual is .*float64"),
     ({"residual": 1}, TypeError, r"residual is 1; wanted"),
+    ({"scale": None}, TypeError, r"scale is None; wanted a tensor of shape \[8\]"),
+    ({"shift": None}, TypeError, r"shift is None; wanted a tensor of shape \[8\]"),
+    ({"scale": 2.0}, TypeError, r"scale is 2.0; wanted a tensor of shape \[8\]"),
+    ({"scale": torch.randn(7)}, ValueError, r"scale is .*wanted shape \[8\]"),
+    ({"shift": torch.randn(8, 1, 1)}, ValueError, r"shift is .*wanted shape \[8\]"),
+    ({"scale": torch.randn(8).double()}, TypeError, r"scale is .*float64.*torch.float32, the dtype of x"),
+    ({"shift": torch.randn(8).half()}, TypeError, r"shift is .*float16.*torch.float32, the dtype of x"),
+    ({"shift": torch.randn(8).to_sparse()}, TypeError, r"shift is a torch.sparse_coo tensor"),
+    ({"scale": torch.nested.nested_tensor([X[0], X[1]])}, TypeError, r"scale is a nested tensor"),
+    ({"shift": torch.randn(8, device="meta")}, ValueError, r"shift is on meta; wanted cpu, the device of x"),
 ]
 
 
@@ -149,26 +159,28 @@ def test_in_place_refuses_memory_that_overlaps_itself():
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "every_second", "transposed"])
 @pytest.mark.parametrize("r", [3, None])
 def test_opcheck(dtype, layout, r):
-    case = Case(c=8, r=r, dtype=dtype, layout=layout, residual="map")
+    case = Case(c=8, r=r, dtype=dtype, layout=layout, residual="map", affine=True)
     tensors = case.tensors()
     options = Options.of("silu", "hard_sigmoid", "mean_max", "relu", "tanh")
     ops = torch.ops.se_fused
-    order = ("x", "w1", "b1", "w2", "b2", "residual")
-    opcheck(ops.squeeze_excite.default, (*(tensors[name] for name in order), *options))
-    opcheck(ops.squeeze_excite_.default, (*(tensors[name] for name in order), *options))
+    *training, scale, shift = tensors.values()
+    for vectors in ((scale, shift), (None, None)):
+        opcheck(ops.squeeze_excite.default, (*training, *vectors, *options))
+        opcheck(ops.squeeze_excite_.default, (*training, *vectors, *options))
     for tensor in tensors.values():
         if tensor is not None:
             tensor.requires_grad_()
-    opcheck(ops.squeeze_excite_train.default, (*(tensors[name] for name in order), *options))
+    opcheck(ops.squeeze_excite_train.default, (*training, *options))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_compile_sees_one_graph_forward_and_backward(layout):
     torch._dynamo.reset()
-    case = Case(c=8, r=2, dtype=torch.float64, layout=layout, residual="map", options={"post_act": "relu"})
+    case = Case(c=8, r=2, dtype=torch.float64, layout=layout, residual="map", affine=True)
 
-    def step(x, w1, b1, w2, b2, residual):
-        return se_fused.squeeze_excite(2 * x, w1, b1, w2, b2, residual=residual, post_act="relu") + 1
+    def step(x, w1, b1, w2, b2, residual, scale, shift):
+        more = {"residual": residual, "scale": scale, "shift": shift}
+        return se_fused.squeeze_excite(2 * x, w1, b1, w2, b2, **more, post_act="relu") + 1
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     results = []
@@ -249,7 +261,7 @@ def test_float_weights_beside_a_half_map_on_a_device_without_autocast():
 
 
 def test_half_weights_beside_a_float_map_need_autocast():
-    tensors = {name: t.bfloat16() if name.startswith(("w", "b")) else t for name, t in good().items()}
+    tensors = {name: t.bfloat16() if name.startswith(("w", "b", "s")) else t for name, t in good().items()}
     with pytest.raises(TypeError, match=r"w2 is .*bfloat16"):
         call(se_fused.squeeze_excite, tensors, {})
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -315,6 +327,9 @@ def test_backends_explain_themselves():
     positional = [tensors[name] for name in ("x", "w1", "b1", "w2", "b2")]
     explanation = se_fused.explain(*positional)
     assert explanation.backend == "cpu"
+    assert se_fused.explain(*positional, scale=tensors["scale"], shift=tensors["shift"]) == explanation
+    with pytest.raises(TypeError, match="shift is None"):
+        se_fused.explain(*positional, scale=tensors["scale"])
     assert set(explanation.why_not) == {"cuda", "triton", "reference"}
     assert all(explanation.why_not.values())
     with se_fused.use_backend("reference"):

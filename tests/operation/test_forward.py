@@ -79,6 +79,26 @@ def test_special_values_stay_in_their_sample(place, name, squeeze, layout):
         assert_close(y[sample], expected[sample].double(), torch.float32, f"sample {sample}")
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("squeeze", SQUEEZES)
+@pytest.mark.parametrize("pre_act", [None, "relu", "silu"])
+@pytest.mark.parametrize("name", ["scale", "shift", "x"])
+def test_special_values_by_way_of_scale_and_shift_stay_in_their_channel(name, pre_act, squeeze, layout):
+    """An infinity times 0 is NaN, as in eager PyTorch."""
+    specials = [float("nan"), float("inf"), -float("inf"), 0.0, 1e30, -1e30]
+    case = Case(n=2, c=len(specials) + 1, r=3, layout=layout, affine=True, bias=False)
+    options = {"pre_act": pre_act, "squeeze": squeeze}
+    for value in specials:
+        tensors = case.tensors()
+        tensors["scale"][1] = 0
+        tensors[name][(1, 1, 2, 3) if name == "x" else 1] = value
+        with torch.no_grad():
+            y = call(se_fused.squeeze_excite, tensors, options)
+            expected = in_pytorch(tensors, options)
+        for channel in range(case.c):  # each by itself, because the largest value sets the tolerance
+            assert_close(y[:, channel], expected[:, channel].double(), torch.float32, f"{value}, channel {channel}")
+
+
 def test_half_precision_sums_do_not_overflow():
     case = Case(c=8, r=2, spatial=(64, 64), dtype=torch.float16)
     tensors = case.tensors()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import GATE_CHOICES, Case, call, cases
-from gradients import NAMES, ORDER_KEEPING, compare
+from gradients import NAMES, ORDER_KEEPING, compare, gradients
 from hypothesis import assume, given, settings
 from torch.autograd import forward_ad
 
@@ -22,7 +22,7 @@ def test_every_option_in_float64(case):
     compare(case)
 
 
-@given(cases(pre_acts=ORDER_KEEPING))
+@given(cases(pre_acts=ORDER_KEEPING, affines=(False,)))
 @settings(max_examples=300)
 def test_every_dtype_and_layout(case):
     compare(case)
@@ -38,19 +38,21 @@ def test_real_and_odd_shapes(n, c, r, spatial, layout, squeeze):
     compare(Case(n=n, c=c, r=r, spatial=spatial, layout=layout, options={"squeeze": squeeze}))
 
 
-def small(residual="none", r=2, **options):
+def small(residual="none", r=2, affine=False, **options):
     """A case for finite differences: with high probability away from kinks, and without equal maxima."""
-    case = Case(n=2, c=2, r=r, spatial=(3,), dtype=torch.float64, residual=residual, seed=7, options=options)
+    case = Case(
+        n=2, c=2, r=r, spatial=(3,), dtype=torch.float64, residual=residual, affine=affine, seed=7, options=options
+    )
     tensors = {name: t if t is None else t.requires_grad_() for name, t in case.tensors().items()}
-    inputs = [t for name, t in tensors.items() if t is not None and not (name == "residual" and residual == "x")]
+    inputs = {n: t for n, t in tensors.items() if t is not None and not (n == "residual" and residual == "x")}
 
     def function(*values):
-        given = dict(zip([n for n, t in tensors.items() if any(t is i for i in inputs)], values, strict=False))
+        given = dict(zip(inputs, values, strict=True))
         if residual == "x":
             given["residual"] = given["x"]
         return call(se_fused.squeeze_excite, {name: given.get(name) for name in NAMES}, options)
 
-    return function, inputs
+    return function, list(inputs.values())
 
 
 OPTIONS = (
@@ -60,6 +62,8 @@ OPTIONS = (
     + [{"gate": gate} for gate in GATE_CHOICES]
     + [{"squeeze": squeeze, "pre_act": "silu"} for squeeze in SQUEEZES]
     + [{"residual": "x"}, {"residual": "x", "post_act": "tanh"}, {"residual": "map"}, {"r": None}]
+    + [{"affine": True, "squeeze": squeeze, "pre_act": "silu"} for squeeze in SQUEEZES]
+    + [{"affine": True}, {"affine": True, "residual": "x", "post_act": "tanh"}]
 )
 
 
@@ -85,15 +89,35 @@ def test_third_order():
 
 @pytest.mark.parametrize("wanted", NAMES)
 def test_each_gradient_alone(wanted):
-    case = Case(
-        dtype=torch.float64, residual="map", options={"post_act": "silu", "pre_act": "relu", "squeeze": "mean_max"}
-    )
+    options = {"post_act": "silu", "pre_act": "relu", "squeeze": "mean_max"}
+    case = Case(dtype=torch.float64, residual="map", affine=True, options=options)
     grads = []
     for function in (se_fused.squeeze_excite, reference.squeeze_excite):
         tensors = case.tensors()
         tensors[wanted].requires_grad_()
         grads.append(torch.autograd.grad(call(function, tensors, case.options).square().sum(), tensors[wanted])[0])
     torch.testing.assert_close(*grads)
+
+
+@given(cases(affines=(True,)))
+@settings(max_examples=60)
+def test_training_applies_scale_and_shift_before_the_call(case):
+    """Rounded once, as PyTorch's own batch norm does."""
+    tensors = case.tensors()
+    across = (-1, *(1,) * len(case.spatial))
+
+    def in_two_steps(x, *weights, scale, shift, **more):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        u = x.to(wide) * scale.to(wide).view(across) + shift.to(wide).view(across)
+        return se_fused.squeeze_excite(u.to(x.dtype), *weights, **more)
+
+    found = [
+        gradients(f, tensors, case.options, torch.ones_like(tensors["x"]))
+        for f in (se_fused.squeeze_excite, in_two_steps)
+    ]
+    for name, grad in found[0].items():
+        assert grad.dtype == tensors[name].dtype
+        torch.testing.assert_close(grad, found[1][name], rtol=0, atol=0, equal_nan=True, msg=name)
 
 
 def test_equal_maxima_share_the_gradient():
@@ -129,11 +153,11 @@ def test_the_result_may_be_changed_before_backward():
 
 
 def functional(function, options):
-    """A function of x and w1 alone, for torch.func."""
-    tensors = Case(n=2, c=3, r=2, spatial=(2, 2), dtype=torch.float64).tensors()
+    """A function of x and w1 alone, for torch.func; shift is the first row of w1."""
+    tensors = Case(n=2, c=3, r=2, spatial=(2, 2), dtype=torch.float64, affine=True).tensors()
 
     def f(x, w1):
-        return call(function, {**tensors, "x": x, "w1": w1}, options)
+        return call(function, {**tensors, "x": x, "w1": w1, "shift": w1[0]}, options)
 
     return f, tensors["x"], tensors["w1"]
 

@@ -87,11 +87,12 @@ def activation(name):
 
 def truth(tensors, options, g):
     """y and every gradient. Where residual is x, its gradient is part of that of x."""
-    x, w1, b1, w2, b2, residual, g = (
+    x, w1, b1, w2, b2, residual, scale, shift, g = (
         None if t is None else t.detach().double().resolve_neg().numpy() for t in (*tensors.values(), g)
     )
     n, c, *spatial = x.shape
-    x, g, residual = (None if t is None else t.reshape(n, c, math.prod(spatial)) for t in (x, g, residual))
+    given, g, residual = (None if t is None else t.reshape(n, c, math.prod(spatial)) for t in (x, g, residual))
+    x = given if scale is None else scale[:, None] * given + shift[:, None]
     w1, w2 = (None if w is None else w.reshape(w.shape[:2]) for w in (w1, w2))
     act, gate, pre_act, post_act = (activation(options[name]) for name in ("act", "gate", "pre_act", "post_act"))
     if w1 is None:
@@ -122,7 +123,9 @@ def truth(tensors, options, g):
     if of_max:
         largest = u == u.max(2, keepdims=True)
         du = du + largest * (of_max * dz)[..., None] / largest.sum(2, keepdims=True)
-    dx = pre_act[1](x, du) + (dv if tensors["residual"] is tensors["x"] else 0)
+    daffine = pre_act[1](x, du)
+    dx = daffine if scale is None else daffine * scale[:, None]
+    dx = dx + (dv if tensors["residual"] is tensors["x"] else 0)
     shape = (n, c, *spatial)
     return y.reshape(shape), {
         "x": dx.reshape(shape),
@@ -131,6 +134,8 @@ def truth(tensors, options, g):
         "w2": np.einsum("nc,nr->cr", dp2, h),
         "b2": dp2.sum(0),
         "residual": dv.reshape(shape),
+        "scale": (daffine * given).sum((0, 2)),
+        "shift": daffine.sum((0, 2)),
     }
 
 
@@ -139,7 +144,7 @@ def truth(tensors, options, g):
 
 @dataclass
 class Call:
-    tensors: dict  # x, w1, b1, w2, b2, residual
+    tensors: dict  # x, w1, b1, w2, b2, residual, scale, shift
     options: dict
     g: torch.Tensor
     inplace: object = False
@@ -245,6 +250,8 @@ def draw(seed):
         "w2": weight(c, columns),
         "b2": bias(c),
         "residual": d.one(None, None, x, own),
+        "scale": None,
+        "shift": None,
     }
     squeeze = d.one("mean", "max", "mean_max")
     empty = 0 in spatial
@@ -269,6 +276,13 @@ def draw(seed):
     present = [name for name, t in tensors.items() if t is not None]
     if d.chance(0.6):
         call.wanted = tuple(name for name in present if d.chance(0.6))
+    # Training rounds scale * x + shift to the dtype of x, which can change a maximum and the side of a kink.
+    if (dtype is torch.float64 or not call.wanted) and d.chance(0.3):
+        for name in ("scale", "shift"):
+            vector = d.tensor((c,), d.one(dtype, weight_dtype))
+            tensors[name] = d.laid_out(vector, "every_second", "offset", "negated")
+            present.append(name)
+            call.wanted += (name,) * (bool(call.wanted) and d.chance(0.6))
     kind = d.one("plain", "plain", "in place", "wrong")
     if kind == "in place":
         in_place(d, call)
@@ -316,7 +330,7 @@ def in_place(d, call):
 def wrong(d, call, present):
     """Make one argument invalid. The refusal must name it, or an argument that it then contradicts."""
     tensors, x = call.tensors, call.tensors["x"]
-    others = tuple(name for name in ("w1", "b1", "w2", "b2", "residual") if tensors[name] is not None)
+    others = tuple(name for name, t in tensors.items() if name != "x" and t is not None)
     kind = d.one("type", "shape", "dtype", "device", "layout", "option", "form")
     name = d.one(*present)
     t = tensors[name]
@@ -399,7 +413,8 @@ def check(call):
     }
     positional = [leaves[name] for name in ("x", "w1", "b1", "w2", "b2")]
     try:
-        y = se_fused.squeeze_excite(*positional, residual=leaves["residual"], inplace=call.inplace, **call.options)
+        named = {name: leaves[name] for name in ("residual", "scale", "shift")}
+        y = se_fused.squeeze_excite(*positional, **named, inplace=call.inplace, **call.options)
     except (TypeError, ValueError) as error:
         if not re.match(rf"squeeze_excite: ({'|'.join(call.blamed) or 'nothing'}) is ", str(error)):
             raise

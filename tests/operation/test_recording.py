@@ -103,18 +103,24 @@ def test_a_program_exported_without_gradients_is_trained(backend, native):
     ),
     backend=st.sampled_from(["auto", "cpu"]),
     residual=st.sampled_from(["none", "x", "another"]),
+    affine=st.booleans(),
     recorded=st.sampled_from(["export", "trace"]),
 )
 @settings(max_examples=40)
-def test_what_is_recorded_without_gradients_has_them_whatever_the_options(options, backend, residual, recorded):
+def test_what_is_recorded_without_gradients_has_them_whatever_the_options(options, backend, residual, affine, recorded):
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.before, self.se = nn.Conv2d(3, 8, 1), se_fused.SqueezeExcite(8, 2, **options)
+            self.before, self.se = nn.Conv2d(3, 8, 1), se_fused.SqueezeExcite(8, 2)
+            if affine:
+                self.scale, self.shift = nn.Parameter(torch.randn(8)), nn.Parameter(torch.randn(8))
 
         def forward(self, x):
-            u = self.before(x)
-            return self.se(u, residual={"none": None, "x": u, "another": 2 * u}[residual])
+            u, se = self.before(x), self.se
+            more = {"residual": {"none": None, "x": u, "another": 2 * u}[residual], **options}
+            if affine:
+                more |= {"scale": self.scale, "shift": self.shift}
+            return se_fused.squeeze_excite(u, se.w1, se.b1, se.w2, se.b2, **more)
 
     torch.manual_seed(0)
     net = Net().double()
@@ -128,13 +134,15 @@ def test_what_is_recorded_without_gradients_has_them_whatever_the_options(option
     torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-8)
 
 
-def test_the_inference_operator_differentiates_to_second_order(native):
-    case = Case(c=4, r=2, spatial=(2, 3), dtype=torch.float64)
+@pytest.mark.parametrize("affine", [False, True])
+def test_the_inference_operator_differentiates_to_second_order(native, affine):
+    case = Case(c=4, r=2, spatial=(2, 3), dtype=torch.float64, affine=affine)
     tensors = [t for t in case.tensors().values() if t is not None]
     options = (1, 9, 0.0, 0.0, 0, 0, 0)
 
     def operator(*inputs):
-        return torch.ops.se_fused.squeeze_excite.default(*inputs, inputs[0], *options)
+        weights, vectors = inputs[:5], inputs[5:] or (None, None)
+        return torch.ops.se_fused.squeeze_excite.default(*weights, inputs[0], *vectors, *options)
 
     leaves = [t.requires_grad_() for t in tensors]
     assert torch.autograd.gradcheck(operator, leaves)

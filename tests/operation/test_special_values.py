@@ -118,6 +118,7 @@ def draw(seed):
         layout=rng.choice(["contiguous", "channels_last"]),
         residual=rng.choice(["none", "map", "x"]),
         seed=seed,
+        affine=rng.random() < 0.3,
         options={
             "act": rng.choice(sure),
             "gate": rng.choice(GATE_CHOICES),

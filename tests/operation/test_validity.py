@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from se_fused import arguments, native
 from se_fused.options import SQUEEZES, Options
 
-NAMES = ("x", "w1", "b1", "w2", "b2", "residual")
+NAMES = ("x", "w1", "b1", "w2", "b2", "residual", "scale", "shift")
 
 
 def strided(t):
@@ -57,22 +57,23 @@ CHANGES = {
 
 @st.composite
 def calls(draw):
-    """x, w1, b1, w2, b2, residual of a valid call, of which up to two are changed; whether it is in place."""
+    """The tensors NAMES of a valid call, of which up to two are changed; whether it is in place."""
     case = Case(
         n=draw(st.integers(1, 2)), c=draw(st.integers(1, 4)), r=draw(st.sampled_from([None, 1, 3])),
         spatial=draw(st.sampled_from([(1,), (3,), (2, 2), (1, 3), (2, 1, 2)])),
         dtype=draw(st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16])),
         bias=draw(st.booleans()), residual=draw(st.sampled_from(["none", "x", "map"])),
+        affine=draw(st.booleans()),
     )  # fmt: skip
-    tensors = [case.tensors()[name] for name in NAMES]
+    tensors = [case.tensors().get(name) for name in NAMES]
     for _ in range(draw(st.integers(0, 2))):
-        i, change = draw(st.integers(0, 5)), draw(st.sampled_from(sorted(CHANGES)))
+        i, change = draw(st.integers(0, 7)), draw(st.sampled_from(sorted(CHANGES)))
         if tensors[i] is not None and tensors[i].dim() > 0 and 0 not in tensors[i].shape:
             tensors[i] = CHANGES[change](tensors[i])
-    if draw(st.integers(0, 9)) == 0 and tensors[0] is not None and tensors[3] is not None:
-        flat, like = tensors[0].flatten(), tensors[3]
-        if 0 < like.numel() <= flat.numel():  # the weight lies in x
-            tensors[3] = flat[: like.numel()].view(like.shape)
+    if draw(st.integers(0, 9)) == 0 and tensors[0] is not None:
+        i, flat = draw(st.sampled_from([3, 6, 7])), tensors[0].flatten()
+        if tensors[i] is not None and 0 < tensors[i].numel() <= flat.numel():  # the weight lies in x
+            tensors[i] = flat[: tensors[i].numel()].view(tensors[i].shape)
     options = Options.of(squeeze=draw(st.sampled_from(SQUEEZES)))
     return tensors, options, draw(st.booleans())
 
@@ -88,11 +89,14 @@ def is_checked(tensors, options, inplace):
 
 def is_dense(tensors):
     """Whether the tensors of a valid call are as backends read them."""
-    x, *weights, residual = tensors
+    x, *weights, residual, scale, shift = tensors
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if any(t is not None and t.dtype is not wide for t in (scale, shift)):
+        return False
     maps, last = [t for t in (x, residual) if t is not None], not x.is_contiguous()
     if last:
         maps = [t.movedim(1, -1) for t in maps]
-    return x.numel() > 0 and all(t.is_contiguous() for t in (*maps, *weights) if t is not None)
+    return x.numel() > 0 and all(t.is_contiguous() for t in (*maps, *weights, scale, shift) if t is not None)
 
 
 def operator_takes(tensors, options):
@@ -112,14 +116,16 @@ def operator_takes(tensors, options):
 def test_both_languages_take_the_same_calls(call):
     tensors, options, inplace = call
     takes = is_checked(*call) and is_dense(tensors)
-    assert (native.load_extension().forward(*tensors, inplace, *options, None, None, None) is not None) == takes
+    *plain, scale, shift = tensors
+    y = native.load_extension().forward(*plain, inplace, *options, scale, shift, None)
+    assert (y is not None) == takes
     if tensors[0] is not None and tensors[3] is not None and not inplace:
         assert operator_takes(tensors, options) == takes
 
 
 @pytest.mark.parametrize("change", ["none", "every second", "turned", "float64", "one less in the first dimension"])
 def test_the_changes_make_a_call_invalid_or_not_dense(change):
-    tensors = [Case().tensors()[name] for name in NAMES]
+    tensors = [Case().tensors().get(name) for name in NAMES]
     assert is_checked(tensors, Options.of(), False)
     tensors[3] = CHANGES[change](tensors[3])
     assert not (is_checked(tensors, Options.of(), False) and is_dense(tensors))
