@@ -28,6 +28,10 @@ _IGNORED = {
     *("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"),
     *("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
 }
+# What Python itself notes in a class.
+_NOTES_IN_CLASS = {
+    *("__slotnames__", "__doc__", "__annotations__", "__annotations_cache__", "__abstractmethods__", "_abc_impl"),
+}
 # Attributes by which libraries mark modules.
 _LIBRARY_MARKS = {"_is_hf_initialized", "_is_fsdp_managed_module"}
 # Attributes that are dicts of modules, parameters or tensors.
@@ -59,6 +63,10 @@ class _Watched:
         self.count = len(attributes)
 
 
+def _members(cls: type) -> dict[str, Any]:
+    return {name: value for name, value in vars(cls).items() if name not in _NOTES_IN_CLASS}
+
+
 def _watched_in_module(attributes: Mapping[str, Any]) -> list[str]:
     return [name for name in attributes if name not in _IGNORED]
 
@@ -75,16 +83,19 @@ class Inside:
         del below[""]
         self._names, self._below = list(below), tuple(below.values())
         self._types = tuple(map(type, self._below))
-        self._versioned = tuple(dict.fromkeys((original, *self._types)))
+        self._own_type = type(layer)
+        self._versioned = tuple(dict.fromkeys((self._own_type, original, *self._types)))
+        self._bases = [cls.__mro__ for cls in self._versioned]
+        self._members = {cls: _members(cls) for bases in self._bases for cls in bases if cls is not object}
         own = [cls for each in (original, *self._types) for cls in each.__mro__ if not is_torch_or_builtin(cls)]
         self._classes = [vars(cls) for cls in dict.fromkeys(own)]
         self._torch_classes = tuple(cls for cls in dict.fromkeys(self._types) if is_torch_or_builtin(cls))
         self._forwards = tuple(map(_forward, self._torch_classes))
-        self._dicts = [vars(module) for module in self._below]
+        modules = list(map(vars, (layer, *self._below)))
         self._watched = [
             *(
                 _Watched(f"of its {name}" if name else "of it", attributes, _watched_in_module(attributes))
-                for name, attributes in zip(["", *below], [vars(layer), *self._dicts], strict=True)
+                for name, attributes in zip(["", *below], modules, strict=True)
             ),
             *(_Watched(f"of {cls.__name__}", vars(cls), _watched_in_class(vars(cls))) for cls in dict.fromkeys(own)),
         ]
@@ -93,10 +104,10 @@ class Inside:
         self._containers, self._order = containers, list(map(list, containers))
         parameters = [module._parameters for module in (layer, *self._below)]
         self._parameters = list(map(list, parameters))
-        self._buffers = list(map(list, map(_buffers, [vars(layer), *self._dicts])))
+        self._buffers = list(map(list, map(_buffers, modules)))
         self._absent = [
             (i, kind, name)
-            for i, attributes in enumerate([vars(layer), *self._dicts])
+            for i, attributes in enumerate(modules)
             for kind in ("_parameters", "_buffers")
             for name, value in attributes[kind].items()
             if value is None
@@ -110,7 +121,7 @@ class Inside:
         There is none if an attribute is a container, whose contents may change.
         """
         self._quick: Any = sys.modules.get("se_fused._C")
-        modules = [vars(layer), *self._dicts]
+        modules = list(map(vars, (layer, *self._below)))
         of_classes = itertools.chain.from_iterable(self._values[len(modules) :])
         if any(map(_is_mutable, of_classes)):
             self._quick = None
@@ -144,18 +155,23 @@ class Inside:
         """Whether `change` would find nothing. Every forward asks this, so the comparisons are ones that run in C."""
         if self._below and any(GLOBAL_HOOKS):
             return False
-        quick, modules = self._quick, [vars(layer), *self._dicts]
-        same_types = quick is not None and quick.same_types(self._below, self._types, self._versioned, self._versions)
-        if same_types and quick.same_items([*modules, *self._inner], self._items):
-            return True
+        quick, modules = self._quick, list(map(vars, (layer, *self._below)))
+        if quick is not None:
+            types = (self._own_type, *self._types)
+            if not quick.same_types((layer, *self._below), types, self._versioned, self._versions):
+                if type(layer) is not self._own_type or self._class_change() is not None:
+                    return False
+                self._versions = quick.versions(self._versioned)
+            elif quick.same_items([*modules, *self._inner], self._items):
+                return True
         watched = [*modules, *self._classes]
         try:
-            same = not (
+            return not (
                 tuple(map(type, self._below)) != self._types
                 or tuple(map(_forward, self._torch_classes)) != self._forwards
                 or [get(each) for get, each in zip(self._getters, watched)] != self._values  # noqa: B905
                 or (list(map(len, watched)) != self._counts and self.change(layer) is not None)
-                or any(map(any, map(_hooks, self._dicts)))
+                or any(map(any, map(_hooks, modules[1:])))
                 or list(map(list, self._containers)) != self._order
                 or list(map(list, map(_parameters, modules))) != self._parameters
                 or list(map(list, map(_buffers, modules))) != self._buffers
@@ -163,9 +179,6 @@ class Inside:
             )
         except Exception:  # an attribute is gone, or objects of a foreign type cannot be compared
             return False
-        if same and quick is not None and not same_types:  # changes of classes that do not count
-            self._versions = quick.versions(self._versioned)
-        return same
 
     def change(self, layer: nn.Module, marks: bool = False) -> str | None:
         """Describe the first change; None if there is none. `marks`: the marks of libraries count as changes."""
@@ -179,7 +192,7 @@ class Inside:
         for cls, forward in zip(self._torch_classes, self._forwards, strict=True):
             if _forward(cls) is not forward:
                 return f"the forward of {cls.__name__} was replaced"
-        modules = [vars(layer), *self._dicts]
+        modules = list(map(vars, (layer, *self._below)))
         for i, (each, attributes) in enumerate(zip(self._watched, [*modules, *self._classes], strict=True)):
             for name, value in zip(each.names, each.values, strict=True):
                 if name not in attributes or not _equal(attributes[name], value):
@@ -204,6 +217,19 @@ class Inside:
         for i, kind, name in self._absent:
             if modules[i][kind][name] is not None:
                 return f"the {name} {self._watched[i].whose} is new where there was none"
+        if type(layer) is not self._own_type:
+            return f"its class is {type(layer).__name__}"
+        return self._class_change()
+
+    def _class_change(self) -> str | None:
+        """A change of a class, or of one that it inherits from; None if there is none."""
+        for cls, bases in zip(self._versioned, self._bases, strict=True):
+            if cls.__mro__ != bases:
+                return f"the bases of {cls.__name__} changed"
+        for cls, before in self._members.items():
+            now = _members(cls)
+            if now.keys() != before.keys() or any(now[name] is not value for name, value in before.items()):
+                return f"the class {cls.__name__} changed"
         return None
 
 

@@ -28,12 +28,11 @@ class BlockSwap(Swap):
         self.dims = (dims,)
         self.run = program.bind(block, lambda call: fused.bind(call, block))
         self.joined: list[Neighbours | Norm] = [call.target for call in program.calls if call.kind == "fused"]
-        modules = [module for module in block.modules() if module is not block]
-        self._modules = [vars(module) for module in modules]
+        self._modules = [module for module in block.modules() if module is not block]
 
     def holds(self, block: nn.Module, x: Tensor) -> bool:
         """Whether the program computes what the block does for `x`: now, on this device, in this mode."""
-        if not _is_plain_inference(x) or block.training or any(map(_training, self._modules)):
+        if not _is_plain_inference(x) or block.training or any(map(_training, map(vars, self._modules))):
             return False
         if not self._inside.unchanged(block):
             self.warn_once(block)

@@ -6,7 +6,9 @@ norm.
 
 from __future__ import annotations
 
+import contextlib
 import operator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,13 +39,15 @@ _NEW = (operator.add, torch.add, "add", torch.cat)
 class Tail:
     """The calls after a value v that compute act(v + residual), or as much of it as there is.
 
-    calls: these calls, in order. read: the number of the one that reads the residual.
+    calls: these calls, in order. read: the number of the one that reads the residual. residual_first: whether the sum
+    is written residual + v; the layout of a sum is that of its first operand.
     """
 
     calls: tuple[Call, ...]
     residual: Value | None = None
     act: str = "identity"
     read: int | None = None
+    residual_first: bool = False
 
 
 class Calls:
@@ -88,28 +92,28 @@ class Calls:
     def tail(self, call: Call) -> Tail:
         """What follows `call`, whose result is v."""
         taken = self.identities(call)
-        last, residual, read = (taken or [call])[-1], None, None
+        last, residual, read, first = (taken or [call])[-1], None, None, False
         reader = self.reader(last)
         if reader is not None and reader.target in _SUMS and reader.kind in ("function", "method"):
             args = reader.args
             own = Value(last.number)
             of_two = len(args) == 2 and not reader.kwargs and all(isinstance(arg, Value) for arg in args)
             if of_two and args[0] != args[1] and (args[0] == own or reader.target not in _IN_PLACE_SUMS):
-                residual, read = args[1] if args[0] == own else args[0], reader.number
+                first, read = args[1] == own, reader.number
+                residual = args[0] if first else args[1]
                 taken += [reader, *self.identities(reader)]
                 reader = self.reader(taken[-1])
         act = None if reader is None else self.activation(reader)
         if reader is None or act is None:
-            return Tail(tuple(taken), residual, "identity", read)
-        return Tail((*taken, reader), residual, act, read)
+            return Tail(tuple(taken), residual, "identity", read, first)
+        return Tail((*taken, reader), residual, act, read, first)
 
     def activation(self, call: Call) -> str | None:
         """The name of the activation that `call` applies to its only value; None if it is none."""
         if call.kind == "module":
-            module = self.root.get_submodule(call.target)
-            if module._parameters or module._buffers or module._modules:
+            function: Any = self.root.get_submodule(call.target)
+            if function._modules or _has_numbers(function):
                 return None
-            function: Any = module
         elif call.kind == "function":
             function = call.target
         elif call.kind == "method" and call.target in _ACTIVATION_METHODS:
@@ -119,7 +123,11 @@ class Calls:
         if not call.args or not isinstance(call.args[0], Value) or len(call.values()) != 1:
             return None
         rest, keywords = call.args[1:], dict(call.kwargs)
-        return _name_of(lambda v: function(v, *rest, **keywords), lambda v: v, (1, 1, -1, 1))
+
+        def of(v: Tensor) -> Any:
+            return function(v, *rest, **keywords)
+
+        return _name_of(of, lambda v: v, (1, 1, -1, 1)) if _keeps_kind(of) else None
 
     def act_of_norm(self, call: Call) -> str | None:
         """The activation of a batch norm that may have one of its own ("identity": none); None if `call` is no batch
@@ -129,17 +137,70 @@ class Calls:
         norm = self.root.get_submodule(call.target)
         if not isinstance(norm, _BatchNorm) or norm.running_mean is None or norm.running_var is None:
             return None
+        if norm._parameters.keys() - {"weight", "bias"} or any(map(_has_numbers, list(norm.modules())[1:])):
+            return None
+        if norm._buffers.keys() - {"running_mean", "running_var", "num_batches_tracked"}:
+            return None
         statistics = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+
+        def plain(v: Tensor) -> Tensor:
+            return F.batch_norm(v, *statistics, eps=norm.eps)
+
         for rank in (4, 3, 5):
             shape = (1, norm.num_features, -1, *(1,) * (rank - 3))
-            found = _name_of(norm, lambda v: F.batch_norm(v, *statistics, eps=norm.eps), shape)
+            found = _name_of(norm, plain, shape)
             if found is not None:
-                return found
+                with _wide(norm):
+                    return found if _name_of(norm, plain, shape, (found,)) else None
         return None
 
 
-def _name_of(function: Any, before: Any, shape: tuple[int, ...]) -> str | None:
-    """The activation act, if `function` computes act(before(v)) for all v; on maps of `shape`, with a -1."""
+@contextlib.contextmanager
+def _wide(norm: _BatchNorm) -> Iterator[None]:
+    """Give a batch norm numbers from tiny to huge, at which a bound or a floor in its forward shows."""
+    tensors = [t for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var) if t is not None]
+    before = [t.detach().clone() for t in tensors]
+    sizes = torch.logspace(-6, 6, norm.num_features, dtype=torch.float64, device="cpu")
+    with torch.no_grad():
+        for i, t in enumerate(tensors):
+            t.copy_(sizes.roll(7 * i).abs() if t is norm.running_var else sizes.roll(7 * i) * t.sign())
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for t, numbers in zip(tensors, before, strict=True):
+                t.copy_(numbers)
+
+
+def _has_numbers(module: nn.Module) -> bool:
+    """Whether a module without children computes with numbers that may change."""
+    of_classes = [value for cls in type(module).__mro__ for value in vars(cls).values()]
+    return any(isinstance(value, Tensor) for value in (*vars(module).values(), *of_classes)) or bool(
+        module._parameters or module._buffers
+    )
+
+
+def _keeps_kind(function: Callable[[Tensor], Any]) -> bool:
+    """Whether the result has the type, dtype and layout of the argument, for two dtypes and two layouts."""
+    v = torch.linspace(-9, 9, 48, dtype=torch.float64, device="cpu").view(2, 4, 3, 2)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            given = v.to(dtype, memory_format=layout, copy=True)
+            strides = given.stride()
+            try:
+                got = function(given)
+            except Exception:  # foreign code may fail in any way
+                return False
+            if type(got) is not Tensor or got.dtype is not dtype or got.stride() != strides:
+                return False
+    return True
+
+
+def _name_of(
+    function: Any, before: Any, shape: tuple[int, ...], names: Collection[str] = tuple(ACTIVATIONS)
+) -> str | None:
+    """The activation act, one of `names`, if `function` computes act(before(v)) for all v; on maps of `shape`, with a
+    -1."""
     grid, extreme = (values.expand(shape[1], -1).reshape(shape) for values in (GRID, _EXTREMES))
     try:
         got, got_extreme = function(grid.clone()), function(extreme.clone())
@@ -148,7 +209,8 @@ def _name_of(function: Any, before: Any, shape: tuple[int, ...]) -> str | None:
     if not isinstance(got, Tensor) or got.shape != grid.shape or got.dtype != grid.dtype:
         return None
     v, v_extreme = before(grid), before(extreme)
-    for name, act in ACTIVATIONS.items():
+    for name in names:
+        act = ACTIVATIONS[name]
         if same(got, act(v)) and torch.allclose(got_extreme, act(v_extreme), rtol=1e-6, atol=1e-30, equal_nan=True):
             return name
     return None

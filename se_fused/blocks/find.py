@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
@@ -18,7 +19,7 @@ from torch.nn.utils import parametrize
 from .. import tracing
 from ..backends import CPU
 from ..equivalence import error_of
-from ..inside import Inside
+from ..inside import Inside, is_torch_or_builtin
 from ..recognise import COPYING
 from ..recognised import Recognised
 from ..replaced import Replaced
@@ -35,8 +36,8 @@ _LEVELS = 3
 # Relative, in float64: the sums are taken in another order, but nothing else differs.
 _TOLERANCE = 1e-10
 _TRANSPARENT = (
-    *(bool, int, float, complex, str, bytes, Enum, type, FunctionType, BuiltinFunctionType),
-    *(torch.dtype, torch.device, torch.layout, torch.memory_format, Tensor, nn.Module, Swap),
+    *(bool, int, float, complex, str, bytes, Enum, FunctionType, BuiltinFunctionType),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format, Tensor, Swap),
 )
 # Some blocks take only maps of even sides.
 _ANY_SIDES, _EVEN_SIDES = ((9, 8, 7), (6, 11, 5)), ((8, 12, 4), (6, 10, 8))
@@ -135,9 +136,12 @@ def _examine(
             of_bare = dict(zip(module.modules(), bare.modules(), strict=True))
             leaves = [of_bare[each] for each in whole]
             program = trace(bare, leaves)
+            bare.float().requires_grad_(False)
             with torch.inference_mode():
                 if trace(bare, leaves) != program:
-                    return "its block makes other calls in inference mode"
+                    return "its block makes other calls for another dtype, without gradients or in inference mode"
+            bare.double().requires_grad_(True)
+            pickle.dumps(program)
             program, neighbours = join(program, bare, paths)
             if len(neighbours) < len(paths):
                 return "nothing that can be joined with it stands around it"
@@ -165,19 +169,25 @@ def _obstacle(module: nn.Module) -> str | None:
         return "a forward in its block is overridden on the object, or its class overrides __call__"
     if any(getattr(cls, name, None) is not getattr(nn.Module, name, None) for name in COPYING):
         return f"the class {cls.__name__} of its block defines its own copying"
-    opaque = next((name for each in module.modules() for name, value in vars(each).items() if _is_opaque(value)), None)
+    inside = set(module.modules())
+    named = ((name, value) for each in inside for name, value in vars(each).items())
+    opaque = next((name for name, value in named if _is_opaque(value, inside)), None)
     if opaque is not None:
         return f"its block holds an object whose changes cannot be noticed: {opaque}"
     change = Inside(module, cls).change(module)  # such as hooks
     return None if change is None else f"in its block {change}"
 
 
-def _is_opaque(value: Any) -> bool:
-    """Whether the inside of `value` can change without a notice."""
-    if isinstance(value, (tuple, list, set, deque)):
-        return any(map(_is_opaque, value))
+def _is_opaque(value: Any, inside: Collection[nn.Module]) -> bool:
+    """Whether the inside of `value` can change without a notice. inside: the modules that are watched."""
     if isinstance(value, dict):
-        return any(map(_is_opaque, value.values()))
+        value = list(value.values())
+    if isinstance(value, (tuple, list, set, deque)):
+        return any(_is_opaque(each, inside) for each in value)
+    if isinstance(value, nn.Module):
+        return value not in inside
+    if isinstance(value, type):
+        return not (is_torch_or_builtin(value) or issubclass(value, (nn.Module, Enum)))
     return not (value is None or isinstance(value, _TRANSPARENT))
 
 

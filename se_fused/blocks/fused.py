@@ -31,16 +31,26 @@ def bind(call: Neighbours | Norm, root: nn.Module, way: str | None = None) -> Ca
 
 def _reader_of(norm: nn.Module) -> Callable[[], tuple[Any, ...]]:
     """The function that reads `norm` as csrc/fast_path.h takes it."""
-    attributes, parameters, buffers = vars(norm), norm._parameters, norm._buffers
-    return lambda: (
-        *(parameters["weight"], parameters["bias"], buffers["running_mean"], buffers["running_var"]),
-        attributes["eps"],
-    )
+    # Its dicts may be replaced, but not `attributes`, as inside.py sees to.
+    attributes = vars(norm)
+
+    def read() -> tuple[Any, ...]:
+        parameters, buffers = attributes["_parameters"], attributes["_buffers"]
+        return (
+            *(parameters["weight"], parameters["bias"], buffers["running_mean"], buffers["running_var"]),
+            attributes["eps"],
+        )
+
+    return read
 
 
 def _normalised(x: Tensor, norm: tuple[Any, ...]) -> Tensor:
     weight, bias, mean, variance, eps = norm
     return F.batch_norm(x, mean, variance, weight, bias, training=mean is None and variance is None, eps=eps)
+
+
+def _sum(y: Tensor, residual: Tensor, residual_first: bool) -> Tensor:
+    return residual + y if residual_first else y + residual
 
 
 def _bind_norm(call: Norm, root: nn.Module) -> Callable[..., Tensor]:
@@ -52,7 +62,7 @@ def _bind_norm(call: Norm, root: nn.Module) -> Callable[..., Tensor]:
         y = kernels.batch_norm(x, residual, owns_x, act, norm)
         if y is None:  # such as with a residual that is broadcast
             y = _normalised(x, norm)
-            y = activate(y if residual is None else y + residual)
+            y = activate(y if residual is None else _sum(y, residual, call.residual_first))
         return y  # type: ignore[no-any-return]
 
     return run
@@ -67,7 +77,7 @@ def _bind_convolution(
 ) -> Callable[..., Tensor]:
     """The function that computes the 1x1 convolution `path` of x, or of the result of `gated`, and `norm` of that."""
     kernels, conv = CPU.unchecked, cast(Any, root.get_submodule(path))
-    of_conv = conv._parameters
+    of_conv = vars(conv)
     normalise = None if norm is None else _bind_norm(norm, root)
     read_norm = None
     # What follows the batch norm would need a pass over y, which the two can share.
@@ -75,10 +85,11 @@ def _bind_convolution(
         read_norm = _reader_of(root.get_submodule(norm.norm))
 
     def run(x: Tensor, *residual: Tensor) -> Tensor:
-        weight, bias = of_conv["weight"], of_conv["bias"]
-        # Another one may have been assigned.
+        weight, bias = of_conv["_parameters"]["weight"], of_conv["_parameters"]["bias"]
+        # Others may have been assigned.
         usual = type(weight) in PLAIN_TYPES and weight.dtype is x.dtype
-        usual = usual and weight.numel() == weight.shape[0] * x.shape[1]
+        usual = usual and weight.shape == (len(weight), x.shape[1], *(1,) * (x.dim() - 2))
+        usual = usual and (bias is None or (type(bias) in PLAIN_TYPES and bias.shape == weight.shape[:1]))
         how = (way or way_of(x, weight)) if usual else "convolution"
         folded = None
         if read_norm is not None and usual and (how == "folded" or folds_norm(x, weight)):
@@ -99,7 +110,7 @@ def _bind_convolution(
 def _bind_layer(call: Neighbours, root: nn.Module, way: str | None) -> Callable[..., Tensor]:
     kernels, owns_x = CPU.unchecked, call.owns_x
     recognised, layer = call.recognised, root.get_submodule(call.layer)
-    parameters = [get for get, _ in parameters_of(layer, recognised)]
+    parameters = parameters_of(layer, recognised)
     options = Options.of(
         recognised.act or "identity", recognised.gate, recognised.squeeze, call.pre_act,
         call.post_act if call.conv is None else "identity",
@@ -109,17 +120,20 @@ def _bind_layer(call: Neighbours, root: nn.Module, way: str | None) -> Callable[
 
     def forward(x: Tensor, residual: Tensor | None, s: Tensor | None) -> Tensor | None:
         """What the kernel returns."""
-        w1, b1, w2, b2 = (get(layer) for get in parameters)
-        if w2.dtype is not x.dtype:  # the kernel takes some that the layer does not
+        weights = [get(layer) for get, _ in parameters]
+        # The kernel takes some that the layer does not.
+        if not all(type(w) in types for w, (_, types) in zip(weights, parameters)):  # noqa: B905
+            return None
+        if weights[2].dtype is not x.dtype:
             return None
         norm = None if read is None else read()
-        return kernels.forward(x, w1, b1, w2, b2, residual, owns_x, *options, None, None, norm, s)  # type: ignore[no-any-return]
+        return kernels.forward(x, *weights, residual, owns_x, *options, None, None, norm, s)  # type: ignore[no-any-return]
 
     def scaled(x: Tensor, residual: Tensor | None = None) -> Tensor:
         y = forward(x, residual, None)
         if y is None:
             y = layer(pre_act(x if read is None else _normalised(x, read())))
-            y = post_act(y if residual is None else y + residual)
+            y = post_act(y if residual is None else _sum(y, residual, call.residual_first))
         return y
 
     def gated(x: Tensor, wants_s: bool) -> tuple[Tensor, Tensor | None]:
@@ -132,7 +146,11 @@ def _bind_layer(call: Neighbours, root: nn.Module, way: str | None) -> Callable[
 
     if call.conv is None:
         return scaled
-    norm = None if call.conv_norm is None else Norm(None, call.conv_norm, True, call.residual, call.post_act)
+    norm = (
+        None
+        if call.conv_norm is None
+        else Norm(None, call.conv_norm, True, call.residual, call.residual_first, call.post_act)
+    )
     return _bind_convolution(call.conv, norm, root, way, gated)
 
 

@@ -28,8 +28,8 @@ class Neighbours:
 
     layer: the SE layer. norm: the batch norm before it. owns_x: nothing else reads x, which may be overwritten. conv,
     conv_norm: the 1x1 convolution after it, and the batch norm after that. residual, post_act: whether a sum follows
-    these, and the activation at the end. at_edge: whether x or y is that of the block, so that further neighbours may
-    stand outside.
+    these, and the activation at the end. residual_first: as in Tail. at_edge: whether x or y is that of the block, so
+    that further neighbours may stand outside.
     """
 
     layer: str
@@ -38,6 +38,7 @@ class Neighbours:
     pre_act: str
     owns_x: bool
     residual: bool
+    residual_first: bool
     post_act: str
     conv: str | None
     conv_norm: str | None
@@ -61,12 +62,14 @@ class Norm:
 
     conv: the 1x1 convolution before it, and norm, by their paths in the block. owns_x: nothing else reads what the
     batch norm reads, which may be overwritten. residual: whether a sum follows.
+    residual_first: as in Tail.
     """
 
     conv: str | None
     norm: str
     owns_x: bool
     residual: bool
+    residual_first: bool
     act: str
 
     def __str__(self) -> str:
@@ -123,7 +126,7 @@ def _join_layer(calls: Calls, path: str, recognised: Recognised) -> tuple[Progra
         return None
     at_edge = x.number == 0 or calls.program.result == Value(last.number)
     neighbours = Neighbours(
-        path, recognised, norm, pre_act, owns_x, tail.residual is not None, tail.act,
+        path, recognised, norm, pre_act, owns_x, tail.residual is not None, tail.residual_first, tail.act,
         None if conv is None else conv.target, None if conv_norm is None else conv_norm.target, at_edge,
     )  # fmt: skip
     if neighbours.count() == 0:
@@ -145,9 +148,9 @@ def _join_norm(calls: Calls, call: Call) -> Program:
     if conv is not None and isinstance(conv.args[0], Value):
         taken = [conv, call, *tail.calls]
         if not calls.moves_a_read([conv.number, *late], taken, taken[-1]):
-            norm = Norm(conv.target, call.target, True, tail.residual is not None, act)
+            norm = Norm(conv.target, call.target, True, tail.residual is not None, tail.residual_first, act)
             return _joined(calls.program, taken, Call(taken[-1].number, "fused", norm, (conv.args[0], *residual)))
-    norm = Norm(None, call.target, owns_x, tail.residual is not None, act)
+    norm = Norm(None, call.target, owns_x, tail.residual is not None, tail.residual_first, act)
     taken = [call, *tail.calls]
     if not (owns_x or norm.residual or act != "identity"):
         return calls.program
