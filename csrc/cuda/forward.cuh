@@ -52,8 +52,8 @@ struct SqueezeOperation {
   template <int V>
   using Fetched = Vector<V, T>;
   static constexpr int kBlocks = kForwardBlocks<kPlain, A>;
-  // With the partial results, scale and shift of eight channels, the registers suffice for one load less.
-  static constexpr int kAhead = kPlain ? 4 : X::kAhead - (sizeof(T) == 2);
+  // With the partial results, scale and shift of eight channels, the registers suffice for half the loads.
+  static constexpr int kAhead = kPlain ? 4 : sizeof(T) == 2 ? X::kAhead / 2 : X::kAhead;
 
   X x;
   F f;
@@ -85,11 +85,14 @@ struct SqueezeOperation {
       if (f.scale) {
         const int64_t channel = row % f.c;
 #pragma unroll
-        for (int i = 0; i < V; ++i) {
-          affine.scale[i] = load_one(static_cast<const A*>(f.scale) + channel + i * step);
-          affine.shift[i] = load_one(static_cast<const A*>(f.shift) + channel + i * step);
+        for (int i = 0; i < (step ? V : 1); ++i) {
+          affine.scale[i] = load_one(static_cast<const A*>(f.scale) + channel + i);
+          affine.shift[i] = load_one(static_cast<const A*>(f.shift) + channel + i);
         }
       }
+      // Copied outside of the condition, so that one channel takes one register of each.
+#pragma unroll
+      for (int i = 1; i < V && step == 0; ++i) affine.scale[i] = affine.scale[0], affine.shift[i] = affine.shift[0];
     }
     return affine;
   }
@@ -177,17 +180,13 @@ struct ScaleOperation {
 #pragma unroll
       for (int i = 0; i < V; ++i) v[i] *= values.s[i];
     } else {
+      A residual[V];
+      fetched.x.unpack(residual);
+      if (has_own_residual()) fetched.residual.unpack(residual);
       if (f.scale) values.apply(v);
       activate<T>(f.options.pre_act, f.options, v);
-      if (f.residual) {
-        A residual[V];
-        (f.residual == f.x ? fetched.x : fetched.residual).unpack(residual);
 #pragma unroll
-        for (int i = 0; i < V; ++i) v[i] = v[i] * values.s[i] + residual[i];
-      } else {
-#pragma unroll
-        for (int i = 0; i < V; ++i) v[i] *= values.s[i];
-      }
+      for (int i = 0; i < V; ++i) v[i] = f.residual ? v[i] * values.s[i] + residual[i] : v[i] * values.s[i];
       activate<T>(f.options.post_act, f.options, v);
     }
     store<V>(static_cast<T*>(f.y) + at.at, v);
