@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 
-from . import coverage, gpu_report, models, shapes
+from . import coverage, engines, gpu_report, models, shapes
 from .layer_cpu_report import Line, mean
 
 _BASELINES = ("compile", "onnxruntime", "openvino")
@@ -19,7 +19,7 @@ TEXT = """
   ({models} networks of timm and torchvision, batch {models_batches}). After `replace(model, level="block")`, which
   computes SE layers together with the layers around them, they run at {models_block}, {models_block_mean} on
   average; without their SE layers they would run at {models_without}. Under torch.compile ({models_compiled}) nothing
-  changes.
+  changes. Exported to ONNX Runtime and OpenVINO, the originals run at {models_engines}.
 * **`replace`** replaces {coverage_replaced} SE layers in {coverage_models} models of {coverage_libraries};
   it keeps {coverage_skipped}, and says why.
 * **On a GPU** (one {gpu}) all {gpu_right} calls that were compared with float64 agree. Whole networks run at
@@ -67,6 +67,7 @@ def numbers(
         "models_block": _range(models.ratios(networks, "block")),
         "models_block_mean": f"{statistics.geometric_mean(models.ratios(networks, 'block')):.2f}",
         "models_without": _range(models.ratios(networks, "without SE")),
+        "models_engines": _range(value for name in engines.ENGINES for value in models.ratios(networks, name)),
         "models_compiled": _range(models.ratios(compiled, "replaced")),
         "coverage_models": str(len(covered)),
         "coverage_libraries": _listed(list(dict.fromkeys(line["library"] for line in covered))),
