@@ -118,14 +118,13 @@ class Inside:
         """Note the attributes of all modules by identity, and the versions of their classes, for a first comparison in
         C++, which takes less time.
 
-        There is none if an attribute is a container, whose contents may change.
+        Where an attribute is a container, whose contents may change, only the versions are compared.
         """
-        self._quick: Any = sys.modules.get("se_fused._C")
+        self._extension: Any = sys.modules.get("se_fused._C")
         modules = list(map(vars, (layer, *self._below)))
         of_classes = itertools.chain.from_iterable(self._values[len(modules) :])
-        if any(map(_is_mutable, of_classes)):
-            self._quick = None
-        self._versions = [] if self._quick is None else self._quick.versions(self._versioned)
+        self._has_containers = any(map(_is_mutable, of_classes))
+        self._versions = [] if self._extension is None else self._extension.versions(self._versioned)
         self._inner: list[dict[str, Any]] = []
         self._items: list[tuple[Any, ...]] = []
         contents: list[tuple[Any, ...]] = []
@@ -141,7 +140,7 @@ class Inside:
                 elif name in _IGNORED:
                     expected[name] = ...
                 elif _is_mutable(value):
-                    self._quick = None
+                    self._has_containers = True
             self._items.append(_flat(expected))
         self._items += contents
 
@@ -153,16 +152,15 @@ class Inside:
 
     def unchanged(self, layer: nn.Module) -> bool:
         """Whether `change` would find nothing. Every forward asks this, so the comparisons are ones that run in C."""
-        if self._below and any(GLOBAL_HOOKS):
+        if type(layer) is not self._own_type or (self._below and any(GLOBAL_HOOKS)):
             return False
-        quick, modules = self._quick, list(map(vars, (layer, *self._below)))
-        if quick is not None:
-            types = (self._own_type, *self._types)
-            if not quick.same_types((layer, *self._below), types, self._versioned, self._versions):
-                if type(layer) is not self._own_type or self._class_change() is not None:
+        extension, modules = self._extension, list(map(vars, (layer, *self._below)))
+        if extension is not None:
+            if not extension.same_types(self._below, self._types, self._versioned, self._versions):
+                if self._class_change() is not None:
                     return False
-                self._versions = quick.versions(self._versioned)
-            elif quick.same_items([*modules, *self._inner], self._items):
+                self._versions = extension.versions(self._versioned)
+            elif not self._has_containers and extension.same_items([*modules, *self._inner], self._items):
                 return True
         watched = [*modules, *self._classes]
         try:

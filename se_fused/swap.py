@@ -132,8 +132,8 @@ def _parameter(layer: nn.Module, name: str | None) -> _Parameter:
     types = PLAIN_TYPES if layer.get_parameter(name).dim() > 1 else (*PLAIN_TYPES, type(None))
     if not path:
         return (lambda layer: layer._parameters[leaf]), types
-    attributes = vars(layer.get_submodule(path))
-    return (lambda layer: attributes["_parameters"][leaf]), types
+    module = layer.get_submodule(path)
+    return (lambda layer: vars(module)["_parameters"][leaf]), types
 
 
 def _same(value: Any, default: Any) -> bool:

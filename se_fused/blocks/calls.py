@@ -181,7 +181,7 @@ def _has_numbers(module: nn.Module) -> bool:
 
 
 def _keeps_kind(function: Callable[[Tensor], Any]) -> bool:
-    """Whether the result has the type, dtype and layout of the argument, for two dtypes and two layouts."""
+    """Whether the result has the type, dtype and layout of the argument, for three dtypes and two layouts."""
     v = torch.linspace(-9, 9, 48, dtype=torch.float64, device="cpu").view(2, 4, 3, 2)
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         for layout in (torch.contiguous_format, torch.channels_last):

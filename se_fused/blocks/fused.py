@@ -31,10 +31,9 @@ def bind(call: Neighbours | Norm, root: nn.Module, way: str | None = None) -> Ca
 
 def _reader_of(norm: nn.Module) -> Callable[[], tuple[Any, ...]]:
     """The function that reads `norm` as csrc/fast_path.h takes it."""
-    # Its dicts may be replaced, but not `attributes`, as inside.py sees to.
-    attributes = vars(norm)
 
     def read() -> tuple[Any, ...]:
+        attributes = vars(norm)  # this dict, and the two in it, may be replaced
         parameters, buffers = attributes["_parameters"], attributes["_buffers"]
         return (
             *(parameters["weight"], parameters["bias"], buffers["running_mean"], buffers["running_var"]),
@@ -77,7 +76,6 @@ def _bind_convolution(
 ) -> Callable[..., Tensor]:
     """The function that computes the 1x1 convolution `path` of x, or of the result of `gated`, and `norm` of that."""
     kernels, conv = CPU.unchecked, cast(Any, root.get_submodule(path))
-    of_conv = vars(conv)
     normalise = None if norm is None else _bind_norm(norm, root)
     read_norm = None
     # What follows the batch norm would need a pass over y, which the two can share.
@@ -85,7 +83,8 @@ def _bind_convolution(
         read_norm = _reader_of(root.get_submodule(norm.norm))
 
     def run(x: Tensor, *residual: Tensor) -> Tensor:
-        weight, bias = of_conv["_parameters"]["weight"], of_conv["_parameters"]["bias"]
+        parameters = vars(conv)["_parameters"]
+        weight, bias = parameters["weight"], parameters["bias"]
         # Others may have been assigned.
         usual = type(weight) in PLAIN_TYPES and weight.dtype is x.dtype
         usual = usual and weight.shape == (len(weight), x.shape[1], *(1,) * (x.dim() - 2))
@@ -146,11 +145,9 @@ def _bind_layer(call: Neighbours, root: nn.Module, way: str | None) -> Callable[
 
     if call.conv is None:
         return scaled
-    norm = (
-        None
-        if call.conv_norm is None
-        else Norm(None, call.conv_norm, True, call.residual, call.residual_first, call.post_act)
-    )
+    norm = None
+    if call.conv_norm is not None:
+        norm = Norm(None, call.conv_norm, True, call.residual, call.residual_first, call.post_act)
     return _bind_convolution(call.conv, norm, root, way, gated)
 
 

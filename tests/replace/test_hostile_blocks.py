@@ -182,6 +182,13 @@ def new_dicts(model: nn.Module) -> None:
         module.weight = nn.Parameter(torch.zeros_like(module.weight))
 
 
+def copied_attributes(model: nn.Module) -> None:
+    for module in (model.bn0, model.project, model.se.fc1):
+        module.__dict__ = dict(vars(module))
+    new_dicts(model)
+    model.se.fc1._parameters = {"weight": nn.Parameter(torch.zeros(4, C, 1, 1)), "bias": None}
+
+
 def new_attributes(model: nn.Module) -> None:
     model.act.__dict__ = {**vars(model.act), "forward": torch.sigmoid}
 
@@ -210,6 +217,7 @@ def layer_without_reduction() -> nn.Module:
     ("model", "change"),
     [
         (lambda: drawn(Deep()), new_dicts),
+        (lambda: drawn(Deep()), copied_attributes),
         (lambda: drawn(Deep()), new_attributes),
         (lambda: with_part("bn1", GainNorm(C)), lambda model: model.bn1.gain.fill_(3)),
         (lambda: with_part("act", Lowest()), lambda model: model.act.low.fill_(-0.5)),
