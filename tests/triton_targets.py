@@ -63,9 +63,7 @@ def record(n, c, r, spatial, dtype, channels_last, options, with_residual):
     def new(*shape, of=dtype):
         return torch.empty(shape, dtype=of)
 
-    x = new(n, c, *spatial)
-    if channels_last:
-        x = x.to(memory_format=torch.channels_last)
+    x = new(n, *spatial, c).movedim(-1, 1) if channels_last else new(n, c, *spatial)
     one_layer = r is None
     inputs = [x, None if one_layer else new(r, c), None if one_layer else new(r), new(c, c if one_layer else r), new(c)]
     inputs.append(torch.empty_like(x) if with_residual else None)

@@ -191,8 +191,8 @@ FAULTS = {
     ),
     "a map read twice": (
         "forward_cluster.cu",
-        "tile.for_each_vector(ScaleOperation<T, StagedTile<T>, kPlain>{f, x, s});",
-        "tile.for_each_vector(ScaleOperation<T, Streamed<T>, kPlain>{f, {static_cast<const T*>(f.x)}, s});",
+        "ScaleOperation<T, StagedTile<T>, kPlain, Tile>{f, x, s, tile.c0}",
+        "ScaleOperation<T, Streamed<T>, kPlain, Tile>{f, {static_cast<const T*>(f.x)}, s, tile.c0}",
         "bytes of maps read and .* written, where the plan says",
     ),
     "a wrong row where blocks begin at different ones": (

@@ -117,7 +117,7 @@ def test_both_languages_take_the_same_calls(call):
     tensors, options, inplace = call
     takes = is_checked(*call) and is_dense(tensors)
     *plain, scale, shift = tensors
-    y = native.load_extension().forward(*plain, inplace, *options, scale, shift, None)
+    y = native.load_extension().forward(*plain, inplace, *options, scale, shift, None, None)
     assert (y is not None) == takes
     if tensors[0] is not None and tensors[3] is not None and not inplace:
         assert operator_takes(tensors, options) == takes
