@@ -168,6 +168,8 @@ GRID_CALLS: list[dict[str, Any]] = [
     {"n": 4, "c": 64, "r": 16, "spatial": (16, 16)},  # whole vectors
     {"n": 1, "c": 48, "r": 12, "spatial": (56, 56)},  # a large map
     {"n": 2, "c": 320, "r": 80, "spatial": (3, 3)},  # weights larger than the maps
+]
+AFFINE_CALLS: list[dict[str, Any]] = [
     {"affine": True},
     {"affine": True, "residual": "x", "options": {"pre_act": "silu"}},
 ]
@@ -178,9 +180,10 @@ def grid() -> list[Case]:
     """The cases of `verify`: its calls in every precision and each of its layouts."""
     return [
         Case(**_ODD | precision | {"layout": layout} | call)
+        for calls in (GRID_CALLS, AFFINE_CALLS)
         for precision in PRECISIONS.values()
         for layout in GRID_LAYOUTS
-        for call in GRID_CALLS
+        for call in calls
     ]
 
 

@@ -114,6 +114,7 @@ def models(tmp_path, monkeypatch):
 def few_cases(monkeypatch):
     calls = [{"options": {"act": "silu"}}, {"n": 2, "c": 10, "r": 3, "spatial": (3, 5, 4)}]
     monkeypatch.setattr(cases, "GRID_CALLS", calls)
+    monkeypatch.setattr(cases, "AFFINE_CALLS", [])
 
 
 def test_info(native, monkeypatch, tmp_path):
