@@ -15,6 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pytest
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -51,14 +52,10 @@ class Recorder:
         return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
 
 
-def record(n, c, r, spatial, dtype, channels_last, options, with_residual):
-    """Returns the launches of one forward and one backward pass that computes every gradient."""
+def record(n, c, r, spatial, dtype, channels_last, options, with_residual, affine):
+    """Returns the launches of one forward and one backward pass that computes every gradient. affine: with scale and
+    shift."""
     launches = []
-    saved = {}
-    for module in (forward, backward, weights):
-        for name in [name for name in vars(module) if name.endswith("_kernel")]:
-            saved[module, name] = getattr(module, name)
-            setattr(module, name, Recorder(saved[module, name], launches))
 
     def new(*shape, of=dtype):
         return torch.empty(shape, dtype=of)
@@ -70,12 +67,14 @@ def record(n, c, r, spatial, dtype, channels_last, options, with_residual):
     wide = torch.promote_types(dtype, torch.float32)
     kept = [new(n, c, of=wide), new(n, r or 0, of=wide), new(n, c, of=wide)]
     encoded = Options.of(**options)
-    vectors = [new(c, of=wide), new(c, of=wide)] if options is RICH else [None, None]  # scale and shift
-    launch.forward_out(*inputs, *vectors, *encoded, channels_last, torch.empty_like(x), *kept)
+    vectors = [new(c, of=wide) if affine else None for _ in ("scale", "shift")]
     grads = [None if t is None else torch.empty_like(t) for t in inputs]
-    launch.backward_out(torch.empty_like(x), *inputs, *kept, *encoded, channels_last, False, *grads)
-    for (module, name), kernel in saved.items():
-        setattr(module, name, kernel)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (forward, backward, weights):
+            for name in [name for name in vars(module) if name.endswith("_kernel")]:
+                patch.setattr(module, name, Recorder(getattr(module, name), launches))
+        launch.forward_out(*inputs, *vectors, *encoded, channels_last, torch.empty_like(x), *kept)
+        launch.backward_out(torch.empty_like(x), *inputs, *kept, *encoded, channels_last, False, *grads)
     return launches
 
 
@@ -138,7 +137,7 @@ def main(name: str) -> None:
     if on_amd:  # as launch.py sets them with PyTorch for ROCm
         launch.ORDERED, launch.REGISTERS = False, {}
     for call in HALVES.get(name, CALLS):
-        for kernel, args, kwargs in record(*call):
+        for kernel, args, kwargs in record(*call, affine=RICH in call):
             what, options = source(kernel, args, kwargs)
             # The first step of Triton's launcher, which otherwise runs only with a GPU. It makes a Python function with
             # the kernel's parameters and its own, so a kernel parameter called `options` was a SyntaxError.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,12 @@ class Cpu(Compiled):
     name = "cpu"
 
     def __init__(self) -> None:
-        # `forward` of csrc/fast_path.cpp once it is connected to the kernels, before that None.
-        self._forward: Callable[..., Tensor | None] | None = None
-        # All functions of csrc/fast_path.h, for callers that know that the call is an inference that nothing watches.
+        # The functions of csrc/fast_path.h once they are connected to the kernels, before that None. For callers that
+        # know that the call is an inference that nothing watches.
         self.unchecked: Any = None
 
     def load(self) -> None:
-        self._forward = None
+        self.unchecked = None
         try:
             path = native.load("cpu", _load_operators)
         except Exception as error:  # an installation may break in any way: the import goes on, and `info` explains
@@ -52,10 +50,10 @@ class Cpu(Compiled):
         addresses = [ctypes.cast(kernel, ctypes.c_void_p).value for kernel in kernels]
         extension = native.load_extension()
         if extension.connect(*addresses, PLAIN_TYPES, torch.empty_like):
-            self._forward, self.unchecked = extension.forward, extension
+            self.unchecked = extension
 
     def has_fast_path(self) -> bool:
-        return self._forward is not None
+        return self.unchecked is not None
 
     def fast_path(
         self, x: Tensor, w1: Tensor | None, b1: Tensor | None, w2: Tensor, b2: Tensor | None, residual: Tensor | None,
@@ -71,7 +69,7 @@ class Cpu(Compiled):
 
         options: as numbers.
         """
-        if self._forward is None or type(x) is not Tensor or type(inplace) is not bool:
+        if self.unchecked is None or type(x) is not Tensor or type(inplace) is not bool:
             return None
         try:
             if needs_grad(x, w1, b1, w2, b2, residual, scale, shift):
@@ -84,7 +82,9 @@ class Cpu(Compiled):
             return None
         if inplace and x.is_inference() and is_locked_inference_tensor(x):
             return None
-        y = self._forward(x, w1, b1, w2, b2, residual, inplace, *options, scale, shift, None, None)
+        y: Tensor | None = self.unchecked.forward(
+            x, w1, b1, w2, b2, residual, inplace, *options, scale, shift, None, None
+        )
         if inplace and y is not None:
             torch.autograd.graph.increment_version(x)
         return y

@@ -206,7 +206,15 @@ def triton_kernels() -> int:
         options = {"act": "relu", "gate": "sigmoid", "squeeze": "mean", "pre_act": None, "post_act": None}
         last = case.layout == "channels_last"
         for kernel, args, kwargs in triton_targets.record(
-            case.n, case.c, case.r, case.spatial, case.dtype, last, options | case.options, case.residual != "none"
+            case.n,
+            case.c,
+            case.r,
+            case.spatial,
+            case.dtype,
+            last,
+            options | case.options,
+            case.residual != "none",
+            case.affine,
         ):
             key = (kernel.__name__, *map(specialised, args), *sorted((name, str(v)) for name, v in kwargs.items()))
             # Inference launches the forward kernels again, compiled without the outputs that training saves.

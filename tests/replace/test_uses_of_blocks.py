@@ -81,7 +81,7 @@ def test_hooks_inside_before_replace() -> None:
 
 
 def test_without_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(CPU, "_forward", None)
+    monkeypatch.setattr(CPU, "unchecked", None)
     model, x = drawn(Inverted()), image()
     original = copy.deepcopy(model)
     report = replace(model, level="block")
