@@ -41,7 +41,8 @@ LONGEST = (
     "backward_cluster",
 )  # first, so that no core ends long before another
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-HOT = "(squeeze|scale|backward_reduce|backward_apply|forward_cluster|backward_cluster)_kernel"  # they move maps
+# They move maps.
+HOT = "(squeeze|scale|batch_norm|backward_reduce|backward_apply|forward_cluster|backward_cluster)_kernel"
 
 Code = dict[tuple[str, str], list[sass.Instruction]]  # by kernel and architecture
 

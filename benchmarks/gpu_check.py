@@ -66,7 +66,7 @@ def gpu_tests(task: Task) -> list[str]:
         options += ["-n", str(min(12, max(1, (os.cpu_count() or 1) - 4)))]
     if importlib.util.find_spec("pytest_timeout") is not None:
         options += ["--timeout", "25"]
-    return [*PYTHON, "-m", "pytest", *options, "tests/cuda/test_cuda.py"]
+    return [*PYTHON, "-m", "pytest", *options, "tests/cuda/test_cuda.py", "tests/cuda/test_cuda_blocks.py"]
 
 
 def _sanitizer_part(tool: str, seconds: float, **more: Any) -> Part:
@@ -79,9 +79,9 @@ def _sanitizer_part(tool: str, seconds: float, **more: Any) -> Part:
 PARTS = (
     Part("library", 8, "the libraries, built where they are not there", module("library"), whole=True),
     Part("smoke", 24, "each algorithm, layout and dtype against float64", module("smoke"), silence=10),
-    Part("layer", 108, "the layer beside eager, torch.compile and a copy", module("layer"), silence=30),
-    Part("models", 100, "whole networks before and after replace", module("models"), silence=60),
-    Part("tests", 50, "tests/cuda/test_cuda.py in parallel processes", gpu_tests, must_contain=" passed"),
+    Part("layer", 82, "the layer beside eager, torch.compile and a copy", module("layer"), silence=30),
+    Part("models", 126, "whole networks before and after replace", module("models"), silence=60),
+    Part("tests", 50, "tests/cuda/test_cuda*.py in parallel processes", gpu_tests, must_contain=" passed"),
     _sanitizer_part("memcheck", 50, beside="tests"),
     Part(
         "instruction_sets",
@@ -138,8 +138,8 @@ def summary(out: Path) -> list[str]:
             n = line["shape"].partition("x")[0]
             ratios.setdefault(kind, {}).setdefault(n, []).append(float(line["ratio_to_fused"]))
     for line in rows_of(out / "models_gpu.csv"):
-        if line["variant"] == "original":
-            kind = f"original / fused, {line['model']}, {line['mode']}"
+        if line["variant"] != "fused":
+            kind = f"{line['variant']} / fused, {line['model']}, {line['mode']}"
             ratios.setdefault(kind, {}).setdefault(line["n"], []).append(float(line["ratio_to_fused"]))
     return [
         f"{kind}: " + ", ".join(f"N = {n} {statistics.geometric_mean(found):.2f}" for n, found in by_n.items())

@@ -136,12 +136,20 @@ def summary(results: Results) -> str:
 
 def _networks(models: Sequence[Line]) -> str:
     ratios = {(m["model"], m["n"], m["mode"]): m for m in models if m["variant"] == "original"}
+    blocks = {(m["model"], m["n"], m["mode"]): m for m in models if m["variant"] == "block"}
+    block_modes = [mode for mode in MODES if any(of == mode for *_, of in blocks)]
     rows = []
     for name, n in dict.fromkeys((name, n) for name, n, _ in sorted(ratios, key=lambda k: (k[0], int(k[1])))):
         cells = [ratios.get((name, n, mode)) for mode in MODES]
         layers = next(cell["se_layers"] for cell in cells if cell is not None)
-        rows.append([f"{name} ({layers} SE layers)", n, *(ratio_text(c and float(c["ratio_to_fused"])) for c in cells)])
+        row = [f"{name} ({layers} SE layers)", n, *(ratio_text(c and float(c["ratio_to_fused"])) for c in cells)]
+        for mode in block_modes:
+            original, block = (of.get((name, n, mode)) for of in (ratios, blocks))
+            both = original and block
+            row.append(ratio_text(float(original["p50_ms"]) / float(block["p50_ms"]) if both else None))
+        rows.append(row)
     header = ["network: original / fused", "N", *MODES.values()]
+    header += [f"original / block, {MODES[mode]}" for mode in block_modes]
     return markdown(header, rows) if rows else ""
 
 

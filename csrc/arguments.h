@@ -139,6 +139,20 @@ void fill_forward(Forward& f, const Inputs& in, const OptionCodes& codes, bool c
   f.shift = weight_data("shift", in.shift, f.c, 0, accumulator_dtype(f));
 }
 
+// Fills all but scale, shift and y.
+void fill_batch_norm(BatchNorm& f, const View& x, const View& residual, int64_t act, bool channels_last) {
+  require(act >= 0 && act < kActivations, "activation code ", act);
+  require(x.dim >= 3 && x.dim <= 5 && x.numel() > 0, "x has ", x.dim, " dimensions, or is empty");
+  f.n = x.sizes[0];
+  f.c = x.sizes[1];
+  f.l = x.numel() / (f.n * f.c);
+  f.dtype = x.dtype;
+  f.act = static_cast<Activation>(act);
+  f.channels_last = f.l == 1 || (channels_last && f.c > 1);  // as in fill_problem
+  f.x = map_data("x", x, x, channels_last);
+  f.residual = map_data("residual", residual, x, channels_last);
+}
+
 // The memory of y. It may be that of x or of residual, which are read element by element before y is written there; it
 // must not overlap any other input, nor x or residual in part.
 void* y_data(const View& y, const Inputs& in, bool channels_last) {

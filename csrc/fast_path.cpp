@@ -260,19 +260,12 @@ py::object batch_norm(py::handle x, py::handle residual, bool inplace, int64_t a
   }
   const bool channels_last = in.x && !is_dense(in.x);
   return or_none([&]() -> py::object {
-    const int64_t numel = in.x ? in.x.numel() : 0;
-    require(in.x.dim >= 3 && numel > 0 && act >= 0 && act < kActivations, "an empty map, or activation code ", act);
     BatchNorm f{};
-    f.n = in.x.sizes[0], f.c = in.x.sizes[1], f.l = numel / (f.n * f.c);
-    f.dtype = in.x.dtype;
-    f.act = static_cast<Activation>(act);
-    f.x = map_data("x", in.x, in.x, channels_last);
-    f.residual = map_data("residual", in.residual, in.x, channels_last);
+    fill_batch_norm(f, in.x, in.residual, act, channels_last);
     const Affine affine(before, f.c, f.dtype);
     f.scale = affine.scale, f.shift = affine.shift;
     py::object y = output(x, inplace);
     f.y = y_data(view_of(y), in, channels_last);
-    f.channels_last = f.l == 1 || channels_last;  // the order with the longer rows
     const py::gil_scoped_release without_gil;
     run.batch_norm(&f);
     return y;

@@ -60,7 +60,7 @@ struct Device {
 // Known GPUs. Where nobody has measured the numbers of clusters, they are predicted.
 const std::vector<Device>& device_presets();
 
-enum class Algorithm : int32_t { kTwoPass, kCluster };
+enum class Algorithm : int32_t { kTwoPass, kCluster, kBatchNorm };
 
 enum class Direction : int32_t { kForward, kBackward };
 
@@ -92,6 +92,7 @@ inline bool operator==(const Call& a, const Call& b) { return members(a) == memb
 
 Call call_of(const Forward& f);
 Call call_of(const Backward& f);
+Call call_of(const BatchNorm& f);
 
 // A reduction over the positions of each (sample, channel), into `splits` partial results.
 struct Reduction {
@@ -170,5 +171,10 @@ struct Plan {
 //   two_pass: two_pass, vec_bytes=, threads_per_row=, splits=, per_block=, rows=, fused_hidden= (forward)
 //   cluster:  cluster, vec_bytes=, threads_per_row=, size=, threads=
 Plan make_plan(const Call& call, const Device& device, const std::string& forced = "");
+
+// The plans of a BatchNorm, and of the scale and shift of a Norm with so many channels. Both have one launch and no
+// choices. Raises std::invalid_argument as make_plan does.
+Plan plan_batch_norm(const Call& call, const Device& device);
+Plan plan_scale_shift(int64_t channels);
 
 }  // namespace se

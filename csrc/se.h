@@ -68,8 +68,18 @@ struct BlockForward : Forward {
   void* s;  // A [N, C], or null; if given, the gates are written here and y = u
 };
 
-// An eval-mode BatchNorm as one product and one sum, and what follows it: y = act(scale * x + shift + residual). Only
-// the CPU kernels take it.
+// An eval-mode BatchNorm as its module has it: scale = weight / sqrt(variance + epsilon), shift = bias - mean * scale.
+struct Norm {
+  int64_t c;
+  DType dtype;  // of the vectors
+  double epsilon;
+  const void* weight;    // [C], or null
+  const void* bias;      // [C], or null
+  const void* mean;      // [C]
+  const void* variance;  // [C]
+};
+
+// An eval-mode BatchNorm and what follows it: y = act(scale * x + shift + residual).
 struct BatchNorm {
   int64_t n, c, l;
   bool channels_last;
@@ -77,8 +87,8 @@ struct BatchNorm {
   Activation act;
   const void* x;         // map
   const void* residual;  // map, or null
-  const void* scale;     // A [C]
-  const void* shift;     // A [C]
+  const void* scale;     // A [C]; null on CUDA, whose kernel computes scale and shift from a Norm
+  const void* shift;     // A [C]; null with scale
   void* y;               // map; may be x
 };
 

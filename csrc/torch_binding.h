@@ -107,6 +107,50 @@ void backward_out(const Tensor& g, const Tensor& x, const OptionalTensor& w1, co
   Backend::run(f, x);
 }
 
+Norm norm_of(const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mean, const Tensor& variance,
+             double epsilon) {
+  const View m = view(mean);
+  require(m.dim == 1, "mean is no [C]");
+  Norm norm{};
+  norm.c = m.sizes[0];
+  norm.dtype = m.dtype;
+  norm.epsilon = epsilon;
+  norm.weight = weight_data("weight", view(weight), norm.c, 0, norm.dtype);
+  norm.bias = weight_data("bias", view(bias), norm.c, 0, norm.dtype);
+  norm.mean = weight_data("mean", m, norm.c, 0, norm.dtype);
+  norm.variance = weight_data("variance", view(variance), norm.c, 0, norm.dtype);
+  return norm;
+}
+
+// The operators for an eval-mode BatchNorm, of a Backend which has run(const BatchNorm&, const Norm&, const Tensor& x)
+// and run(const Norm&, void* scale, void* shift, const Tensor& mean).
+template <class Backend>
+void batch_norm_out(const Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
+                    const OptionalTensor& bias, const Tensor& mean, const Tensor& variance, double epsilon, int64_t act,
+                    bool channels_last, const Tensor& y) {
+  Inputs in{};
+  in.x = view(x), in.residual = view(residual);
+  BatchNorm f{};
+  fill_batch_norm(f, in.x, in.residual, act, channels_last);
+  f.y = y_data(view(y), in, channels_last);
+  const Norm norm = norm_of(weight, bias, mean, variance, epsilon);
+  require(norm.c == f.c, "mean has ", norm.c, " elements; wanted ", f.c);
+  require(norm.dtype == f.dtype || (norm.dtype == DType::kFloat32 && element_bytes(f.dtype) == 2),
+          "a batch norm of another dtype than its map");
+  Backend::run(f, norm, x);
+}
+
+template <class Backend>
+void scale_shift_out(const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mean,
+                     const Tensor& variance, double epsilon, const Tensor& scale, const Tensor& shift) {
+  const Norm norm = norm_of(weight, bias, mean, variance, epsilon);
+  const DType dtype = norm.dtype == DType::kFloat64 ? norm.dtype : DType::kFloat32;
+  void* const k = row_major_data("scale", view(scale), norm.c, dtype);
+  void* const b = row_major_data("shift", view(shift), norm.c, dtype);
+  require(k && b && norm.c > 0, "no scale or shift, or no channels");
+  Backend::run(norm, k, b, mean);
+}
+
 // Calls `function` by torch's boxed convention: the arguments are on a stack, and no result is pushed.
 template <auto function>
 struct Boxed;
@@ -140,8 +184,8 @@ struct Boxed<function> {
   }
 };
 
-// Registers the two operators of a Backend for a dispatch key, as long as the object lives.
-template <class Backend>
+// Registers the operators of a Backend for a dispatch key, as long as the object lives.
+template <class Backend, bool kBatchNorm>
 class Registered {
  public:
   explicit Registered(const char* dispatch_key) {
@@ -153,6 +197,10 @@ class Registered {
     library_.reset(library);
     torch_library_impl(library, "forward_out", &Boxed<&forward_out<Backend>>::call, kTorch_2_10);
     torch_library_impl(library, "backward_out", &Boxed<&backward_out<Backend>>::call, kTorch_2_10);
+    if constexpr (kBatchNorm) {
+      torch_library_impl(library, "batch_norm_out", &Boxed<&batch_norm_out<Backend>>::call, kTorch_2_10);
+      torch_library_impl(library, "scale_shift_out", &Boxed<&scale_shift_out<Backend>>::call, kTorch_2_10);
+    }
   }
 
  private:

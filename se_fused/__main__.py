@@ -26,6 +26,7 @@ import se_fused
 from se_fused import backends, cases, installed, measure, native
 from se_fused import verify as grid
 from se_fused.native import BuildError
+from se_fused.report import grouped
 
 _INT64_MAX = 2**63 - 1
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -207,7 +208,7 @@ def replace(
     if not report.replaced:
         failures.append("nothing was replaced")
     else:
-        measured = _measured(spec, before, report.model, x, repeats)
+        measured = _measured(spec, before, report.model, x, repeats) | {"convolutions": report.convolutions(x)}
         facts |= measured
         if not measured["equal"]:
             failures.append(f"the output {measured['verdict']}")
@@ -216,6 +217,8 @@ def replace(
                 f"largest difference of the output: {measured['relative']:.1e} of its largest number "
                 f"{measured['scale']:.1e}: {measured['verdict']}"
             )
+            if measured["convolutions"]:
+                typer.echo("\n".join(["1x1 convolutions for this input:", *grouped(measured["convolutions"])]))
             milliseconds = [f"{1e3 * s:.2f} ms {name}" for name, s in measured["seconds"].items()]
             typer.echo(f"median time: {', '.join(milliseconds)}")
     if as_json:

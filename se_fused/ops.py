@@ -7,8 +7,9 @@
       torch.ops.se_fused.squeeze_excite_train      y, and for backward z, p1 = W1 z + b1, p2 = W2 h + b2
       torch.ops.se_fused.squeeze_excite_backward   the gradients
         torch.ops.se_fused.forward_out, backward_out: kernels; they fill memory that was allocated here
+      torch.ops.se_fused.batch_norm_out, scale_shift_out: kernels for `replace(model, level="block")` on GPUs
 
-Only compiled backends (backends/backend.py) have `forward_out` and `backward_out` as operators, and no other operator.
+Only compiled backends (backends/backend.py) have the operators that fill memory, and no other operator.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ _INPUTS = "Tensor x, Tensor? w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? resi
 _FORWARD = f"{_INPUTS}, Tensor? scale, Tensor? shift"  # in inference; in training they are applied before the call
 _OPTIONS = ", ".join(f"{'float' if name in ('slope', 'offset') else 'int'} {name}" for name in Options._fields)
 _SAVED = "Tensor z, Tensor p1, Tensor p2"
+_NORM = "Tensor? weight, Tensor? bias, Tensor mean, Tensor variance, float eps"
 _CPU = backends.CPU
 
 _LIBRARY = torch.library.Library("se_fused", "DEF")
@@ -48,6 +50,9 @@ for _schema in (
     " Tensor(a!) y, Tensor(b!)? z, Tensor(c!)? p1, Tensor(d!)? p2) -> ()",
     f"backward_out(Tensor g, {_INPUTS}, {_SAVED}, {_OPTIONS}, bool channels_last, bool residual_is_x,"
     " Tensor(a!)? dx, Tensor(b!)? dw1, Tensor(c!)? db1, Tensor(d!)? dw2, Tensor(e!)? db2, Tensor(f!)? dresidual) -> ()",
+    # y = act(norm(x) + residual), where norm is an eval-mode BatchNorm; and its scale and shift (csrc/se.h).
+    f"batch_norm_out(Tensor x, Tensor? residual, {_NORM}, int act, bool channels_last, Tensor(a!) y) -> ()",
+    f"scale_shift_out({_NORM}, Tensor(a!) scale, Tensor(b!) shift) -> ()",
 ):
     _LIBRARY.define(_schema, tags=torch.Tag.pt2_compliant_tag)
 

@@ -148,8 +148,8 @@ def replace(
         model: any module; it may itself be an SE layer.
         level: "layer", or "block": also let the module around each layer compute the layer together with its neighbours
             (batch norm and activation before it; residual and activation, or 1x1 convolution and batch norm, after it).
-            That is for inference on CPUs: in eval mode with grad mode off. In all other calls the module computes as it
-            would at level "layer".
+            That is for inference: in eval mode with grad mode off, without autocast. In all other calls the module
+            computes as it would at level "layer".
         inplace: let the layers overwrite their input while grad mode is off. Only safe for models that do not read that
             input again.
         dry_run: report, but change nothing.

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
+from .blocks import convolutions
 from .blocks.neighbours import Neighbours
 from .recognised import Recognised
 
@@ -30,6 +31,14 @@ class Report:
     blocks: dict[str, tuple[Neighbours, ...]] = field(default_factory=dict)
     alone: dict[str, str] = field(default_factory=dict)
 
+    def convolutions(self, x: Tensor) -> dict[str, str]:
+        """Run `model` on x in inference mode, and return how each 1x1 convolution that a block computes together with
+        its neighbours is computed, and why, by the name of the convolution.
+
+        What a module in training mode computes, or a block that changed, is not listed.
+        """
+        return convolutions(self.model, x)
+
     def __str__(self) -> str:
         groups: dict[str, Mapping[str, object]] = {
             "replaced": self.replaced,
@@ -47,12 +56,16 @@ class Report:
         for title, outcome in groups.items():
             if outcome:
                 lines.append(f"{title}: {len(outcome)}")
-            names: dict[str, list[str]] = {}
-            for name, what in outcome.items():
-                names.setdefault(str(what), []).append(name or "(the model)")
-            for what, those in names.items():
-                lines += [f"  {what}", f"      {_listed(those)}"]
+            lines += grouped(outcome)
         return "\n".join(lines)
+
+
+def grouped(outcome: Mapping[str, object]) -> list[str]:
+    """Two lines for each text in `outcome`: the text, and the names that have it."""
+    names: dict[str, list[str]] = {}
+    for name, what in outcome.items():
+        names.setdefault(str(what), []).append(name or "(the model)")
+    return [line for what, those in names.items() for line in (f"  {what}", f"      {_listed(those)}")]
 
 
 def _listed(names: list[str]) -> str:

@@ -23,7 +23,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from se_fused.options import Options
-from se_fused.triton import backward, forward, launch, weights
+from se_fused.triton import backward, batch_norm, forward, launch, weights
 
 TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float64: "*fp64"}
 PLAIN = {"act": "relu", "gate": "sigmoid", "squeeze": "mean", "pre_act": None, "post_act": None}
@@ -53,8 +53,8 @@ class Recorder:
 
 
 def record(n, c, r, spatial, dtype, channels_last, options, with_residual, affine):
-    """Returns the launches of one forward and one backward pass that computes every gradient. affine: with scale and
-    shift."""
+    """Returns the launches of one forward and one backward pass that computes every gradient, and of a batch norm.
+    affine: with scale and shift."""
     launches = []
 
     def new(*shape, of=dtype):
@@ -70,11 +70,14 @@ def record(n, c, r, spatial, dtype, channels_last, options, with_residual, affin
     vectors = [new(c, of=wide) if affine else None for _ in ("scale", "shift")]
     grads = [None if t is None else torch.empty_like(t) for t in inputs]
     with pytest.MonkeyPatch.context() as patch:
-        for module in (forward, backward, weights):
+        for module in (forward, backward, weights, batch_norm):
             for name in [name for name in vars(module) if name.endswith("_kernel")]:
                 patch.setattr(module, name, Recorder(getattr(module, name), launches))
         launch.forward_out(*inputs, *vectors, *encoded, channels_last, torch.empty_like(x), *kept)
         launch.backward_out(torch.empty_like(x), *inputs, *kept, *encoded, channels_last, False, *grads)
+        norm = [new(c, of=wide) for _ in range(4)]
+        launch.batch_norm_out(x, inputs[5], *norm, 1e-5, encoded.post_act, channels_last, torch.empty_like(x))
+        launch.scale_shift_out(*norm, 1e-5, new(c, of=wide), new(c, of=wide))
     return launches
 
 

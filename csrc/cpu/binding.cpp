@@ -104,7 +104,7 @@ struct Cpu {
   }
 };
 
-const se::Registered<Cpu> registered("CPU");
+const se::Registered<Cpu, false> registered("CPU");
 
 }  // namespace
 

@@ -1,4 +1,4 @@
-// Registers the CUDA kernels as se_fused::forward_out and se_fused::backward_out through the LibTorch stable ABI.
+// Registers the CUDA kernels as the operators of se_fused/ops.py that fill memory, through the LibTorch stable ABI.
 #include <exception>
 #include <memory>
 #include <string>
@@ -54,9 +54,19 @@ struct Cuda {
     const se::OptionalTensor memory = scratch(plan->scratch_bytes, index);
     se::cuda::run(f, *plan, memory ? memory->data() : nullptr, stream);
   }
+  static void run(const se::BatchNorm& f, const se::Norm& norm, const Tensor& x) {
+    const int index = x.device_index();
+    const DeviceGuard guard(index);
+    se::cuda::batch_norm(f, norm, se::plan_batch_norm(se::call_of(f), plans.device(index)), current_stream(index));
+  }
+  static void run(const se::Norm& norm, void* scale, void* shift, const Tensor& mean) {
+    const int index = mean.device_index();
+    const DeviceGuard guard(index);
+    se::cuda::scale_shift(norm, scale, shift, se::plan_scale_shift(norm.c), current_stream(index));
+  }
 };
 
-const se::Registered<Cuda> registered("CUDA");
+const se::Registered<Cuda, true> registered("CUDA");
 
 }  // namespace
 

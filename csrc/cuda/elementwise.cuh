@@ -43,7 +43,9 @@ struct NchwTile {
   bool wide;
   Divisor by_l;
 
-  __device__ NchwTile(const Problem& p, const Elementwise& e, const Divisor& by, unsigned block)
+  // Map: Problem or BatchNorm.
+  template <class Map>
+  __device__ NchwTile(const Map& p, const Elementwise& e, const Divisor& by, unsigned block)
       : l(static_cast<unsigned>(p.l)), by_l(by) {
     const auto ranges = static_cast<unsigned>(e.ranges);
     n = block / ranges;
@@ -125,8 +127,8 @@ struct NhwcTile {
   unsigned range, positions;
   int c, c0, channels;
 
-  __device__ NhwcTile(const Problem& p, const Elementwise& e, const Divisor&, unsigned block)
-      : c(static_cast<int>(p.c)) {
+  template <class Map>
+  __device__ NhwcTile(const Map& p, const Elementwise& e, const Divisor&, unsigned block) : c(static_cast<int>(p.c)) {
     const auto ranges = static_cast<unsigned>(e.ranges), channel_blocks = static_cast<unsigned>(e.channel_blocks);
     range = block % ranges;
     c0 = static_cast<int>(block / ranges % channel_blocks * e.channels);

@@ -22,6 +22,9 @@ void forward_two_pass(const Forward& f, const Plan& plan, void* scratch, void* s
 void forward_cluster(const Forward& f, const Plan& plan, void* stream);
 void backward_two_pass(const Backward& f, const Plan& plan, void* scratch, void* stream);
 void backward_cluster(const Backward& f, const Plan& plan, void* scratch, void* stream);
+void batch_norm(const BatchNorm& f, const Norm& norm, const Plan& plan, void* stream);
+// Writes scale and shift of `norm`, which are float [C], or double [C] if its vectors are.
+void scale_shift(const Norm& norm, void* scale, void* shift, const Plan& plan, void* stream);
 
 inline void run(const Forward& f, const Plan& plan, void* scratch, void* stream) {
   if (plan.algorithm == Algorithm::kCluster) return forward_cluster(f, plan, stream);

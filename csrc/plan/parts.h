@@ -37,6 +37,14 @@ Reduction whole_reduction(const Call& call, int64_t channels, const PlanOverride
 // instructions.
 int threads_per_staged_row(int64_t rows, int threads, const PlanOverrides& overrides);
 
+// Refuses a device or sizes that no kernel can run.
+void check_call(const Call& call, const Device& device);
+// Refuses a launch with too many blocks.
+void check_grids(const Plan& plan);
+
+constexpr int64_t kBlocksPerSm = 4;  // enough to even out the last wave; a prediction
+Elementwise plan_elementwise(const Call& call, int64_t wanted_blocks, const PlanOverrides& overrides);
+
 // Adds the launch of backward for the weights and biases.
 void add_weight_gradients(Plan& plan);
 

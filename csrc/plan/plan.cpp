@@ -143,6 +143,22 @@ Reduction whole_reduction(const Call& call, int64_t channels, const PlanOverride
   return reduction;
 }
 
+void check_call(const Call& call, const Device& device) {
+  if (device.capability < 75) refuse(device.name + " is sm_" + std::to_string(device.capability) + "; wanted sm_75 on");
+  for (const auto& [what, size] : {std::pair{"positions", call.l}, {"channels", call.c}, {"hidden units", call.r}}) {
+    if (size > kLongestRow) refuse(std::to_string(size) + " " + what + "; wanted at most 2^30");
+  }
+}
+
+void check_grids(const Plan& plan) {
+  for (int i = 0; i < plan.launch_count; ++i) {
+    if (plan.launches[i].blocks > kLargestGrid) {
+      refuse(std::string(plan.launches[i].name) + " has " + std::to_string(plan.launches[i].blocks) +
+             " blocks; wanted at most 2^31 - 1");
+    }
+  }
+}
+
 void add_weight_gradients(Plan& plan) {
   const Call& call = plan.call;
   if (!call.dw) return;
@@ -169,6 +185,17 @@ Call call_of(const Backward& f) {
   call.dx = f.dx;
   call.dresidual = f.dresidual;
   call.dw = f.dw1 || f.db1 || f.dw2 || f.db2;
+  return call;
+}
+
+Call call_of(const BatchNorm& f) {
+  Call call{};
+  call.n = f.n, call.c = f.c, call.l = f.l;
+  call.channels_last = f.channels_last;
+  call.dtype = f.dtype;
+  call.post_act = f.act != Activation::kIdentity;
+  call.residual = f.residual != nullptr;
+  call.alignment = planning::alignment_of({f.x, f.residual, f.y});
   return call;
 }
 
@@ -203,10 +230,7 @@ std::string text_of(const Prediction& predicted) {
 Plan make_plan(const Call& call, const Device& device, const std::string& forced) {
   using planning::refuse;
   const planning::PlanOverrides overrides(forced);
-  if (device.capability < 75) refuse(device.name + " is sm_" + std::to_string(device.capability) + "; wanted sm_75 on");
-  for (const auto& [what, size] : {std::pair{"positions", call.l}, {"channels", call.c}, {"hidden units", call.r}}) {
-    if (size > planning::kLongestRow) refuse(std::to_string(size) + " " + what + "; wanted at most 2^30");
-  }
+  planning::check_call(call, device);
   Plan plan{};
   plan.call = call;
   const std::string why = overrides.algorithm == Algorithm::kTwoPass ? "two_pass is forced"
@@ -228,12 +252,7 @@ Plan make_plan(const Call& call, const Device& device, const std::string& forced
     }
   }
   plan.shared_per_block = device.shared_per_block;
-  for (int i = 0; i < plan.launch_count; ++i) {
-    if (plan.launches[i].blocks > planning::kLargestGrid) {
-      refuse(std::string(plan.launches[i].name) + " has " + std::to_string(plan.launches[i].blocks) +
-             " blocks; wanted at most 2^31 - 1");
-    }
-  }
+  planning::check_grids(plan);
   return plan;
 }
 
@@ -249,10 +268,14 @@ const Launch& Plan::launch(std::string_view name) const {
 }
 
 std::string Plan::text() const {
-  const bool cluster = algorithm == Algorithm::kCluster;
+  const bool forward = call.direction == Direction::kForward;
   std::ostringstream out;
-  out << (cluster ? "cluster " : "two_pass ") << (call.direction == Direction::kForward ? "forward" : "backward")
-      << ", " << launch_count << (launch_count == 1 ? " launch" : " launches") << '\n';
+  switch (algorithm) {
+    case Algorithm::kTwoPass: out << (forward ? "two_pass forward" : "two_pass backward"); break;
+    case Algorithm::kCluster: out << (forward ? "cluster forward" : "cluster backward"); break;
+    case Algorithm::kBatchNorm: out << "batch norm"; break;
+  }
+  out << ", " << launch_count << (launch_count == 1 ? " launch" : " launches") << '\n';
   for (int i = 0; i < launch_count; ++i) {
     const Launch& launch = launches[i];
     out << "  " << launch.name << ": " << launch.blocks << " blocks of " << launch.threads << " threads";
@@ -264,6 +287,7 @@ std::string Plan::text() const {
     }
     out << '\n';
   }
+  if (algorithm == Algorithm::kBatchNorm) return out.str();
   out << "  reduction: " << reduction.vec_bytes << "-byte accesses, " << reduction.threads_per_row << " threads per "
       << (call.channels_last ? "row of channels" : "row") << ", " << reduction.splits << " splits";
   if (reduction.rows > 0) out << ", " << reduction.rows << " rows at a time through shared memory";

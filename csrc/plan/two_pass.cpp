@@ -6,14 +6,11 @@ namespace se::planning {
 namespace {
 
 // The thresholds are predictions: no GPU has timed other values.
-constexpr int64_t kBlocksPerSm = 4;     // enough to even out the last wave
 constexpr int64_t kLoadsPerThread = 4;  // the fewest loads per thread of a split reduction
 constexpr int64_t kLargestSplit = 64;
 constexpr int kFewestThreadsPerRow = 8;                                     // channels_last: 128 bytes of a position
 constexpr int64_t kStagedBytes = 16 << 10, kLargestStagedBytes = 40 << 10;  // of the maps, staged per block
 constexpr int64_t kHalvedRows = 32;  // more staged rows than this are halved until there are enough blocks
-constexpr int64_t kRangeBytes = 64 << 10, kSmallestRangeBytes = 4 << 10;  // of a map, per block of the elementwise step
-constexpr int64_t kRangeChannels = 512;                                   // channels whose gates one block computes
 // Up to these sizes each block reads W1 itself, which saves a launch.
 constexpr int64_t kFusedWeights = 4096, kFusedHidden = 256;
 
@@ -81,36 +78,6 @@ Reduction split_reduction(const Call& call, int64_t wanted_blocks, const PlanOve
     refuse("splits=" + std::to_string(reduction.splits) + "; wanted 1 to " + std::to_string(kLargestSplit));
   }
   return reduction;
-}
-
-Elementwise plan_elementwise(const Call& call, int64_t wanted_blocks, const PlanOverrides& overrides) {
-  const int64_t element = element_bytes(call.dtype), map_bytes = call.n * call.c * call.l * element;
-  int64_t bytes = kRangeBytes;
-  while (bytes > kSmallestRangeBytes && map_bytes / bytes < wanted_blocks) bytes /= 2;
-  Elementwise elementwise{};
-  int64_t tile;
-  if (call.channels_last) {
-    elementwise.vec_bytes = vec_bytes_for(call, call.c * element, false, overrides.vec_bytes);
-    elementwise.channels = std::min(call.c, kColumns * elementwise.vec_bytes / element);
-    elementwise.channel_blocks = ceil_div(call.c, elementwise.channels);
-    const int64_t positions = std::max<int64_t>(1, bytes / (elementwise.channels * element));
-    elementwise.per_block = overrides.per_block.value_or(std::min(call.l, positions));
-    elementwise.ranges = ceil_div(call.l, std::max<int64_t>(1, elementwise.per_block));
-    tile = elementwise.per_block * elementwise.channels;
-  } else {
-    elementwise.vec_bytes = vec_bytes_for(call, 16, false, {});
-    elementwise.channel_blocks = 1;
-    elementwise.per_block = overrides.per_block.value_or(std::min(bytes / element, kRangeChannels * call.l));
-    elementwise.ranges = ceil_div(call.c * call.l, std::max<int64_t>(1, elementwise.per_block));
-    elementwise.channels = std::min(call.c, (elementwise.per_block - 2) / call.l + 2);
-    tile = elementwise.per_block;
-  }
-  if (tile < 1 || tile > kLargestTile || elementwise.channels > 2 * kRangeChannels) {
-    refuse("per_block=" + std::to_string(elementwise.per_block) + " with " + std::to_string(elementwise.channels) +
-           " channels per block; wanted 1 to " + std::to_string(2 * kRangeChannels) +
-           " of them and 1 to 2^31 - 1 elements");
-  }
-  return elementwise;
 }
 
 int64_t reduction_blocks(const Call& call, const Reduction& reduction) {

@@ -1,6 +1,6 @@
 """The CUDA kernels' own sources, compiled by the host's compiler and run thread by thread on the CPU.
 
-`library(...)` builds them; its operators `forward_out` and `backward_out` stand in for those of a backend. It checks
+`library(...)` builds them; its operators stand in for those of a backend. It checks
 indexing, tails, barriers, shuffles, what the blocks of a cluster exchange, determinism, the bytes that move, and bank
 conflicts of vectors. It cannot check speed, nor the memory model between blocks.
 """
@@ -77,6 +77,7 @@ class Library(Backend):
     """The loaded library, as a backend for CPU tensors. There can be only one in a process: it defines operators."""
 
     name = "emulator"
+    has_batch_norm = True
 
     def __init__(self, path: Path) -> None:
         torch.ops.load_library(path)
@@ -140,6 +141,12 @@ class Library(Backend):
 
     def backward_out(self, *args: Any) -> None:
         torch.ops.emulator.backward_out.default(*args)
+
+    def batch_norm_out(self, *args: Any) -> None:
+        torch.ops.emulator.batch_norm_out.default(*args)
+
+    def scale_shift_out(self, *args: Any) -> None:
+        torch.ops.emulator.scale_shift_out.default(*args)
 
     def forced(self) -> AbstractContextManager[None]:
         """Within: every call on CPU tensors goes to the CUDA kernels."""

@@ -1,6 +1,6 @@
-// Registers the CUDA kernels, which machine.cpp runs, as emulator::forward_out and emulator::backward_out for CPU
-// tensors. Every call checks that each access is inside one of the call's buffers, and that it reads and writes as many
-// bytes of the maps as the plan says.
+// Registers the CUDA kernels, which machine.cpp runs, as operators of `emulator` for CPU tensors. Every call checks
+// that each access is inside one of the call's buffers, and that it reads and writes as many bytes of the maps as the
+// plan says.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -14,9 +14,16 @@
 
 namespace {
 
-std::string device = "H200";
+std::string device_name = "H200";
 se::Plans plans([](int index) { return se::device_presets()[index]; });
 std::shared_ptr<const se::Plan> last_plan;
+
+int device_index() {
+  const std::vector<se::Device>& known = se::device_presets();
+  const auto found = std::find_if(known.begin(), known.end(), [](auto& preset) { return preset.name == device_name; });
+  STD_TORCH_CHECK(found != known.end(), "emulator: no device ", device_name);
+  return static_cast<int>(found - known.begin());
+}
 
 int64_t bytes(se::DType dtype) { return se::element_bytes(dtype); }
 
@@ -62,24 +69,55 @@ void watch(const se::Backward& f, int64_t map) {
   watch_output("db2", f.db2, f.c * w);
 }
 
+void watch(const se::Norm& norm) {
+  const int64_t size = norm.c * bytes(norm.dtype);
+  emulator::watch("weight", norm.weight, size, false);
+  emulator::watch("bias", norm.bias, size, false);
+  emulator::watch("mean", norm.mean, size, false);
+  emulator::watch("variance", norm.variance, size, false);
+}
+
 struct OnCpu {
   template <class Direction>
   static void run(const Direction& f, const se::Tensor&) {
-    const std::vector<se::Device>& known = se::device_presets();
-    const auto found = std::find_if(known.begin(), known.end(), [](auto& preset) { return preset.name == device; });
-    STD_TORCH_CHECK(found != known.end(), "emulator: no device ", device);
-    last_plan = plans.plan(se::call_of(f), static_cast<int>(found - known.begin()));
+    last_plan = plans.plan(se::call_of(f), device_index());
     const se::Plan& plan = *last_plan;
     const std::unique_ptr<unsigned char[]> scratch(new unsigned char[plan.scratch_bytes]);
     emulator::forget_all();
     watch(f, f.n * f.c * f.l * bytes(f.dtype));
     watch_output("scratch", scratch.get(), plan.scratch_bytes);
     se::cuda::run(f, plan, scratch.get(), nullptr);
+    check_bytes();
+  }
+  static void run(const se::BatchNorm& f, const se::Norm& norm, const se::Tensor&) {
+    const se::Device& device = se::device_presets()[device_index()];
+    last_plan = std::make_shared<const se::Plan>(se::plan_batch_norm(se::call_of(f), device));
+    const int64_t map = f.n * f.c * f.l * bytes(f.dtype);
+    emulator::forget_all();
+    emulator::watch("x", f.x, map, true);
+    if (f.residual != f.x) emulator::watch("residual", f.residual, map, true);
+    watch(norm);
+    if (f.y != f.x && f.y != f.residual) watch_output("y", f.y, map, true);
+    se::cuda::batch_norm(f, norm, *last_plan, nullptr);
+    check_bytes();
+  }
+  static void run(const se::Norm& norm, void* scale, void* shift, const se::Tensor&) {
+    emulator::forget_all();
+    watch(norm);
+    const int64_t size = norm.c * se::accumulator_bytes(norm.dtype);
+    watch_output("scale", scale, size);
+    watch_output("shift", shift, size);
+    se::cuda::scale_shift(norm, scale, shift, se::plan_scale_shift(norm.c), nullptr);
+  }
+
+ private:
+  static void check_bytes() {
     const auto& counted = emulator::counters();
-    STD_TORCH_CHECK(
-        counted.map_bytes_read == plan.map_bytes_read && counted.map_bytes_written == plan.map_bytes_written,
-        "emulator: ", counted.map_bytes_read, " bytes of maps read and ", counted.map_bytes_written,
-        " written, where the plan says\n", plan.text());
+    STD_TORCH_CHECK(counted.map_bytes_read == last_plan->map_bytes_read &&
+                        counted.map_bytes_written == last_plan->map_bytes_written,
+                    "emulator: ", counted.map_bytes_read, " bytes of maps read and ", counted.map_bytes_written,
+                    " written, where the plan says ", last_plan->map_bytes_read, " and ", last_plan->map_bytes_written,
+                    ":\n", last_plan->text());
   }
 };
 
@@ -96,18 +134,24 @@ STABLE_TORCH_LIBRARY_FRAGMENT(emulator, m) {
          "bool residual_is_x, Tensor(a!)? dx, Tensor(b!)? dw1, Tensor(c!)? db1, Tensor(d!)? dw2, Tensor(e!)? db2, "
          "Tensor(f!)? dresidual) -> ()")
             .c_str());
+  const std::string norm = "Tensor? weight, Tensor? bias, Tensor mean, Tensor variance, float eps, ";
+  m.def(("batch_norm_out(Tensor x, Tensor? residual, " + norm + "int act, bool channels_last, Tensor(a!) y) -> ()")
+            .c_str());
+  m.def(("scale_shift_out(" + norm + "Tensor(a!) scale, Tensor(b!) shift) -> ()").c_str());
 }
 
 STABLE_TORCH_LIBRARY_IMPL(emulator, CPU, m) {
   m.impl("forward_out", &se::Boxed<&se::forward_out<OnCpu>>::call);
   m.impl("backward_out", &se::Boxed<&se::backward_out<OnCpu>>::call);
+  m.impl("batch_norm_out", &se::Boxed<&se::batch_norm_out<OnCpu>>::call);
+  m.impl("scale_shift_out", &se::Boxed<&se::scale_shift_out<OnCpu>>::call);
 }
 
 // The functions that Python calls through ctypes.
 #define EMULATOR_API extern "C" __attribute__((visibility("default")))
 
-EMULATOR_API void emulator_setup(const char* device_name, const char* plan, uint64_t seed) {
-  device = device_name;
+EMULATOR_API void emulator_setup(const char* device, const char* plan, uint64_t seed) {
+  device_name = device;
   plans.force(plan);
   emulator::set_seed(seed);
 }

@@ -13,11 +13,12 @@ from ..options import Options
 class Backend:
     """One implementation of the operation, for some devices.
 
-    `forward_out` and `backward_out` take the arguments of the operators of the same names (se_fused/ops.py): dense maps
-    in the order [N, C, *spatial] or [N, *spatial, C], dense weights, and the tensors that they fill.
+    The methods whose names end in _out take the arguments of the operators of the same names (se_fused/ops.py): dense
+    maps in the order [N, C, *spatial] or [N, *spatial, C], dense weights, and the tensors that they fill.
     """
 
     name: str
+    has_batch_norm = False  # whether it has batch_norm_out and scale_shift_out
 
     def why_not(self, device: torch.device) -> str | None:
         """The reason why this backend cannot run a call on `device`; None if it can."""
@@ -27,6 +28,12 @@ class Backend:
         raise NotImplementedError
 
     def backward_out(self, *args: Any) -> None:
+        raise NotImplementedError
+
+    def batch_norm_out(self, *args: Any) -> None:
+        raise NotImplementedError
+
+    def scale_shift_out(self, *args: Any) -> None:
         raise NotImplementedError
 
     def plan(self, x: Tensor, r: int, options: Options, own_residual: bool, has_scale: bool) -> str | None:
@@ -61,3 +68,9 @@ class Compiled(Backend):
 
     def backward_out(self, *args: Any) -> None:
         torch.ops.se_fused.backward_out.default(*args)
+
+    def batch_norm_out(self, *args: Any) -> None:
+        torch.ops.se_fused.batch_norm_out.default(*args)
+
+    def scale_shift_out(self, *args: Any) -> None:
+        torch.ops.se_fused.scale_shift_out.default(*args)

@@ -21,6 +21,7 @@ class Cuda(Compiled):
     """library: the compiled library, for its functions that are not operators; None until it is loaded."""
 
     name = "cuda"
+    has_batch_norm = True
 
     def __init__(self, library: ctypes.CDLL | None = None) -> None:
         self._unusable = "there is no NVIDIA GPU"

@@ -15,6 +15,7 @@ from .backend import Backend
 
 class Triton(Backend):
     name = "triton"
+    has_batch_norm = True
 
     def __init__(self) -> None:
         self._kernels: Any = None  # the module se_fused.triton
@@ -53,6 +54,12 @@ class Triton(Backend):
 
     def backward_out(self, *args: Any) -> None:
         self._kernels.backward_out(*map(_resolved, args))
+
+    def batch_norm_out(self, *args: Any) -> None:
+        self._kernels.batch_norm_out(*map(_resolved, args))
+
+    def scale_shift_out(self, *args: Any) -> None:
+        self._kernels.scale_shift_out(*map(_resolved, args))
 
 
 def _resolved(argument: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
@@ -9,12 +11,14 @@ import torch
 from torch import _C, Tensor, nn
 from torch.autograd import profiler
 
+from .. import backends
 from ..backends import CPU, forcing
 from ..observers import observed, under_transform
 from ..replaced import Replaced
 from ..swap import Swap
 from . import fused
 from .neighbours import Neighbours, Norm
+from .operators import Operators
 from .program import Program
 
 _training = itemgetter("training")
@@ -26,34 +30,51 @@ class BlockSwap(Swap):
     def __init__(self, block: nn.Module, original: type[Any], program: Program, dims: int) -> None:
         super().__init__(block, original, program, dims)
         self.dims = (dims,)
-        self.run = program.bind(block, lambda call: fused.bind(call, block))
+        self._program = program
+        self._functions: dict[Any, Callable[[Tensor], Any]] = {}  # by the kernels that they call
+        self.note: fused.Note | None = None
         self.joined: list[Neighbours | Norm] = [call.target for call in program.calls if call.kind == "fused"]
         self._modules = [module for module in block.modules() if module is not block]
 
-    def holds(self, block: nn.Module, x: Tensor) -> bool:
-        """Whether the program computes what the block does for `x`: now, on this device, in this mode."""
-        if not _is_plain_inference(x) or block.training or any(map(_training, map(vars, self._modules))):
-            return False
+    def function_for(self, block: nn.Module, x: Tensor) -> Callable[[Tensor], Any] | None:
+        """The function that computes what the block does for `x`: now, on this device, in this mode; None if the block
+        must compute as it does at level "layer"."""
+        if block.training or any(map(_training, map(vars, self._modules))):
+            return None
+        kernels = _kernels_for(x)
+        if kernels is None:
+            return None
         if not self._inside.unchanged(block):
             self.warn_once(block)
-            return False
-        return True
+            return None
+        if self.note is not None:
+            return self._bind(block, kernels)
+        function = self._functions.get(kernels)
+        if function is None:
+            function = self._functions[kernels] = self._bind(block, kernels)
+        return function
+
+    def _bind(self, block: nn.Module, kernels: Any) -> Callable[[Tensor], Any]:
+        return self._program.bind(block, partial(fused.bind, root=block, kernels=kernels, note=self.note))
 
 
-def _is_plain_inference(x: Tensor) -> bool:
-    """Whether the fast path of the CPU backend serves calls with `x`, and nothing else has to see them."""
-    return not (
+def _kernels_for(x: Tensor) -> Any:
+    """The kernels (fused.py) for an inference of `x` that nothing else has to see; None if there are none."""
+    if (
         torch.is_grad_enabled()
-        or not x.is_cpu
+        or not (x.is_cpu or x.is_cuda)
         or x.numel() == 0
         or observed()
-        or profiler._is_profiler_enabled
         or _C._len_torch_function_stack() > 0
         or under_transform()
-        or torch.is_autocast_enabled("cpu")
-        or not CPU.has_fast_path()
-        or not (forcing.idle or forcing.current().allows(CPU))
-    )
+        or torch.is_autocast_enabled("cpu" if x.is_cpu else "cuda")
+    ):
+        return None
+    if x.is_cpu and (forcing.idle or forcing.current().allows(CPU)):
+        # A profiler would not see the kernels, which are called around the dispatcher.
+        return None if profiler._is_profiler_enabled or not CPU.has_fast_path() else CPU.unchecked
+    backend = backends.select(x.device)
+    return Operators.of(backend) if backend.has_batch_norm else None
 
 
 class FusedBlock(Replaced):
@@ -69,6 +90,27 @@ class FusedBlock(Replaced):
     def _fused_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         swap = self._se_fused_swap
         x = None if swap is None else swap.map_of(args, kwargs)
-        if swap is None or x is None or not swap.holds(self, x):
+        if swap is None or x is None:
             return None
-        return swap.run(x)
+        function = swap.function_for(self, x)
+        return None if function is None else function(x)
+
+
+def convolutions(model: nn.Module, x: Tensor) -> dict[str, str]:
+    """Run `model` on x, and return how the blocks in it compute their joined 1x1 convolutions (cost.py), by name."""
+    found: dict[str, str] = {}
+    blocks = [(name, each._se_fused_swap) for name, each in model.named_modules() if isinstance(each, FusedBlock)]
+    swaps = [(name, swap) for name, swap in blocks if swap is not None]
+
+    def note_in(block: str, path: str, how: str) -> None:
+        found[f"{block}.{path}".lstrip(".")] = how
+
+    try:
+        for name, swap in swaps:
+            swap.note = partial(note_in, name)
+        with torch.inference_mode():
+            model(x)
+    finally:
+        for _, swap in swaps:
+            swap.note = None
+    return found

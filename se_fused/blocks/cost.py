@@ -1,7 +1,7 @@
 """How to compute a 1x1 convolution, with the gates of an SE layer before it and a batch norm after it.
 
-Weights are computed anew in each call, so that a change of them is never missed. The thresholds were measured on two
-cores with AVX-512 at the shapes of MobileNet, EfficientNet and SE-ResNet, in experiments that were not recorded.
+Weights are computed anew in each call, so that a change of them is never missed. The thresholds lie between sizes that
+were timed on two cores with AVX-512: alone in benchmarks/results/convolutions.csv, in networks without a record.
 """
 
 from __future__ import annotations
@@ -13,27 +13,51 @@ from torch import Tensor
 WAYS = ("convolution", "product", "folded")
 
 # Multiplications up to which a product of one sample takes less time than the convolution, which copies the map to a
-# layout of its own: the ratio of the two times is 0.4 to 0.98 up to 12 million, and 0.94 to 1.2 from 15 million on.
-_MULTIPLICATIONS = 12_000_000
-# Cin * Cout / L up to which products of several samples do so: the ratio, with the gates folded, is 0.57 to 0.87 up to
-# 6.1, 0.96 to 1.0 at 12, and 1.3 or more from 200 on.
+# layout of its own. At 20 million, networks take 0.96 to 1.01 of the time that they take at 12 million; at 30 million
+# 0.95 to 1.04, at 52 million 0.96 to 1.09.
+_MULTIPLICATIONS = 20_000_000
+# Cin * Cout / L up to which products of several samples do so. Networks of 16 samples take 0.94 to 1.05 of the time at
+# 50, 100 or 200: no more than noise.
 _WEIGHTS_PER_POSITION = 7
 
 
 def way_of(u: Tensor, weight: Tensor) -> str:
     """The fastest way to convolve u [N, Cin, *spatial] with weight [Cout, Cin, ...]."""
+    return _decide(u, weight)[0]
+
+
+def explain(u: Tensor, weight: Tensor) -> str:
+    """`way_of`, and why."""
+    way, reason, number = _decide(u, weight)
+    shape = "x".join(map(str, u.shape))
+    return f"{way} of {shape} to {len(weight)} channels: {reason.format(number)}"
+
+
+def _decide(u: Tensor, weight: Tensor) -> tuple[str, str, float]:
+    """The way, and the reason as a format for a number."""
     n, cin = u.shape[:2]
+    # On a GPU one kernel applies the batch norm, the activation and the gates and writes u * s once, as it would have
+    # to write u. Products with gates in the weights of each sample would only add launches.
+    if not u.is_cpu:
+        return "convolution", "on a GPU", 0
+    # torch's products of half-precision numbers are slower than its convolutions.
+    if u.dtype.itemsize == 2:
+        return "convolution", "half precision", 0
     # A convolution of channels_last maps, or with such a weight, copies none: the product takes 0.8 to 2.2 times as
-    # long. torch's products of half-precision numbers are slower than its convolutions.
-    if u.dtype.itemsize == 2 or not u.is_contiguous() or weight.stride(-1) != 1:
-        return "convolution"
+    # long.
+    if not u.is_contiguous() or weight.stride(-1) != 1:
+        return "convolution", "channels_last", 0
     if n == 1:
-        return "product" if u.numel() * weight.shape[0] <= _MULTIPLICATIONS else "convolution"
-    return "folded" if n * cin * weight.numel() <= _WEIGHTS_PER_POSITION * u.numel() else "convolution"
+        count = u.numel() * weight.shape[0]
+        way = "product" if count <= _MULTIPLICATIONS else "convolution"
+        return way, f"{{:.1f}} million multiplications; products up to {_MULTIPLICATIONS // 10**6}", count / 1e6
+    per_position = n * cin * weight.numel() / u.numel()
+    way = "folded" if per_position <= _WEIGHTS_PER_POSITION else "convolution"
+    return way, f"Cin Cout / L is {{:.1f}}; folded up to {_WEIGHTS_PER_POSITION}", per_position
 
 
 def folds_norm(u: Tensor, weight: Tensor) -> bool:
     """Whether the batch norm that reads the result of this convolution of u goes into its weight: whether that has
     fewer elements than the result."""
-    # Half-precision weights times a scale could underflow.
-    return u.dtype.itemsize > 2 and weight.shape[1] ** 2 <= u.numel()
+    # Half-precision weights times a scale could underflow. There is no kernel for it on GPUs.
+    return u.is_cpu and u.dtype.itemsize > 2 and weight.shape[1] ** 2 <= u.numel()

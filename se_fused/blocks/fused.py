@@ -1,4 +1,7 @@
-"""Runs an SE layer together with its neighbours, and a batch norm with what follows it, on the CPU."""
+"""Runs an SE layer together with its neighbours, and a batch norm with what follows it.
+
+kernels: `CPU.unchecked`, whose functions csrc/fast_path.h describes, or the same functions for a GPU (operators.py).
+"""
 
 from __future__ import annotations
 
@@ -9,24 +12,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backends import CPU
 from ..memory import PLAIN_TYPES
 from ..options import ACTIVATIONS, FUNCTIONS, Options
 from ..swap import parameters_of
-from .cost import folds_norm, way_of
+from .cost import explain, folds_norm, way_of
 from .neighbours import Neighbours, Norm
 
 _CONVOLVE: dict[int, Callable[..., Tensor]] = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
 
-def bind(call: Neighbours | Norm, root: nn.Module, way: str | None = None) -> Callable[..., Tensor]:
+# Is told the path of a convolution and how it is computed (cost.py).
+Note = Callable[[str, str], None]
+
+
+def bind(
+    call: Neighbours | Norm, root: nn.Module, kernels: Any, way: str | None = None, note: Note | None = None
+) -> Callable[..., Tensor]:
     """The function of x, and of the residual if there is one, that computes `call` with the modules of `root`.
 
     way: how to compute the convolution (cost.py); None: the fastest.
     """
     if isinstance(call, Neighbours):
-        return _bind_layer(call, root, way)
-    return _bind_norm(call, root) if call.conv is None else _bind_convolution(call.conv, call, root, way)
+        return _bind_layer(call, root, kernels, way, note)
+    if call.conv is None:
+        return _bind_norm(call, root, kernels)
+    return _bind_convolution(call.conv, call, root, kernels, way, note)
 
 
 def _reader_of(norm: nn.Module) -> Callable[[], tuple[Any, ...]]:
@@ -52,8 +62,8 @@ def _sum(y: Tensor, residual: Tensor, residual_first: bool) -> Tensor:
     return residual + y if residual_first else y + residual
 
 
-def _bind_norm(call: Norm, root: nn.Module) -> Callable[..., Tensor]:
-    kernels, read = CPU.unchecked, _reader_of(root.get_submodule(call.norm))
+def _bind_norm(call: Norm, root: nn.Module, kernels: Any) -> Callable[..., Tensor]:
+    read = _reader_of(root.get_submodule(call.norm))
     act, activate, owns_x = list(ACTIVATIONS).index(call.act), ACTIVATIONS[call.act], call.owns_x
 
     def run(x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -72,11 +82,12 @@ Gated = Callable[[Tensor, bool], tuple[Tensor, "Tensor | None"]]
 
 
 def _bind_convolution(
-    path: str, norm: Norm | None, root: nn.Module, way: str | None, gated: Gated | None = None
-) -> Callable[..., Tensor]:
+    path: str, norm: Norm | None, root: nn.Module, kernels: Any, way: str | None, note: Note | None,
+    gated: Gated | None = None,
+) -> Callable[..., Tensor]:  # fmt: skip
     """The function that computes the 1x1 convolution `path` of x, or of the result of `gated`, and `norm` of that."""
-    kernels, conv = CPU.unchecked, cast(Any, root.get_submodule(path))
-    normalise = None if norm is None else _bind_norm(norm, root)
+    conv = cast(Any, root.get_submodule(path))
+    normalise = None if norm is None else _bind_norm(norm, root, kernels)
     read_norm = None
     # What follows the batch norm would need a pass over y, which the two can share.
     if norm is not None and not norm.residual and norm.act == "identity":
@@ -90,6 +101,8 @@ def _bind_convolution(
         usual = usual and weight.shape == (len(weight), x.shape[1], *(1,) * (x.dim() - 2))
         usual = usual and (bias is None or (type(bias) in PLAIN_TYPES and bias.shape == weight.shape[:1]))
         how = (way or way_of(x, weight)) if usual else "convolution"
+        if note is not None:
+            note(path, explain(x, weight) if usual else "convolution: of an unusual weight")
         folded = None
         if read_norm is not None and usual and (how == "folded" or folds_norm(x, weight)):
             folded = kernels.fold(weight, bias, read_norm())
@@ -106,8 +119,10 @@ def _bind_convolution(
     return run
 
 
-def _bind_layer(call: Neighbours, root: nn.Module, way: str | None) -> Callable[..., Tensor]:
-    kernels, owns_x = CPU.unchecked, call.owns_x
+def _bind_layer(
+    call: Neighbours, root: nn.Module, kernels: Any, way: str | None, note: Note | None
+) -> Callable[..., Tensor]:
+    owns_x = call.owns_x
     recognised, layer = call.recognised, root.get_submodule(call.layer)
     parameters = parameters_of(layer, recognised)
     options = Options.of(
@@ -148,7 +163,7 @@ def _bind_layer(call: Neighbours, root: nn.Module, way: str | None) -> Callable[
     norm = None
     if call.conv_norm is not None:
         norm = Norm(None, call.conv_norm, True, call.residual, call.residual_first, call.post_act)
-    return _bind_convolution(call.conv, norm, root, way, gated)
+    return _bind_convolution(call.conv, norm, root, kernels, way, note, gated)
 
 
 def _product(u: Tensor, s: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:

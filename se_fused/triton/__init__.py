@@ -6,11 +6,12 @@
     forward.py       squeeze, hidden and scale, or all three in one launch
     backward.py      reduce, hidden and apply, or all three in one launch
     weights.py       the gradients of the weights
-    launch.py        forward_out and backward_out, with the arguments of the operators in se_fused/ops.py
+    batch_norm.py    batch norms, for `replace(model, level="block")`
+    launch.py        the operators of se_fused/ops.py that fill memory
 
 Importing this package imports triton, which is slow and may fail. `se_fused.backends` imports it when a call needs it.
 """
 
-from .launch import backward_out, forward_out
+from .launch import backward_out, batch_norm_out, forward_out, scale_shift_out
 
-__all__ = ["backward_out", "forward_out"]
+__all__ = ["backward_out", "batch_norm_out", "forward_out", "scale_shift_out"]

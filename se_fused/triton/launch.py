@@ -1,4 +1,4 @@
-"""The operators forward_out and backward_out (se_fused/ops.py) in Triton: scratch memory, grids and launches."""
+"""The operators of se_fused/ops.py that fill memory, in Triton: scratch memory, grids and launches."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..options import Options
-from . import backward, forward, weights
-from .plan import WEIGHT_TILE, plan
+from . import backward, batch_norm, forward, weights
+from .plan import WEIGHT_TILE, Plan, plan
 from .tiles import MAP, MEAN, MEAN_MAX, NO_RESIDUAL, X_ITSELF
 
 # Whether a barrier in a program orders its stores to global memory. Not on AMD, where Triton's barrier waits for shared
@@ -61,8 +61,7 @@ class Problem:
 
     @property
     def map_grid(self) -> tuple[int, int]:
-        p = self.plan
-        return _divide_up(self.n, p.block_n) * _divide_up(self.c, p.block_c), p.splits
+        return _map_grid(self.n, self.c, self.plan)
 
     @property
     def hidden_grid(self) -> tuple[int, int]:
@@ -71,6 +70,10 @@ class Problem:
 
 def _divide_up(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def _map_grid(n: int, c: int, p: Plan) -> tuple[int, int]:
+    return _divide_up(n, p.block_n) * _divide_up(c, p.block_c), p.splits
 
 
 def _on_device(x: Tensor) -> AbstractContextManager[Any]:
@@ -160,3 +163,30 @@ def backward_out(
                 dp1, dp2, z, p1, dw1, db1, dw2, db2, tiles2, n, c, r, options,
                 BLOCK_N=block_n, BLOCK_I=block_i, BLOCK_J=block_j, **REGISTERS,
             )  # fmt: skip
+
+
+def batch_norm_out(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, mean: Tensor, variance: Tensor,
+    eps: float, act: int, channels_last: bool, y: Tensor,
+) -> None:  # fmt: skip
+    """Writes y = act(norm(x) + residual), which may be x."""
+    n, c = x.shape[:2]
+    l = x.numel() // (n * c)
+    channels_last = l == 1 or (channels_last and c > 1)
+    p = plan(n, c, 1, l, channels_last, x.element_size(), backward=False, ordered=False)
+    with _on_device(x):
+        batch_norm.batch_norm_kernel[_map_grid(n, c, p)](
+            x, residual, weight, bias, mean, variance, y, n, c, l, p.steps, eps, act, channels_last, p.alignment,
+            p.block_n, p.block_c, p.block_l, num_warps=p.warps, **REGISTERS,
+        )  # fmt: skip
+
+
+def scale_shift_out(
+    weight: Tensor | None, bias: Tensor | None, mean: Tensor, variance: Tensor, eps: float, scale: Tensor, shift: Tensor
+) -> None:
+    """Writes scale and shift of an eval-mode batch norm."""
+    block, c = 256, len(mean)
+    with _on_device(mean):
+        batch_norm.scale_shift_kernel[(_divide_up(c, block),)](
+            weight, bias, mean, variance, scale, shift, c, eps, block
+        )

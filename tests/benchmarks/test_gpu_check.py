@@ -65,7 +65,7 @@ def test_every_row_of_a_rehearsal_is_checked_and_interleaved(rehearsal: Path) ->
         if row["variant"] == "fused":
             assert float(row["error"]) <= float(row["tolerance"])
     models = rows_of(rehearsal / "models_gpu.csv")
-    assert {row["variant"] for row in models} == {"original", "fused"}
+    assert {row["variant"] for row in models} == {"original", "fused", "block"}
     assert all(int(row["se_layers"]) > 0 and float(row["error"]) < 1e-4 for row in models)
     assert [row["ratio_to_planner"] for row in rows_of(rehearsal / "plans_gpu.csv")] == ["1.000", "1.000"]
 

@@ -7,9 +7,11 @@ from pathlib import Path
 import torch
 from cases import Case, assert_close, call, truth
 from gradients import compare
+from norms import NormCase, check_norm
 
 import se_fused
 from dev import emulator
+from se_fused.blocks.operators import Operators
 
 PLANS = ("splits=2", "rows=3", "cluster size=2 threads=256", "cluster size=2 threads=512")
 CASES = (
@@ -23,6 +25,13 @@ CASES = (
     Case(n=3, c=24, r=5, spatial=(2, 6), dtype=torch.float16),
     Case(n=2, c=19, r=4, spatial=(3,), dtype=torch.float16, residual="map", options={"post_act": "silu"}),
 )
+# (n, c, sides, dtype, act, residual, single, affine, inplace, channels_last, offset)
+NORMS = [
+    NormCase(2, 27, (12, 9), torch.float16, "silu", None, True, True, False, False, 0, 0),
+    NormCase(2, 40, (9, 8), torch.float32, "relu", "own", False, True, True, True, 0, 0),
+    NormCase(1, 19, (5, 5, 3), torch.bfloat16, "gelu", "own", False, False, False, False, 1, 0),
+    NormCase(1, 70, (40, 3), torch.float64, "identity", None, False, True, False, True, 0, 0),
+]
 
 
 def can_run(plan: str, case: Case) -> bool:
@@ -53,3 +62,6 @@ def main(path: Path) -> None:
                 y = call(se_fused.squeeze_excite, tensors, case.options)
             assert_close(y, truth(tensors, case.options), case.dtype)
             compare(replace(case, affine=False))  # training applies scale and shift before the call
+        for seed, case in itertools.product(range(3), NORMS):
+            library.setup("H200", seed=seed)
+            check_norm(Operators.of(library), case)

@@ -267,6 +267,30 @@ FAULTS = {
         "if (--left == 0) ++at;",
         "elements differ by more than",
     ),
+    "scale and shift that are not all there": (
+        "batch_norm.cu",
+        "  __syncthreads();\n  tile.for_each_vector(",
+        "  tile.for_each_vector(",
+        "assert_near",
+    ),
+    "scale and shift of another tile's channels": (
+        "batch_norm.cu",
+        "(norm, tile.c0 + i, scale[i], shift[i])",
+        "(norm, i, scale[i], shift[i])",
+        "assert_near",
+    ),
+    "an activation left out": (
+        "batch_norm.cu",
+        "    activate<T>(f.act, Options{}, v);\n    store",
+        "    store",
+        "assert_near",
+    ),
+    "channels without scale and shift": (
+        "batch_norm.cu",
+        "if (channel >= norm.c) return;",
+        "if (channel + 1 >= norm.c) return;",
+        "assert_near",
+    ),
 }
 
 

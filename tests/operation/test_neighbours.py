@@ -7,41 +7,18 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from norms import DTYPES, assert_near, exact, map_of, norm_of
 
 from se_fused import reference
 from se_fused.backends import CPU
-from se_fused.cases import TOLERANCE
 from se_fused.options import ACTIVATIONS, FUNCTIONS, SQUEEZES, Options
 
 _MAP_ACTS = [None, *list(ACTIVATIONS)[1:]]
-_DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
-
-
-def _norm(c: int, dtype: torch.dtype, affine: bool = True) -> tuple:
-    """Weight, bias, mean, variance and epsilon."""
-    weight, bias = (torch.randn(c).to(dtype), torch.randn(c).to(dtype)) if affine else (None, None)
-    return weight, bias, torch.randn(c).to(dtype), torch.rand(c).to(dtype) + 0.5, 1e-3
-
-
-def _exact(x: Tensor, norm: tuple) -> Tensor:
-    weight, bias, mean, variance = (t if t is None else t.double() for t in norm[:4])
-    return F.batch_norm(x.double(), mean, variance, weight, bias, eps=norm[4])
-
-
-def _map(n: int, c: int, sides: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> Tensor:
-    x = torch.randn(n, c, *sides).to(dtype)
-    return x.contiguous(memory_format=torch.channels_last) if channels_last else x
-
-
-def _assert_close(got: Tensor, wanted: Tensor, dtype: torch.dtype, *sizes: Tensor) -> None:
-    largest = max([1.0, *(float(t.abs().max()) for t in (wanted, *sizes))])
-    assert float((got.double() - wanted).abs().max()) <= 4 * TOLERANCE[dtype] * largest
 
 
 @settings(max_examples=300, deadline=None)
 @given(
-    dtype=st.sampled_from(_DTYPES), n=st.integers(1, 7), c=st.integers(1, 70),
+    dtype=st.sampled_from(DTYPES), n=st.integers(1, 7), c=st.integers(1, 70),
     sides=st.tuples(st.integers(1, 40), st.integers(1, 40)), pre_act=st.sampled_from(_MAP_ACTS),
     post_act=st.sampled_from(_MAP_ACTS), squeeze=st.sampled_from(SQUEEZES),
     residual=st.sampled_from([None, "x", "own"]), inplace=st.booleans(), channels_last=st.booleans(),
@@ -52,9 +29,9 @@ def test_layer(
 ) -> None:
     """u = pre_act(norm(x)), and y = post_act(u * s + residual) or, with `gates`, u and s."""
     torch.manual_seed(seed)
-    x = _map(n, c, sides, dtype, channels_last)
+    x = map_of(n, c, sides, dtype, channels_last)
     weights = [t.to(dtype) for t in (torch.randn(8, c) / c**0.5, torch.randn(8), torch.randn(c, 8) / 3, torch.randn(c))]
-    norm = _norm(c, dtype) if has_norm else None
+    norm = norm_of(c, dtype) if has_norm else None
     options = Options.of(squeeze=squeeze, pre_act=pre_act, post_act=None if gates else post_act)
     added = None if residual is None or gates else x if residual == "x" else torch.randn_like(x)
     before, exact_residual = x.clone(), None if added is None else added.double().clone()
@@ -64,18 +41,18 @@ def test_layer(
     assert (y is x) == inplace
     assert inplace or torch.equal(x, before)
 
-    v = before.double() if norm is None else _exact(before, norm)
+    v = before.double() if norm is None else exact(before, norm)
     u = FUNCTIONS[options.pre_act](v)
     exact_s = options.apply_gate(reference.before_gate(u, *(t.double() for t in weights), options)[2])
     wanted = u * exact_s[..., None, None] + (0 if exact_residual is None else exact_residual)
-    _assert_close(y, u if gates else FUNCTIONS[options.post_act](wanted), dtype, v)
+    assert_near(y, u if gates else FUNCTIONS[options.post_act](wanted), dtype, v)
     if gates:
-        _assert_close(s, exact_s, dtype)
+        assert_near(s, exact_s, dtype)
 
 
 @settings(max_examples=200, deadline=None)
 @given(
-    dtype=st.sampled_from(_DTYPES), single=st.booleans(), n=st.integers(1, 7), c=st.integers(1, 70),
+    dtype=st.sampled_from(DTYPES), single=st.booleans(), n=st.integers(1, 7), c=st.integers(1, 70),
     sides=st.tuples(st.integers(1, 40), st.integers(1, 40)), act=st.sampled_from(list(ACTIVATIONS)),
     residual=st.booleans(), affine=st.booleans(), inplace=st.booleans(), channels_last=st.booleans(),
     seed=st.integers(0, 999),
@@ -83,35 +60,35 @@ def test_layer(
 def test_batch_norm(dtype, single, n, c, sides, act, residual, affine, inplace, channels_last, seed) -> None:
     """act(norm(x) + residual). single: the batch norm is of float32 beside a half-precision map."""
     torch.manual_seed(seed)
-    x = _map(n, c, sides, dtype, channels_last)
-    norm = _norm(c, torch.float32 if single and dtype.itemsize == 2 else dtype, affine)
+    x = map_of(n, c, sides, dtype, channels_last)
+    norm = norm_of(c, torch.float32 if single and dtype.itemsize == 2 else dtype, affine)
     added, before = torch.randn_like(x) if residual else None, x.clone()
     y = CPU.unchecked.batch_norm(x, added, inplace, list(ACTIVATIONS).index(act), norm)
     assert y is not None
     assert (y is x) == inplace
     assert inplace or torch.equal(x, before)
     assert y.stride() == before.stride()
-    v = _exact(before, norm) + (0 if added is None else added.double())
-    _assert_close(y, ACTIVATIONS[act](v), dtype, v)
+    v = exact(before, norm) + (0 if added is None else added.double())
+    assert_near(y, ACTIVATIONS[act](v), dtype, v)
 
 
 def test_special_values() -> None:
     x = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0]).view(1, 1, 4).repeat(2, 3, 1)
     for act, function in ACTIVATIONS.items():
-        norm = _norm(3, torch.float32)
+        norm = norm_of(3, torch.float32)
         y = CPU.unchecked.batch_norm(x, None, False, list(ACTIVATIONS).index(act), norm)
-        torch.testing.assert_close(y.double(), function(_exact(x, norm)), equal_nan=True, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(y.double(), function(exact(x, norm)), equal_nan=True, rtol=1e-5, atol=1e-5)
 
 
 def test_fold() -> None:
     for dtype in (torch.float32, torch.float64):
         for bias in (None, torch.randn(5).to(dtype)):
-            norm = _norm(5, dtype, affine=bias is None)
+            norm = norm_of(5, dtype, affine=bias is None)
             weight, x = torch.randn(5, 7, 1, 3).to(dtype), torch.randn(2, 7, 4, 6).to(dtype)
             folded = CPU.unchecked.fold(weight, bias, norm)
             assert folded is not None
-            wanted = _exact(F.conv2d(x.double(), weight.double(), None if bias is None else bias.double()), norm)
-            _assert_close(F.conv2d(x, *folded), wanted, dtype)
+            wanted = exact(F.conv2d(x.double(), weight.double(), None if bias is None else bias.double()), norm)
+            assert_near(F.conv2d(x, *folded), wanted, dtype)
 
 
 def test_what_the_kernels_refuse() -> None:

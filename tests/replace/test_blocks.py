@@ -234,3 +234,20 @@ def test_arguments() -> None:
     assert type(model) is Inverted
     assert type(model.se) is SqueezeExcitation
     assert "bn1 + silu + se + project + bn2 + residual, in place" in str(report)
+
+
+def test_report_says_how_convolutions_are_computed() -> None:
+    model = nn.Sequential(drawn(Deep()), nn.Conv2d(C, 40, 1), nn.AdaptiveAvgPool2d(1)).eval()
+    report = replace(model, level="block")
+    found = report.convolutions(image(1))
+    assert found.keys() == {"0.expand", "0.project", "0.shortcut"}
+    assert found["0.expand"] == "product of 1x16x9x8 to 16 channels: 0.0 million multiplications; products up to 20"
+    assert report.convolutions(image(3))["0.project"].startswith(
+        "folded of 3x16x9x8 to 16 channels: Cin Cout / L is 3.6"
+    )
+    last = image(2).to(memory_format=torch.channels_last)
+    assert report.convolutions(last)["0.project"] == "convolution of 2x16x9x8 to 16 channels: channels_last"
+    model.train()
+    assert report.convolutions(image()) == {}
+    restore(model)
+    assert report.convolutions(image()) == {}

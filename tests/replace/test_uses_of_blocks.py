@@ -25,8 +25,16 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @contextmanager
 def joined_calls(block: nn.Module) -> Iterator[mock.Mock]:
     """Counts the calls that `block` computes joined."""
-    swap = block._se_fused_swap
-    with mock.patch.object(swap, "run", wraps=swap.run) as run:
+    swap, run = block._se_fused_swap, mock.Mock()
+    function_for = swap.function_for
+
+    def counted(*args: object) -> Callable[[Tensor], object] | None:
+        function = function_for(*args)
+        if function is not None:
+            run()
+        return function
+
+    with mock.patch.object(swap, "function_for", counted):
         yield run
 
 

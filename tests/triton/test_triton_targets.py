@@ -11,8 +11,8 @@ import pytest
 pytest.importorskip("triton")
 
 MAPS = {"squeeze_kernel": "loads", "scale_kernel": "stores", "forward_sample_kernel": "stores",
-        "backward_reduce_kernel": "loads", "backward_apply_kernel": "stores",
-        "backward_sample_kernel": "stores"}  # fmt: skip
+        "backward_reduce_kernel": "loads", "backward_apply_kernel": "stores", "backward_sample_kernel": "stores",
+        "batch_norm_kernel": "stores"}  # fmt: skip
 
 
 @pytest.mark.parametrize("target", ["sm_75", "sm_80", "sm_90", "sm_100", "gfx90a", "gfx942"])
