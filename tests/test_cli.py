@@ -220,7 +220,9 @@ def test_replace_at_block_level(models):
     assert result.exit_code == 0, result.output
     assert "with their neighbours, in blocks: 1\n  1 + relu, in place\n" in result.stdout
     result = run("replace", f"{models}:net", "--input", "2x3x9x9", "--repeats", "1", "--level", "block", "--json")
-    assert json.loads(result.stdout)["blocks"] == {"": ["1 + relu, in place"]}
+    facts = json.loads(result.stdout)
+    assert facts["blocks"] == {"": ["1 + relu, in place"]}
+    assert facts["convolutions"] == {}
     assert run("replace", f"{models}:net", "--level", "network").exit_code == 2
 
 

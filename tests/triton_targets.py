@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -52,9 +53,19 @@ class Recorder:
         return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
 
 
+@contextmanager
+def recording(launches, *modules):
+    """Adds the launches of the modules' kernels to `launches` instead of running them."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in modules:
+            for name in [name for name in vars(module) if name.endswith("_kernel")]:
+                patch.setattr(module, name, Recorder(getattr(module, name), launches))
+        yield
+
+
 def record(n, c, r, spatial, dtype, channels_last, options, with_residual, affine):
-    """Returns the launches of one forward and one backward pass that computes every gradient, and of a batch norm.
-    affine: with scale and shift."""
+    """Returns the launches of one forward and one backward pass that computes every gradient. affine: with scale and
+    shift."""
     launches = []
 
     def new(*shape, of=dtype):
@@ -69,15 +80,24 @@ def record(n, c, r, spatial, dtype, channels_last, options, with_residual, affin
     encoded = Options.of(**options)
     vectors = [new(c, of=wide) if affine else None for _ in ("scale", "shift")]
     grads = [None if t is None else torch.empty_like(t) for t in inputs]
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (forward, backward, weights, batch_norm):
-            for name in [name for name in vars(module) if name.endswith("_kernel")]:
-                patch.setattr(module, name, Recorder(getattr(module, name), launches))
+    with recording(launches, forward, backward, weights):
         launch.forward_out(*inputs, *vectors, *encoded, channels_last, torch.empty_like(x), *kept)
         launch.backward_out(torch.empty_like(x), *inputs, *kept, *encoded, channels_last, False, *grads)
-        norm = [new(c, of=wide) for _ in range(4)]
-        launch.batch_norm_out(x, inputs[5], *norm, 1e-5, encoded.post_act, channels_last, torch.empty_like(x))
-        launch.scale_shift_out(*norm, 1e-5, new(c, of=wide), new(c, of=wide))
+    return launches
+
+
+def record_batch_norm(n, c, r, spatial, dtype, channels_last, options, with_residual):
+    """Returns the launches of a batch norm with the post_act of `options`, and of its scale and shift."""
+    launches = []
+    shape = (n, *spatial, c) if channels_last else (n, c, *spatial)
+    x = torch.empty(shape, dtype=dtype)
+    x = x.movedim(-1, 1) if channels_last else x
+    residual = torch.empty_like(x) if with_residual else None
+    *norm, scale, shift = (torch.empty(c, dtype=torch.promote_types(dtype, torch.float32)) for _ in range(6))
+    act = Options.of(**options).post_act
+    with recording(launches, batch_norm):
+        launch.batch_norm_out(x, residual, *norm, 1e-5, act, channels_last, torch.empty_like(x))
+        launch.scale_shift_out(*norm, 1e-5, scale, shift)
     return launches
 
 
@@ -140,7 +160,7 @@ def main(name: str) -> None:
     if on_amd:  # as launch.py sets them with PyTorch for ROCm
         launch.ORDERED, launch.REGISTERS = False, {}
     for call in HALVES.get(name, CALLS):
-        for kernel, args, kwargs in record(*call, affine=RICH in call):
+        for kernel, args, kwargs in record(*call, affine=RICH in call) + record_batch_norm(*call):
             what, options = source(kernel, args, kwargs)
             # The first step of Triton's launcher, which otherwise runs only with a GPU. It makes a Python function with
             # the kernel's parameters and its own, so a kernel parameter called `options` was a SyntaxError.

@@ -28,7 +28,7 @@ from ..undisturbed import are_equal, random_states, undisturbed_inference
 from . import fused
 from .calls import CONVOLUTIONS
 from .cost import WAYS
-from .neighbours import Neighbours, join
+from .neighbours import Neighbours, join, join_norms
 from .program import Program, Value, trace
 
 # A residual block, or a block in which the layer is wrapped twice, is found at the second module above at the latest.
@@ -121,7 +121,7 @@ def _examine(
     """`module` as a block of these SE layers, or the reason why it is none.
 
     replaced: all modules of the model that will be replaced; those inside are called whole. proves: whether the program
-    is compared with the forward.
+    is completed, and compared with the forward.
     """
     reason = _obstacle(module)
     if reason is not None:
@@ -145,8 +145,10 @@ def _examine(
             program, neighbours = join(program, bare, paths)
             if len(neighbours) < len(paths):
                 return "nothing that can be joined with it stands around it"
-            dims = _dims(bare, neighbours[0])
-            found = _mismatch(bare, program, dims) if proves else None
+            dims, found = _dims(bare, neighbours[0]), None
+            if proves:
+                program = join_norms(program, bare)
+                found = _mismatch(bare, program, dims)
         except Exception as error:  # foreign code may fail in any way, which must not end the examination of others
             return f"the calls of its block cannot be followed: {type(error).__name__}: {error}".splitlines()[0]
     if found is None and put_back:

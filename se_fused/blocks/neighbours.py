@@ -81,8 +81,7 @@ def _listed(in_place: bool, *names: str | None) -> str:
 
 
 def join(program: Program, root: nn.Module, layers: dict[str, Recognised]) -> tuple[Program, list[Neighbours]]:
-    """`program` with the SE layers of these paths joined with their neighbours; only those that have any. If there are
-    some, the batch norms that are left are joined with what follows them.
+    """`program` with the SE layers of these paths joined with their neighbours; only those that have any.
 
     root: a float64 copy, in eval mode, of the module that `program` was traced from; it is called.
     """
@@ -92,10 +91,14 @@ def join(program: Program, root: nn.Module, layers: dict[str, Recognised]) -> tu
         if found is not None:
             program, neighbours = found
             joined.append(neighbours)
-    if joined:
-        for call in program.calls:
-            program = _join_norm(Calls(program, root), call)
     return program, joined
+
+
+def join_norms(program: Program, root: nn.Module) -> Program:
+    """`program` with the batch norms that `join` has left joined with what follows them."""
+    for call in program.calls:
+        program = _join_norm(Calls(program, root), call)
+    return program
 
 
 def _join_layer(calls: Calls, path: str, recognised: Recognised) -> tuple[Program, Neighbours] | None:
