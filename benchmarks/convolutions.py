@@ -13,7 +13,7 @@ import csv
 import os
 import statistics
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 from unittest import mock
@@ -24,7 +24,6 @@ from rich.progress import track
 from torch import Tensor, nn
 
 import se_fused
-from se_fused.backends import CPU
 from se_fused.blocks import fused
 from se_fused.blocks.cost import WAYS, way_of
 from se_fused.blocks.neighbours import Neighbours, Norm
@@ -37,7 +36,7 @@ Line = dict[str, str]
 RECORD = layer_cpu.RECORD.with_name("convolutions.csv")
 BATCHES = (1, 16)
 # Where the rows of the table begin: million multiplications per sample at N = 1, Cin Cout / L at N = 16.
-BOUNDS = {1: (0, 3, 12, 50), 16: (0, 1, 7, 50)}
+BOUNDS = {1: (0, 3, 20, 50), 16: (0, 1, 7, 50)}
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,7 @@ class Joined:
 
     call: Neighbours | Norm
     root: nn.Module
+    how: fused.How
     cin: int
     sides: tuple[int, ...]
 
@@ -64,13 +64,13 @@ def joined_calls() -> list[Joined]:
     found: dict[tuple[object, ...], Joined] = {}
     bind = fused.bind
 
-    def watched(call: Neighbours | Norm, root: nn.Module, *how: Any, **more: Any) -> Callable[..., Tensor]:
-        run = bind(call, root, *how, **more)
+    def watched(call: Neighbours | Norm, root: nn.Module, how: fused.How) -> Callable[..., Tensor]:
+        run = bind(call, root, how)
         if call.conv is None:
             return run
 
         def noted(x: Tensor, *residual: Tensor) -> Tensor:
-            one = Joined(call, root, x.shape[1], tuple(x.shape[2:]))
+            one = Joined(call, root, how, x.shape[1], tuple(x.shape[2:]))
             found.setdefault((one.has_gates, one.cin, one.sides, len(one.weight)), one)
             return run(x, *residual)
 
@@ -90,7 +90,7 @@ def contest(one: Joined, n: int, seconds: float) -> Iterator[Line]:
     residual = (torch.randn(n, len(one.weight), *one.sides),) if one.call.residual else ()
     variants = []
     for way in WAYS if one.has_gates else WAYS[:2]:
-        run, x = fused.bind(one.call, one.root, CPU.unchecked, way), source.clone()
+        run, x = fused.bind(one.call, one.root, replace(one.how, way=way)), source.clone()
 
         def call(run: Callable[..., Tensor] = run, x: Tensor = x) -> Tensor:
             return run(x, *residual)

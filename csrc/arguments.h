@@ -153,26 +153,28 @@ void fill_batch_norm(BatchNorm& f, const View& x, const View& residual, int64_t 
   f.residual = map_data("residual", residual, x, channels_last);
 }
 
+// Refuses an output that shares memory with the input `t`.
+void require_apart(const char* output_name, const View& output, const char* name, const View& t) {
+  if (!t) return;
+  const auto *begin = static_cast<const char*>(output.data), *other = static_cast<const char*>(t.data);
+  const bool before = other + t.numel() * element_bytes(t.dtype) <= begin;
+  require(before || begin + output.numel() * element_bytes(output.dtype) <= other, output_name, " overlaps ", name);
+}
+
 // The memory of y. It may be that of x or of residual, which are read element by element before y is written there; it
 // must not overlap any other input, nor x or residual in part.
 void* y_data(const View& y, const Inputs& in, bool channels_last) {
-  auto* begin = static_cast<char*>(map_data("y", y, in.x, channels_last));
-  require(begin, "no y");
-  auto require_apart = [&](const char* name, const View& t, bool may_be_y) {
-    if (!t || (may_be_y && t.data == y.data)) return;
-    const auto* other = static_cast<const char*>(t.data);
-    const bool before = other + t.numel() * element_bytes(t.dtype) <= begin;
-    require(before || begin + y.numel() * element_bytes(y.dtype) <= other, "y overlaps ", name);
-  };
-  require_apart("x", in.x, true);
-  require_apart("residual", in.residual, true);
-  require_apart("w1", in.w1, false);
-  require_apart("b1", in.b1, false);
-  require_apart("w2", in.w2, false);
-  require_apart("b2", in.b2, false);
-  require_apart("scale", in.scale, false);
-  require_apart("shift", in.shift, false);
-  return begin;
+  void* const data = map_data("y", y, in.x, channels_last);
+  require(data, "no y");
+  if (in.x.data != data) require_apart("y", y, "x", in.x);
+  if (in.residual.data != data) require_apart("y", y, "residual", in.residual);
+  require_apart("y", y, "w1", in.w1);
+  require_apart("y", y, "b1", in.b1);
+  require_apart("y", y, "w2", in.w2);
+  require_apart("y", y, "b2", in.b2);
+  require_apart("y", y, "scale", in.scale);
+  require_apart("y", y, "shift", in.shift);
+  return data;
 }
 
 }  // namespace

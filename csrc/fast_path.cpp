@@ -126,7 +126,7 @@ namespace {
 
 // A batch norm: the tuple (weight, bias, mean, variance, epsilon), whose weight and bias may be None. False for tensors
 // that must take another way.
-struct Norm {
+struct NormViews {
   View weight, bias, mean, variance;
   double epsilon = 0;
   bool read(const py::tuple& norm) {
@@ -150,7 +150,7 @@ std::vector<A> elements(const char* name, const View& t, int64_t c, DType dtype,
 // An eval-mode batch norm of C channels as one product and one sum, in the accumulation type of maps of `dtype`.
 class Affine {
  public:
-  Affine(const Norm& norm, int64_t c, DType dtype) {
+  Affine(const NormViews& norm, int64_t c, DType dtype) {
     require(norm.mean && norm.variance, "a batch norm without statistics");
     require(norm.mean.dtype == dtype || (element_bytes(dtype) == 2 && norm.mean.dtype == DType::kFloat32),
             "a batch norm of another dtype than its map");
@@ -160,7 +160,7 @@ class Affine {
 
  private:
   template <class A>
-  void fill(const Norm& norm, int64_t c) {
+  void fill(const NormViews& norm, int64_t c) {
     const DType dtype = norm.mean.dtype;
     const std::vector<A> weight = elements<A>("weight", norm.weight, c, dtype, 1);
     const std::vector<A> bias = elements<A>("bias", norm.bias, c, dtype, 0);
@@ -223,7 +223,7 @@ py::object forward(py::handle x, py::handle w1, py::handle b1, py::handle w2, py
                    py::handle s) {
   Inputs in;
   View s_view;
-  Norm before;
+  NormViews before;
   const bool has_norm = !norm.is_none();
   if (!run.forward || !view(x, in.x) || !view(w1, in.w1) || !view(b1, in.b1) || !view(w2, in.w2) || !view(b2, in.b2) ||
       !view(residual, in.residual) || !view(scale, in.scale) || !view(shift, in.shift) || !view(s, s_view) ||
@@ -253,7 +253,7 @@ py::object forward(py::handle x, py::handle w1, py::handle b1, py::handle w2, py
 
 py::object batch_norm(py::handle x, py::handle residual, bool inplace, int64_t act, const py::tuple& norm) {
   Inputs in;
-  Norm before;
+  NormViews before;
   if (!run.batch_norm || !view(x, in.x) || !view(residual, in.residual) || !before.read(norm)) {
     PyErr_Clear();
     return py::none();
@@ -274,7 +274,7 @@ py::object batch_norm(py::handle x, py::handle residual, bool inplace, int64_t a
 
 py::object fold(py::handle weight, py::handle bias, const py::tuple& norm) {
   View w, b;
-  Norm after;
+  NormViews after;
   if (!run.forward || !view(weight, w) || !view(bias, b) || !after.read(norm)) {
     PyErr_Clear();
     return py::none();

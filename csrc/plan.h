@@ -107,7 +107,7 @@ struct Reduction {
   int64_t channel_blocks;  // channels_last: blocks side by side along the channels
 };
 
-// The elementwise step. Each block first computes the gates of its channels.
+// The elementwise step. Each block first computes the gates of its channels, or scale and shift of a batch norm.
 struct Elementwise {
   int vec_bytes;           // bytes per access
   int64_t channel_blocks;  // channels_last: blocks side by side along the channels

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstring>
+#include <initializer_list>
 #include <memory>
 #include <optional>
 #include <tuple>
@@ -107,8 +108,9 @@ void backward_out(const Tensor& g, const Tensor& x, const OptionalTensor& w1, co
   Backend::run(f, x);
 }
 
+// The batch norm of these vectors, which no output may overlap.
 Norm norm_of(const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mean, const Tensor& variance,
-             double epsilon) {
+             double epsilon, std::initializer_list<std::pair<const char*, View>> outputs) {
   const View m = view(mean);
   require(m.dim == 1, "mean is no [C]");
   Norm norm{};
@@ -119,6 +121,12 @@ Norm norm_of(const OptionalTensor& weight, const OptionalTensor& bias, const Ten
   norm.bias = weight_data("bias", view(bias), norm.c, 0, norm.dtype);
   norm.mean = weight_data("mean", m, norm.c, 0, norm.dtype);
   norm.variance = weight_data("variance", view(variance), norm.c, 0, norm.dtype);
+  for (const auto& [name, output] : outputs) {
+    require_apart(name, output, "weight", view(weight));
+    require_apart(name, output, "bias", view(bias));
+    require_apart(name, output, "mean", m);
+    require_apart(name, output, "variance", view(variance));
+  }
   return norm;
 }
 
@@ -133,7 +141,7 @@ void batch_norm_out(const Tensor& x, const OptionalTensor& residual, const Optio
   BatchNorm f{};
   fill_batch_norm(f, in.x, in.residual, act, channels_last);
   f.y = y_data(view(y), in, channels_last);
-  const Norm norm = norm_of(weight, bias, mean, variance, epsilon);
+  const Norm norm = norm_of(weight, bias, mean, variance, epsilon, {{"y", view(y)}});
   require(norm.c == f.c, "mean has ", norm.c, " elements; wanted ", f.c);
   require(norm.dtype == f.dtype || (norm.dtype == DType::kFloat32 && element_bytes(f.dtype) == 2),
           "a batch norm of another dtype than its map");
@@ -143,7 +151,8 @@ void batch_norm_out(const Tensor& x, const OptionalTensor& residual, const Optio
 template <class Backend>
 void scale_shift_out(const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mean,
                      const Tensor& variance, double epsilon, const Tensor& scale, const Tensor& shift) {
-  const Norm norm = norm_of(weight, bias, mean, variance, epsilon);
+  const Norm norm = norm_of(weight, bias, mean, variance, epsilon, {{"scale", view(scale)}, {"shift", view(shift)}});
+  require_apart("shift", view(shift), "scale", view(scale));
   const DType dtype = norm.dtype == DType::kFloat64 ? norm.dtype : DType::kFloat32;
   void* const k = row_major_data("scale", view(scale), norm.c, dtype);
   void* const b = row_major_data("shift", view(shift), norm.c, dtype);
@@ -185,7 +194,7 @@ struct Boxed<function> {
 };
 
 // Registers the operators of a Backend for a dispatch key, as long as the object lives.
-template <class Backend, bool kBatchNorm>
+template <class Backend>
 class Registered {
  public:
   explicit Registered(const char* dispatch_key) {
@@ -197,7 +206,7 @@ class Registered {
     library_.reset(library);
     torch_library_impl(library, "forward_out", &Boxed<&forward_out<Backend>>::call, kTorch_2_10);
     torch_library_impl(library, "backward_out", &Boxed<&backward_out<Backend>>::call, kTorch_2_10);
-    if constexpr (kBatchNorm) {
+    if constexpr (Backend::kHasBatchNorm) {
       torch_library_impl(library, "batch_norm_out", &Boxed<&batch_norm_out<Backend>>::call, kTorch_2_10);
       torch_library_impl(library, "scale_shift_out", &Boxed<&scale_shift_out<Backend>>::call, kTorch_2_10);
     }

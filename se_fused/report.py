@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from .blocks import convolutions
+from .blocks import ways_of_convolutions
 from .blocks.neighbours import Neighbours
 from .recognised import Recognised
 
@@ -35,9 +35,14 @@ class Report:
         """Run `model` on x in inference mode, and return how each 1x1 convolution that a block computes together with
         its neighbours is computed, and why, by the name of the convolution.
 
-        What a module in training mode computes, or a block that changed, is not listed.
+        A block that computes as at level "layer" (in training mode, after a change) is not listed.
+
+        Raises:
+            ValueError: if the model is in training mode, in which a call would update its batch norms.
         """
-        return convolutions(self.model, x)
+        if self.model.training:
+            raise ValueError("Report.convolutions: the model is in training mode; call model.eval() first")
+        return ways_of_convolutions(self.model, x)
 
     def __str__(self) -> str:
         groups: dict[str, Mapping[str, object]] = {

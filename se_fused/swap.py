@@ -116,15 +116,15 @@ class LayerSwap(Swap):
         return change
 
 
-_Parameter = tuple[Callable[[nn.Module], Any], tuple[type, ...]]  # a getter, and the types that it may return
+Parameter = tuple[Callable[[nn.Module], Any], tuple[type, ...]]  # a getter, and the types that it may return
 
 
-def parameters_of(layer: nn.Module, recognised: Recognised) -> list[_Parameter]:
+def parameters_of(layer: nn.Module, recognised: Recognised) -> list[Parameter]:
     """w1, b1, w2 and b2 of `layer`."""
     return [_parameter(layer, name) for name in (recognised.w1, recognised.b1, recognised.w2, recognised.b2)]
 
 
-def _parameter(layer: nn.Module, name: str | None) -> _Parameter:
+def _parameter(layer: nn.Module, name: str | None) -> Parameter:
     """One parameter. A bias may become None."""
     if name is None:
         return (lambda layer: None), (type(None),)

@@ -34,6 +34,13 @@ def native():
 
 
 @pytest.fixture
+def exact_convolutions():
+    """On GPUs PyTorch's convolutions of float32 maps are in TF32 otherwise."""
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        yield
+
+
+@pytest.fixture
 def one_thread():
     """For many small operators, whose parallel regions crawl where processes have more threads than there are cores."""
     threads = torch.get_num_threads()

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +46,25 @@ def map_of(
 def assert_near(got: Tensor, wanted: Tensor, dtype: torch.dtype, *sizes: Tensor) -> None:
     largest = max([1.0, *(float(t.abs().max()) for t in (wanted, *sizes))])
     assert float((got.double() - wanted).abs().max()) <= 4 * TOLERANCE[dtype] * largest
+
+
+@contextmanager
+def counting_operators() -> Iterator[Counter[str]]:
+    """Counts the calls that `Operators` computes, by name: a block that computes as at level "layer" makes none."""
+    counts: Counter[str] = Counter()
+
+    def counted(name: str) -> Any:
+        function = getattr(Operators, name)
+
+        def run(*args: Any) -> Tensor | None:
+            y: Tensor | None = function(*args)
+            counts[name] += y is not None
+            return y
+
+        return mock.patch.object(Operators, name, run)
+
+    with counted("forward"), counted("batch_norm"):
+        yield counts
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,7 @@ class Network:
     name: str
     models: dict[str, nn.Module]
     layers: tuple[str, ...]
+    blocks: int
 
     def on(self, device: torch.device, *variants: str) -> dict[str, nn.Module]:
         """Copies of these, or of all."""
@@ -97,8 +98,9 @@ def network(name: str) -> Network:
     torch.manual_seed(0)
     original = zoo.settled(zoo.build(f"timm:{name}"), torch.randn(8, 3, SIDE, SIDE))
     report = se_fused.replace(copy.deepcopy(original))
-    block = se_fused.replace(copy.deepcopy(original), level="block").model
-    return Network(name, {"original": original, "fused": report.model, "block": block}, tuple(report.replaced))
+    at_block = se_fused.replace(copy.deepcopy(original), level="block")
+    models = {"original": original, "fused": report.model, "block": at_block.model}
+    return Network(name, models, tuple(report.replaced), len(at_block.blocks))
 
 
 def infer(network: Network, mode: str, x: Tensor, worker: Worker) -> tuple[Times, dict[str, str]]:
@@ -177,8 +179,8 @@ def main() -> None:
         if name not in built:
             built[name] = network(name)
             worker.say(f"  {name}: {len(built[name].layers)} SE layers replaced")
-            if not built[name].layers:
-                worker.wrong(f"{name}: no SE layer was replaced")
+            if not (built[name].layers and built[name].blocks):
+                worker.wrong(f"{name}: no SE layer or no block was replaced")
         try:
             lines = measure(built[name], mode, n, worker)
         except torch.OutOfMemoryError as error:

@@ -95,6 +95,7 @@ void run_forward(const se::BlockForward& f) {
 }
 
 struct Cpu {
+  static constexpr bool kHasBatchNorm = false;
   static void run(const se::Forward& f, const se::Tensor&) { run_forward({f, nullptr}); }
   static void run(const se::Backward& f, const se::Tensor&) {
     request_huge_pages(f.dx, map_bytes(f));
@@ -104,7 +105,7 @@ struct Cpu {
   }
 };
 
-const se::Registered<Cpu, false> registered("CPU");
+const se::Registered<Cpu> registered("CPU");
 
 }  // namespace
 

@@ -45,6 +45,7 @@ se::OptionalTensor scratch(int64_t bytes, int index) {
 }
 
 struct Cuda {
+  static constexpr bool kHasBatchNorm = true;
   template <class Direction>
   static void run(const Direction& f, const Tensor& x) {
     const int index = x.device_index();
@@ -66,7 +67,7 @@ struct Cuda {
   }
 };
 
-const se::Registered<Cuda, true> registered("CUDA");
+const se::Registered<Cuda> registered("CUDA");
 
 }  // namespace
 

@@ -9,7 +9,7 @@ namespace {
 
 // The thresholds are predictions: no GPU has timed other values.
 constexpr int64_t kRangeBytes = 64 << 10, kSmallestRangeBytes = 4 << 10;  // of a map, per block of the elementwise step
-constexpr int64_t kRangeChannels = 512;                                   // channels whose gates one block computes
+constexpr int64_t kRangeChannels = 512;  // channels for which one block computes values
 
 }  // namespace
 
@@ -51,8 +51,8 @@ Plan plan_batch_norm(const Call& call, const Device& device) {
   plan.call = call;
   plan.algorithm = Algorithm::kBatchNorm;
   plan.shared_per_block = device.shared_per_block;
-  plan.elementwise =
-      planning::plan_elementwise(call, planning::kBlocksPerSm * device.sm_count, planning::PlanOverrides(""));
+  static const planning::PlanOverrides kNone("");
+  plan.elementwise = planning::plan_elementwise(call, planning::kBlocksPerSm * device.sm_count, kNone);
   plan.add("batch_norm", call.n * plan.elementwise.channel_blocks * plan.elementwise.ranges,
            2 * padded(plan.elementwise.channels) * accumulator_bytes(call.dtype));
   const int64_t map = call.n * call.c * call.l * element_bytes(call.dtype);

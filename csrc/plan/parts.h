@@ -1,4 +1,4 @@
-// What the planners of both algorithms use.
+// What the planners use.
 #pragma once
 
 #include <optional>

@@ -287,15 +287,18 @@ std::string Plan::text() const {
     }
     out << '\n';
   }
-  if (algorithm == Algorithm::kBatchNorm) return out.str();
-  out << "  reduction: " << reduction.vec_bytes << "-byte accesses, " << reduction.threads_per_row << " threads per "
-      << (call.channels_last ? "row of channels" : "row") << ", " << reduction.splits << " splits";
-  if (reduction.rows > 0) out << ", " << reduction.rows << " rows at a time through shared memory";
-  out << "\n  elementwise: " << elementwise.vec_bytes << "-byte accesses, " << elementwise.per_block
+  if (algorithm != Algorithm::kBatchNorm) {
+    out << "  reduction: " << reduction.vec_bytes << "-byte accesses, " << reduction.threads_per_row << " threads per "
+        << (call.channels_last ? "row of channels" : "row") << ", " << reduction.splits << " splits";
+    if (reduction.rows > 0) out << ", " << reduction.rows << " rows at a time through shared memory";
+    out << '\n';
+  }
+  out << "  elementwise: " << elementwise.vec_bytes << "-byte accesses, " << elementwise.per_block
       << (call.channels_last ? " positions of " : " elements of at most ") << elementwise.channels
       << " channels per block\n"
       << "  maps: " << map_bytes_read << " bytes read, " << map_bytes_written << " written; scratch: " << scratch_bytes
-      << " bytes\n  predicted: " << text_of(predicted) << "\n  " << other;
+      << " bytes";
+  if (algorithm != Algorithm::kBatchNorm) out << "\n  predicted: " << text_of(predicted) << "\n  " << other;
   return out.str();
 }
 

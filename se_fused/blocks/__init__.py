@@ -6,7 +6,7 @@ module and compares; fused.py runs the joined calls, by the rule of cost.py, on 
 block.py is the class of a replaced module.
 """
 
-from .block import BlockSwap, FusedBlock, convolutions
+from .block import BlockSwap, FusedBlock, ways_of_convolutions
 from .find import find_blocks
 
-__all__ = ["BlockSwap", "FusedBlock", "convolutions", "find_blocks"]
+__all__ = ["BlockSwap", "FusedBlock", "find_blocks", "ways_of_convolutions"]

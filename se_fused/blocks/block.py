@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from operator import itemgetter
 from typing import Any
@@ -18,7 +19,7 @@ from ..replaced import Replaced
 from ..swap import Swap
 from . import fused
 from .neighbours import Neighbours, Norm
-from .operators import Operators
+from .operators import operators_of
 from .program import Program
 
 _training = itemgetter("training")
@@ -31,23 +32,25 @@ class BlockSwap(Swap):
         super().__init__(block, original, program, dims)
         self.dims = (dims,)
         self._program = program
-        self._functions: dict[Any, Callable[[Tensor], Any]] = {}  # by the kernels that they call
-        self.note: fused.Note | None = None
+        # The kernels are those of the device of x. The parameters are looked up now, when they are what was compared.
+        self._how = fused.How.of(program, block, None)
+        self._functions: dict[Any, Callable[[Tensor], Any]] = {}  # by their kernels
+        self.on_convolution: Callable[[str, str], None] | None = None
         self.joined: list[Neighbours | Norm] = [call.target for call in program.calls if call.kind == "fused"]
         self._modules = [module for module in block.modules() if module is not block]
 
     def function_for(self, block: nn.Module, x: Tensor) -> Callable[[Tensor], Any] | None:
         """The function that computes what the block does for `x`: now, on this device, in this mode; None if the block
         must compute as it does at level "layer"."""
-        if block.training or any(map(_training, map(vars, self._modules))):
-            return None
-        kernels = _kernels_for(x)
-        if kernels is None:
+        if not _is_plain_inference(x) or block.training or any(map(_training, map(vars, self._modules))):
             return None
         if not self._inside.unchanged(block):
             self.warn_once(block)
             return None
-        if self.note is not None:
+        kernels = _kernels_for(x)
+        if kernels is None:
+            return None
+        if self.on_convolution is not None:
             return self._bind(block, kernels)
         function = self._functions.get(kernels)
         if function is None:
@@ -55,12 +58,13 @@ class BlockSwap(Swap):
         return function
 
     def _bind(self, block: nn.Module, kernels: Any) -> Callable[[Tensor], Any]:
-        return self._program.bind(block, partial(fused.bind, root=block, kernels=kernels, note=self.note))
+        how = replace(self._how, kernels=kernels, on_convolution=self.on_convolution)
+        return self._program.bind(block, partial(fused.bind, root=block, how=how))
 
 
-def _kernels_for(x: Tensor) -> Any:
-    """The kernels (fused.py) for an inference of `x` that nothing else has to see; None if there are none."""
-    if (
+def _is_plain_inference(x: Tensor) -> bool:
+    """Whether nothing but the kernels has to see a call with `x`."""
+    return not (
         torch.is_grad_enabled()
         or not (x.is_cpu or x.is_cuda)
         or x.numel() == 0
@@ -68,13 +72,16 @@ def _kernels_for(x: Tensor) -> Any:
         or _C._len_torch_function_stack() > 0
         or under_transform()
         or torch.is_autocast_enabled("cpu" if x.is_cpu else "cuda")
-    ):
-        return None
+    )
+
+
+def _kernels_for(x: Tensor) -> Any:
+    """The kernels for `x` (fused.py), or None."""
     if x.is_cpu and (forcing.idle or forcing.current().allows(CPU)):
         # A profiler would not see the kernels, which are called around the dispatcher.
         return None if profiler._is_profiler_enabled or not CPU.has_fast_path() else CPU.unchecked
     backend = backends.select(x.device)
-    return Operators.of(backend) if backend.has_batch_norm else None
+    return operators_of(backend) if backend.has_batch_norm else None
 
 
 class FusedBlock(Replaced):
@@ -96,21 +103,21 @@ class FusedBlock(Replaced):
         return None if function is None else function(x)
 
 
-def convolutions(model: nn.Module, x: Tensor) -> dict[str, str]:
+def ways_of_convolutions(model: nn.Module, x: Tensor) -> dict[str, str]:
     """Run `model` on x, and return how the blocks in it compute their joined 1x1 convolutions (cost.py), by name."""
     found: dict[str, str] = {}
     blocks = [(name, each._se_fused_swap) for name, each in model.named_modules() if isinstance(each, FusedBlock)]
     swaps = [(name, swap) for name, swap in blocks if swap is not None]
 
-    def note_in(block: str, path: str, how: str) -> None:
+    def note(block: str, path: str, how: str) -> None:
         found[f"{block}.{path}".lstrip(".")] = how
 
     try:
         for name, swap in swaps:
-            swap.note = partial(note_in, name)
+            swap.on_convolution = partial(note, name)
         with torch.inference_mode():
             model(x)
     finally:
         for _, swap in swaps:
-            swap.note = None
+            swap.on_convolution = None
     return found

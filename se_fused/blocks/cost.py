@@ -13,32 +13,32 @@ from torch import Tensor
 WAYS = ("convolution", "product", "folded")
 
 # Multiplications up to which a product of one sample takes less time than the convolution, which copies the map to a
-# layout of its own. At 20 million, networks take 0.96 to 1.01 of the time that they take at 12 million; at 30 million
-# 0.95 to 1.04, at 52 million 0.96 to 1.09.
+# layout of its own. With this threshold five networks take 0.96 to 1.01 of the time that they take with 12 million;
+# with 31 million 0.95 to 1.04, with 52 million 0.96 to 1.09.
 _MULTIPLICATIONS = 20_000_000
-# Cin * Cout / L up to which products of several samples do so. Networks of 16 samples take 0.94 to 1.05 of the time at
-# 50, 100 or 200: no more than noise.
+# Cin * Cout / L up to which products of several samples do so. With 50, 100 or 200 networks take 0.94 to 1.05 of the
+# time: no more than noise.
 _WEIGHTS_PER_POSITION = 7
 
 
-def way_of(u: Tensor, weight: Tensor) -> str:
+def way_of(u: Tensor, weight: Tensor, on_gpu: bool = False) -> str:
     """The fastest way to convolve u [N, Cin, *spatial] with weight [Cout, Cin, ...]."""
-    return _decide(u, weight)[0]
+    return _decide(u, weight, on_gpu)[0]
 
 
-def explain(u: Tensor, weight: Tensor) -> str:
+def explain(u: Tensor, weight: Tensor, on_gpu: bool = False) -> str:
     """`way_of`, and why."""
-    way, reason, number = _decide(u, weight)
+    way, reason, number = _decide(u, weight, on_gpu)
     shape = "x".join(map(str, u.shape))
     return f"{way} of {shape} to {len(weight)} channels: {reason.format(number)}"
 
 
-def _decide(u: Tensor, weight: Tensor) -> tuple[str, str, float]:
+def _decide(u: Tensor, weight: Tensor, on_gpu: bool) -> tuple[str, str, float]:
     """The way, and the reason as a format for a number."""
     n, cin = u.shape[:2]
     # On a GPU one kernel applies the batch norm, the activation and the gates and writes u * s once, as it would have
     # to write u. Products with gates in the weights of each sample would only add launches.
-    if not u.is_cpu:
+    if on_gpu:
         return "convolution", "on a GPU", 0
     # torch's products of half-precision numbers are slower than its convolutions.
     if u.dtype.itemsize == 2:
@@ -59,5 +59,5 @@ def _decide(u: Tensor, weight: Tensor) -> tuple[str, str, float]:
 def folds_norm(u: Tensor, weight: Tensor) -> bool:
     """Whether the batch norm that reads the result of this convolution of u goes into its weight: whether that has
     fewer elements than the result."""
-    # Half-precision weights times a scale could underflow. There is no kernel for it on GPUs.
-    return u.is_cpu and u.dtype.itemsize > 2 and weight.shape[1] ** 2 <= u.numel()
+    # Half-precision weights times a scale could underflow.
+    return u.dtype.itemsize > 2 and weight.shape[1] ** 2 <= u.numel()

@@ -66,7 +66,7 @@ def find_blocks(
     names: of every module of `model`, all its dotted names.
     """
     if not CPU.has_fast_path():
-        return [], dict.fromkeys(layers, "the CPU kernels, which would compute its block, are not available")
+        return [], dict.fromkeys(layers, "the CPU kernels, with which its block is compared, are not available")
     alone: dict[nn.Module, str] = {}
     chosen: dict[nn.Module, list[nn.Module]] = {}
     for layer in layers:
@@ -218,7 +218,8 @@ def _mismatch(bare: nn.Module, program: Program, dims: int) -> str | None:
     side = max(4, 2 * round((_REALISTIC / c) ** (1 / (dims - 2)) / 2))
     realistic = (side + 1, side, side) if sides is _ANY_SIDES else (side + 2, side, side)
     shapes = [(n, c, *of[: dims - 2]) for n, of in zip((2, 3, 1), (*sides, realistic), strict=True)]
-    runs = [program.bind(bare, partial(fused.bind, root=bare, kernels=CPU.unchecked, way=way)) for way in WAYS]
+    hows = [fused.How.of(program, bare, CPU.unchecked, way) for way in WAYS]
+    runs = [program.bind(bare, partial(fused.bind, root=bare, how=how)) for how in hows]
     before = Inside(bare, type(bare))
     buffers = {name: buffer.clone() for name, buffer in bare.named_buffers()}
     maps = [tracing.random_map(*shape) for shape in shapes]

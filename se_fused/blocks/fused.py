@@ -1,11 +1,9 @@
-"""Runs an SE layer together with its neighbours, and a batch norm with what follows it.
-
-kernels: `CPU.unchecked`, whose functions csrc/fast_path.h describes, or the same functions for a GPU (operators.py).
-"""
+"""Runs an SE layer together with its neighbours, and a batch norm with what follows it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -14,29 +12,50 @@ from torch import Tensor, nn
 
 from ..memory import PLAIN_TYPES
 from ..options import ACTIVATIONS, FUNCTIONS, Options
-from ..swap import parameters_of
+from ..swap import Parameter, parameters_of
 from .cost import explain, folds_norm, way_of
 from .neighbours import Neighbours, Norm
+from .operators import Operators
+from .program import Program
 
 _CONVOLVE: dict[int, Callable[..., Tensor]] = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
 
-# Is told the path of a convolution and how it is computed (cost.py).
-Note = Callable[[str, str], None]
+@dataclass(frozen=True)
+class How:
+    """How joined calls are run.
 
-
-def bind(
-    call: Neighbours | Norm, root: nn.Module, kernels: Any, way: str | None = None, note: Note | None = None
-) -> Callable[..., Tensor]:
-    """The function of x, and of the residual if there is one, that computes `call` with the modules of `root`.
-
-    way: how to compute the convolution (cost.py); None: the fastest.
+    kernels: `CPU.unchecked`, whose functions csrc/fast_path.h describes, or the same functions for a GPU. parameters:
+    of each SE layer, by its path. way: how to compute the convolutions (cost.py); None: the fastest. on_convolution: is
+    told the path of each and how it is computed.
     """
+
+    kernels: Any
+    parameters: dict[str, list[Parameter]]
+    way: str | None = None
+    on_convolution: Callable[[str, str], None] | None = None
+
+    @classmethod
+    def of(cls, program: Program, root: nn.Module, kernels: Any, way: str | None = None) -> How:
+        """root: a module that fits `program`, whose parameters are as they were when it was traced."""
+        calls = (call.target for call in program.calls)
+        layers = [call for call in calls if isinstance(call, Neighbours)]
+        of_layers = {call.layer: parameters_of(root.get_submodule(call.layer), call.recognised) for call in layers}
+        return cls(kernels, of_layers, way)
+
+    def way_of(self, path: str, u: Tensor, weight: Tensor, usual: bool) -> str:
+        """How to compute the convolution `path` of u. usual: whether its weight and bias are of u's shape and dtype."""
+        on_gpu = isinstance(self.kernels, Operators)
+        if self.on_convolution is not None:
+            self.on_convolution(path, explain(u, weight, on_gpu) if usual else "convolution: of an unusual weight")
+        return (self.way or way_of(u, weight, on_gpu)) if usual else "convolution"
+
+
+def bind(call: Neighbours | Norm, root: nn.Module, how: How) -> Callable[..., Tensor]:
+    """The function of x, and of the residual if there is one, that computes `call` with the modules of `root`."""
     if isinstance(call, Neighbours):
-        return _bind_layer(call, root, kernels, way, note)
-    if call.conv is None:
-        return _bind_norm(call, root, kernels)
-    return _bind_convolution(call.conv, call, root, kernels, way, note)
+        return _bind_layer(call, root, how)
+    return _bind_norm(call, root, how) if call.conv is None else _bind_convolution(call.conv, call, root, how)
 
 
 def _reader_of(norm: nn.Module) -> Callable[[], tuple[Any, ...]]:
@@ -62,8 +81,8 @@ def _sum(y: Tensor, residual: Tensor, residual_first: bool) -> Tensor:
     return residual + y if residual_first else y + residual
 
 
-def _bind_norm(call: Norm, root: nn.Module, kernels: Any) -> Callable[..., Tensor]:
-    read = _reader_of(root.get_submodule(call.norm))
+def _bind_norm(call: Norm, root: nn.Module, how: How) -> Callable[..., Tensor]:
+    kernels, read = how.kernels, _reader_of(root.get_submodule(call.norm))
     act, activate, owns_x = list(ACTIVATIONS).index(call.act), ACTIVATIONS[call.act], call.owns_x
 
     def run(x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -82,12 +101,11 @@ Gated = Callable[[Tensor, bool], tuple[Tensor, "Tensor | None"]]
 
 
 def _bind_convolution(
-    path: str, norm: Norm | None, root: nn.Module, kernels: Any, way: str | None, note: Note | None,
-    gated: Gated | None = None,
-) -> Callable[..., Tensor]:  # fmt: skip
+    path: str, norm: Norm | None, root: nn.Module, how: How, gated: Gated | None = None
+) -> Callable[..., Tensor]:
     """The function that computes the 1x1 convolution `path` of x, or of the result of `gated`, and `norm` of that."""
     conv = cast(Any, root.get_submodule(path))
-    normalise = None if norm is None else _bind_norm(norm, root, kernels)
+    normalise = None if norm is None else _bind_norm(norm, root, how)
     read_norm = None
     # What follows the batch norm would need a pass over y, which the two can share.
     if norm is not None and not norm.residual and norm.act == "identity":
@@ -100,15 +118,13 @@ def _bind_convolution(
         usual = type(weight) in PLAIN_TYPES and weight.dtype is x.dtype
         usual = usual and weight.shape == (len(weight), x.shape[1], *(1,) * (x.dim() - 2))
         usual = usual and (bias is None or (type(bias) in PLAIN_TYPES and bias.shape == weight.shape[:1]))
-        how = (way or way_of(x, weight)) if usual else "convolution"
-        if note is not None:
-            note(path, explain(x, weight) if usual else "convolution: of an unusual weight")
+        way = how.way_of(path, x, weight, usual)
         folded = None
-        if read_norm is not None and usual and (how == "folded" or folds_norm(x, weight)):
-            folded = kernels.fold(weight, bias, read_norm())
-        u, s = (x, None) if gated is None else gated(x, how == "folded")
+        if read_norm is not None and usual and (way == "folded" or folds_norm(x, weight)):
+            folded = how.kernels.fold(weight, bias, read_norm())
+        u, s = (x, None) if gated is None else gated(x, way == "folded")
         weight, bias = folded or (weight, bias)
-        if how != "convolution":
+        if way != "convolution":
             y = _product(u, s, weight, bias)
         elif folded is not None:
             y = _CONVOLVE[u.dim()](u, weight, bias)
@@ -119,12 +135,9 @@ def _bind_convolution(
     return run
 
 
-def _bind_layer(
-    call: Neighbours, root: nn.Module, kernels: Any, way: str | None, note: Note | None
-) -> Callable[..., Tensor]:
-    owns_x = call.owns_x
-    recognised, layer = call.recognised, root.get_submodule(call.layer)
-    parameters = parameters_of(layer, recognised)
+def _bind_layer(call: Neighbours, root: nn.Module, how: How) -> Callable[..., Tensor]:
+    kernels, owns_x = how.kernels, call.owns_x
+    recognised, layer, parameters = call.recognised, root.get_submodule(call.layer), how.parameters[call.layer]
     options = Options.of(
         recognised.act or "identity", recognised.gate, recognised.squeeze, call.pre_act,
         call.post_act if call.conv is None else "identity",
@@ -163,7 +176,7 @@ def _bind_layer(
     norm = None
     if call.conv_norm is not None:
         norm = Norm(None, call.conv_norm, True, call.residual, call.residual_first, call.post_act)
-    return _bind_convolution(call.conv, norm, root, kernels, way, note, gated)
+    return _bind_convolution(call.conv, norm, root, how, gated)
 
 
 def _product(u: Tensor, s: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:

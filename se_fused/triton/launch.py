@@ -173,10 +173,11 @@ def batch_norm_out(
     n, c = x.shape[:2]
     l = x.numel() // (n * c)
     channels_last = l == 1 or (channels_last and c > 1)
+    # As for a layer with one hidden unit, whose weights ask for no groups of samples, that takes several launches.
     p = plan(n, c, 1, l, channels_last, x.element_size(), backward=False, ordered=False)
     with _on_device(x):
         batch_norm.batch_norm_kernel[_map_grid(n, c, p)](
-            x, residual, weight, bias, mean, variance, y, n, c, l, p.steps, eps, act, channels_last, p.alignment,
+            x, residual, weight, bias, mean, variance, y, n, c, l, p.steps, float(eps), act, channels_last, p.alignment,
             p.block_n, p.block_c, p.block_l, num_warps=p.warps, **REGISTERS,
         )  # fmt: skip
 
@@ -188,5 +189,5 @@ def scale_shift_out(
     block, c = 256, len(mean)
     with _on_device(mean):
         batch_norm.scale_shift_kernel[(_divide_up(c, block),)](
-            weight, bias, mean, variance, scale, shift, c, eps, block
+            weight, bias, mean, variance, scale, shift, c, float(eps), block
         )

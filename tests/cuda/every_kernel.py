@@ -11,7 +11,7 @@ from norms import NormCase, check_norm
 
 import se_fused
 from dev import emulator
-from se_fused.blocks.operators import Operators
+from se_fused.blocks.operators import operators_of
 
 PLANS = ("splits=2", "rows=3", "cluster size=2 threads=256", "cluster size=2 threads=512")
 CASES = (
@@ -64,4 +64,4 @@ def main(path: Path) -> None:
             compare(replace(case, affine=False))  # training applies scale and shift before the call
         for seed, case in itertools.product(range(3), NORMS):
             library.setup("H200", seed=seed)
-            check_norm(Operators.of(library), case)
+            check_norm(operators_of(library), case)

@@ -5,15 +5,18 @@ import copy
 import pytest
 import torch
 from hypothesis import given, settings
-from norms import check_norm, norm_cases
-from se_blocks import Deep, Inverted, Residual, assert_same, drawn, image
+from norms import check_norm, counting_operators, norm_cases
 
 import se_fused
 from se_fused import backends
-from se_fused.blocks.operators import Operators
+from se_fused.blocks.operators import operators_of
+
+pytest.importorskip("torchvision")  # of the layers in se_blocks
+from se_blocks import Deep, Inverted, Residual, assert_same, drawn, image
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.usefixtures("exact_convolutions"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
 ]
 
@@ -22,7 +25,7 @@ pytestmark = [
 @settings(max_examples=100, deadline=None)
 def test_any_map(case):
     with se_fused.use_backend("cuda"):
-        check_norm(Operators.of(backends.CUDA), case, "cuda")
+        check_norm(operators_of(backends.CUDA), case, "cuda")
 
 
 @pytest.mark.parametrize("plan", ["", "two_pass"])
@@ -37,8 +40,9 @@ def test_blocks(block, dtype, channels_last, plan):
     if channels_last:
         x = x.to(memory_format=torch.channels_last)
     before = x.clone()
-    with torch.no_grad(), se_fused.use_backend("cuda", plan):
+    with torch.no_grad(), se_fused.use_backend("cuda", plan), counting_operators() as counts:
         got = model(x)
+        assert counts["forward"] == 1
         wanted, rounded = exact(x.double()), original(x)
     assert torch.equal(x, before)
     assert got.stride() == rounded.stride()

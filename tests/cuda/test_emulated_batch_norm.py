@@ -4,14 +4,16 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from norms import check_norm, norm_cases, norm_of
-from se_blocks import Deep, Inverted, Residual, assert_same, drawn, image
+from norms import check_norm, counting_operators, norm_cases, norm_of
+from se_blocks import C, Deep, Inverted, Residual, assert_same, drawn, image
+from torch import nn
 
 from dev import emulator
-from se_fused import replace
-from se_fused.blocks.operators import Operators
+from se_fused import replace, restore, use_backend
+from se_fused.blocks.operators import operators_of
 from se_fused.options import Options
 
 
@@ -23,7 +25,7 @@ def cuda():
 @given(norm_cases(channels=70, side=24), st.sampled_from(["T4", "H200"]), st.integers(0, 2**32))
 @settings(max_examples=150, deadline=None)
 def test_any_map(cuda, case, gpu, seed):
-    kernels = Operators.of(cuda)
+    kernels = operators_of(cuda)
     cuda.setup(gpu, seed=seed)
     y = check_norm(kernels, case)
     cuda.setup(gpu, seed=seed + 1)
@@ -40,17 +42,71 @@ def test_blocks(cuda, block, channels_last):
     if channels_last:
         x = x.to(memory_format=torch.channels_last)
     before = x.clone()
-    with torch.no_grad(), cuda.forced():
+    with torch.no_grad(), cuda.forced(), counting_operators() as counts:
         got = model(x)
+    # Inverted and Deep have a batch norm after the convolution, Deep three more elsewhere.
+    assert counts == {"forward": 1} | ({} if block is Residual else {"batch_norm": 4 if block is Deep else 1})
     with torch.no_grad():
-        assert_same(got, original(x))
+        wanted = original(x)
+        assert_same(got, wanted)
+    assert got.stride() == wanted.stride()
     assert torch.equal(x, before)
+
+
+class NormFirst(Residual):
+    def forward(self, x):
+        return self.se(F.relu(self.bn(x)))
+
+
+class Plain(Residual):
+    def forward(self, x):
+        return x + self.se(self.bn(self.conv(x)))
+
+
+@pytest.mark.parametrize("block", [Inverted, Deep, Residual, NormFirst, Plain])
+def test_strides_are_those_of_the_original(cuda, block):
+    model = drawn(block())
+    original = copy.deepcopy(model)
+    replace(model, level="block")
+    x = image(2)
+    for strided in (x.mT, image(C)[:, :2].transpose(0, 1), x[:, :, ::2], x[:1].to(memory_format=torch.channels_last)):
+        with torch.no_grad(), cuda.forced():
+            got = model(strided)
+        with torch.no_grad():
+            wanted = original(strided)
+        assert_same(got, wanted)
+        assert got.stride() == wanted.stride()
+
+
+def test_parameters_that_are_plain_tensors_or_gone(cuda):
+    """They are looked up when the block is replaced, not at the first call on a device."""
+    model = drawn(Inverted())
+    replace(model, level="block")
+    original, x = restore(copy.deepcopy(model)), image(2)
+    tensors = {name: t.detach() * 2 for name, t in model.named_parameters()}
+    with torch.no_grad(), cuda.forced():
+        got = torch.func.functional_call(model, tensors, (x,))
+    with torch.no_grad():
+        assert_same(got, torch.func.functional_call(original, tensors, (x,)))
+        model.se.fc1.bias = original.se.fc1.bias = None
+        with cuda.forced():
+            got = model(x)
+        assert_same(got, original(x))
+
+
+def test_a_changed_block_asks_no_backend():
+    model = drawn(Inverted())
+    replace(model, level="block")
+    model.se = nn.Identity()
+    x = image(2)
+    with torch.no_grad(), use_backend("cuda"):
+        assert model(x).shape == x.shape
 
 
 def test_what_is_refused(cuda):
     """Vectors of another length, dtype or device, or with gaps; missing statistics; maps and residuals that are not
     dense in one order."""
-    kernels, x, one = Operators.of(cuda), torch.randn(2, 8, 3, 3), torch.ones(8)
+    kernels, x, one = operators_of(cuda), torch.randn(2, 8, 3, 3), torch.ones(8)
     norms = [
         (one[:7], one, one, one, 1e-5), (one, one.double(), one, one, 1e-5), (one, one, None, None, 1e-5),
         (one, one, one, None, 1e-5), (*(one.double() for _ in range(4)), 1e-5), (*(one.half() for _ in range(4)), 1e-5),

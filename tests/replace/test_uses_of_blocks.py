@@ -93,7 +93,7 @@ def test_without_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = drawn(Inverted()), image()
     original = copy.deepcopy(model)
     report = replace(model, level="block")
-    reason = "the CPU kernels, which would compute its block, are not available"
+    reason = "the CPU kernels, with which its block is compared, are not available"
     assert (list(report.replaced), report.blocks, report.alone) == (["se"], {}, {"se": reason})
     assert reason in str(report)
     assert type(model) is Inverted

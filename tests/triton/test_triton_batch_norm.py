@@ -5,17 +5,20 @@ import copy
 import pytest
 import torch
 from hypothesis import Phase, given, settings
-from norms import check_norm, norm_cases
+from norms import check_norm, counting_operators, norm_cases
 from se_blocks import Deep, Inverted, Residual, assert_same, drawn, image
 
 import se_fused
 from se_fused import backends
-from se_fused.blocks.operators import Operators
+from se_fused.blocks.operators import operators_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 pytest.importorskip("se_fused.triton")
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, about intended infinities
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, about intended infinities
+    pytest.mark.usefixtures("exact_convolutions"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +31,7 @@ def forced():
 @given(norm_cases(channels=40, side=9))
 @settings(max_examples=60, deadline=None, phases=(Phase.explicit, Phase.generate))
 def test_any_map(case):
-    check_norm(Operators.of(backends.ALL["triton"]), case, DEVICE)
+    check_norm(operators_of(backends.ALL["triton"]), case, DEVICE)
 
 
 @pytest.mark.parametrize("block", [Inverted, Deep, Residual])
@@ -41,6 +44,7 @@ def test_blocks(block, channels_last):
     if channels_last:
         x = x.to(memory_format=torch.channels_last)
     before = x.clone()
-    with torch.no_grad():
+    with torch.no_grad(), counting_operators() as counts:
         assert_same(model(x), original(x))
+    assert counts["forward"] == 1
     assert torch.equal(x, before)
