@@ -16,9 +16,8 @@ WAYS = ("convolution", "product", "folded")
 # layout of its own. With this threshold five networks take 0.96 to 1.01 of the time that they take with 12 million;
 # with 31 million 0.95 to 1.04, with 52 million 0.96 to 1.09.
 _MULTIPLICATIONS = 20_000_000
-# Cin * Cout / L up to which products of several samples do so. With 50, 100 or 200 networks take 0.94 to 1.05 of the
-# time: no more than noise.
-_WEIGHTS_PER_POSITION = 7
+# Cin * Cout / L up to which products of several samples do so.
+_WEIGHTS_PER_POSITION = 20
 
 
 def way_of(u: Tensor, weight: Tensor, on_gpu: bool = False) -> str:
