@@ -1,6 +1,7 @@
 """`replace(model, level="block")` on a GPU, if there is one."""
 
 import copy
+import importlib.util
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ import se_fused
 from se_fused import backends
 from se_fused.blocks.operators import operators_of
 
-pytest.importorskip("torchvision")  # of the layers in se_blocks
+if importlib.util.find_spec("torchvision") is None:
+    pytest.skip("torchvision is not installed, whose layers se_blocks has", allow_module_level=True)
 from se_blocks import Deep, Inverted, Residual, assert_same, drawn, image
 
 pytestmark = [

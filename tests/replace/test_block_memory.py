@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from examples import zoo
 from se_fused import replace
+from se_fused.backends import CPU
 from se_fused.blocks import fused
 from se_fused.blocks.cost import WAYS
+from se_fused.swap import parameters_of
 
 pytestmark = pytest.mark.skipif(not can_measure(), reason="the peak memory of a process cannot be measured here")
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -58,7 +60,8 @@ def test_the_measure(elsewhere: Callable[..., Any]) -> None:
 def of_a_fold(n: int, layout: str, way: str | None) -> tuple[int, int]:
     model = drawn(Narrow())
     ((neighbours,),) = replace(model, level="block").blocks.values()
-    run = fused.bind(neighbours, model, way)
+    parameters = parameters_of(model.get_submodule(neighbours.layer), neighbours.recognised)
+    run = fused.bind(neighbours, model, fused.How(CPU.unchecked, {neighbours.layer: parameters}, way))
     u = torch.randn(n, C, 512, 512).contiguous(memory_format=LAYOUTS[layout])
     with torch.inference_mode():
         return peak_of(lambda: run(u)), u.nbytes
