@@ -9,7 +9,6 @@ the first way, PyTorch's convolution, the median over the rounds.
 
 from __future__ import annotations
 
-import csv
 import os
 import statistics
 from collections.abc import Callable, Iterable, Iterator
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 
 import se_fused
 from se_fused.blocks import fused
-from se_fused.blocks.cost import WAYS, way_of
+from se_fused.blocks.cost import WAYS, Decision, decide
 from se_fused.blocks.neighbours import Neighbours, Norm
 
 from . import layer_cpu, models, networks, timing
@@ -122,19 +121,19 @@ def main(
     facts["load"] = f"{os.getloadavg()[0]:.2f}"
     calls = [(one, n) for one in joined_calls() for n in BATCHES]
     lines = [facts | line for one, n in track(calls, "timing") for line in contest(one, n, seconds)]
-    with out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
+    networks.write(out, lines)
 
 
-def _measure_of(line: Line) -> float:
-    """What the rule of cost.py compares with its threshold."""
-    cin, cout = int(line["cin"]), int(line["cout"])
-    positions = 1
-    for side in line["sides"].split("x"):
-        positions *= int(side)
-    return cin * cout * positions / 1e6 if line["n"] == "1" else cin * cout / positions
+def _decision(line: Line) -> Decision:
+    """What the rule of cost.py says of the call."""
+    n, cin, cout, *sides = (int(each) for each in (line["n"], line["cin"], line["cout"], *line["sides"].split("x")))
+    return decide(torch.empty(n, cin, *sides, device="meta"), torch.empty(cout, cin, 1, 1, device="meta"))
+
+
+def _is_chosen(line: Line) -> bool:
+    """Whether the rule takes this way."""
+    way = _decision(line).way
+    return line["way"] == ("product" if way == "folded" and line["gates"] == "0" else way)  # the same without gates
 
 
 def table(lines: Iterable[Line]) -> str:
@@ -146,7 +145,7 @@ def table(lines: Iterable[Line]) -> str:
             for low, high in zip(bounds, (*bounds[1:], float("inf")), strict=True):
                 some = [
                     line for line in lines
-                    if (line["n"], line["gates"]) == (str(n), gates) and low <= _measure_of(line) < high
+                    if (line["n"], line["gates"]) == (str(n), gates) and low <= _decision(line).measure < high
                 ]  # fmt: skip
                 if some:
                     what = "million multiplications" if n == 1 else "Cin Cout / L"
@@ -156,14 +155,6 @@ def table(lines: Iterable[Line]) -> str:
                     rows.append([str(n), "gates" if gates == "1" else "no gates", size, count, *cells])
     header = ["N", "before the convolution", "size", "convolutions", *(f"{way} / {WAYS[0]}" for way in WAYS[1:])]
     return f"{markdown(header, rows)}\n{_of_the_rule(lines)} {networks.machine(lines)}"
-
-
-def _is_chosen(line: Line) -> bool:
-    """Whether the rule takes this way."""
-    n, cin, cout, *sides = (int(each) for each in (line["n"], line["cin"], line["cout"], *line["sides"].split("x")))
-    u, weight = torch.empty(n, cin, *sides, device="meta"), torch.empty(cout, cin, 1, 1, device="meta")
-    way = way_of(u, weight)
-    return line["way"] == ("product" if way == "folded" and line["gates"] == "0" else way)  # the same without gates
 
 
 def _cell(lines: list[Line]) -> str:

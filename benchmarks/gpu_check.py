@@ -130,7 +130,7 @@ def stages(parts: Iterable[Part]) -> list[list[Part]]:
 
 
 def summary(out: Path) -> list[str]:
-    """The headline: the time of eager or the original over ours, by batch."""
+    """The headline: the time of eager, of the original and of level "block" over that of our layers, by batch."""
     ratios: dict[str, dict[str, list[float]]] = {}
     for line in rows_of(out / "layer_gpu.csv"):
         if line["variant"] == "eager":

@@ -149,7 +149,7 @@ def _networks(models: Sequence[Line]) -> str:
             row.append(ratio_text(float(original["p50_ms"]) / float(block["p50_ms"]) if both else None))
         rows.append(row)
     header = ["network: original / fused", "N", *MODES.values()]
-    header += [f"original / block, {MODES[mode]}" for mode in block_modes]
+    header += [f"original / block, {MODES[mode]}, of medians" for mode in block_modes]
     return markdown(header, rows) if rows else ""
 
 

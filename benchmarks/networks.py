@@ -79,6 +79,10 @@ def record(
                 lines.append(facts | where | line)
                 variant = " ".join(line[key] for key in ("mode", "variant") if key in line)
                 typer.echo(f"{network} N={n} {variant}: {line['p50_ms']} ms, {line['original_by_this']}")
+    write(out, lines)
+
+
+def write(out: Path, lines: Sequence[Line]) -> None:
     with out.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
         writer.writeheader()

@@ -114,9 +114,8 @@ def check_norm(kernels: Operators, case: NormCase, device: str = "cpu") -> Tenso
     v = exact(before, norm) + (0 if added is None else added)
     assert_near(y, ACTIVATIONS[case.act](v), case.dtype, v)
 
-    scale, shift = (
-        torch.empty(case.c, dtype=torch.promote_types(case.dtype, torch.float32), device=device) for _ in "ks"
-    )
+    wide = torch.promote_types(case.dtype, torch.float32)
+    scale, shift = (torch.empty(case.c, dtype=wide, device=device) for _ in range(2))
     kernels.backend.scale_shift_out(*norm, scale, shift)
     zero, one = torch.zeros(1, case.c, 1).to(before), torch.ones(1, case.c, 1).to(before)
     assert_near(shift, exact(zero, norm).flatten(), scale.dtype)

@@ -1,10 +1,12 @@
 """How to compute a 1x1 convolution, with the gates of an SE layer before it and a batch norm after it.
 
-Weights are computed anew in each call, so that a change of them is never missed. The thresholds lie between sizes that
-were timed on two cores with AVX-512: alone in benchmarks/results/convolutions.csv, in networks without a record.
+Weights are computed anew in each call, so that a change of them is never missed. The thresholds come from the times in
+benchmarks/results/convolutions.csv, on two cores with AVX-512.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -13,46 +15,47 @@ from torch import Tensor
 WAYS = ("convolution", "product", "folded")
 
 # Multiplications up to which a product of one sample takes less time than the convolution, which copies the map to a
-# layout of its own. With this threshold five networks take 0.96 to 1.01 of the time that they take with 12 million;
-# with 31 million 0.95 to 1.04, with 52 million 0.96 to 1.09.
+# layout of its own: 0.4 to 1.1 of its time up to here, 0.8 for the median; 0.8 to 1.3 above.
 _MULTIPLICATIONS = 20_000_000
-# Cin * Cout / L up to which products of several samples do so.
+# Cin * Cout / L up to which products of several samples do so: 0.4 to 1.0 of its time up to here, 0.7 for the median;
+# 1.0 or more for the median from 50 on.
 _WEIGHTS_PER_POSITION = 20
+_BY_MULTIPLICATIONS = f"{{:.1f}} million multiplications; products up to {_MULTIPLICATIONS // 10**6}"
+_BY_WEIGHTS = f"Cin Cout / L is {{:.1f}}; folded up to {_WEIGHTS_PER_POSITION}"
 
 
-def way_of(u: Tensor, weight: Tensor, on_gpu: bool = False) -> str:
-    """The fastest way to convolve u [N, Cin, *spatial] with weight [Cout, Cin, ...]."""
-    return _decide(u, weight, on_gpu)[0]
+class Decision(NamedTuple):
+    """way: one of WAYS. reason: a format for `measure`, the number that is compared with a threshold."""
+
+    way: str
+    reason: str
+    measure: float = 0
+
+    def text(self, u: Tensor, weight: Tensor) -> str:
+        shape = "x".join(map(str, u.shape))
+        return f"{self.way} of {shape} to {len(weight)} channels: {self.reason.format(self.measure)}"
 
 
-def explain(u: Tensor, weight: Tensor, on_gpu: bool = False) -> str:
-    """`way_of`, and why."""
-    way, reason, number = _decide(u, weight, on_gpu)
-    shape = "x".join(map(str, u.shape))
-    return f"{way} of {shape} to {len(weight)} channels: {reason.format(number)}"
-
-
-def _decide(u: Tensor, weight: Tensor, on_gpu: bool) -> tuple[str, str, float]:
-    """The way, and the reason as a format for a number."""
+def decide(u: Tensor, weight: Tensor, on_gpu: bool = False) -> Decision:
+    """The fastest way to convolve u [N, Cin, *spatial] with weight [Cout, Cin, ...], and why."""
     n, cin = u.shape[:2]
     # On a GPU one kernel applies the batch norm, the activation and the gates and writes u * s once, as it would have
     # to write u. Products with gates in the weights of each sample would only add launches.
     if on_gpu:
-        return "convolution", "on a GPU", 0
+        return Decision("convolution", "on a GPU")
     # torch's products of half-precision numbers are slower than its convolutions.
     if u.dtype.itemsize == 2:
-        return "convolution", "half precision", 0
-    # A convolution of channels_last maps, or with such a weight, copies none: the product takes 0.8 to 2.2 times as
-    # long.
+        return Decision("convolution", "half precision")
+    # A convolution of channels_last maps, or with such a weight, copies no map, so a product has nothing to save.
     if not u.is_contiguous() or weight.stride(-1) != 1:
-        return "convolution", "channels_last", 0
+        return Decision("convolution", "channels_last")
     if n == 1:
         count = u.numel() * weight.shape[0]
         way = "product" if count <= _MULTIPLICATIONS else "convolution"
-        return way, f"{{:.1f}} million multiplications; products up to {_MULTIPLICATIONS // 10**6}", count / 1e6
+        return Decision(way, _BY_MULTIPLICATIONS, count / 1e6)
     per_position = n * cin * weight.numel() / u.numel()
     way = "folded" if per_position <= _WEIGHTS_PER_POSITION else "convolution"
-    return way, f"Cin Cout / L is {{:.1f}}; folded up to {_WEIGHTS_PER_POSITION}", per_position
+    return Decision(way, _BY_WEIGHTS, per_position)
 
 
 def folds_norm(u: Tensor, weight: Tensor) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..memory import PLAIN_TYPES
 from ..options import ACTIVATIONS, FUNCTIONS, Options
 from ..swap import Parameter, parameters_of
-from .cost import explain, folds_norm, way_of
+from .cost import decide, folds_norm
 from .neighbours import Neighbours, Norm
 from .operators import Operators
 from .program import Program
@@ -43,12 +43,18 @@ class How:
         of_layers = {call.layer: parameters_of(root.get_submodule(call.layer), call.recognised) for call in layers}
         return cls(kernels, of_layers, way)
 
-    def way_of(self, path: str, u: Tensor, weight: Tensor, usual: bool) -> str:
+    def choose(self, path: str, u: Tensor, weight: Tensor, usual: bool) -> str:
         """How to compute the convolution `path` of u. usual: whether its weight and bias are of u's shape and dtype."""
-        on_gpu = isinstance(self.kernels, Operators)
+        if not usual:
+            way, text = "convolution", "convolution: of an unusual weight"
+        elif self.way is not None:
+            return self.way
+        else:
+            decision = decide(u, weight, on_gpu=isinstance(self.kernels, Operators))
+            way, text = decision.way, "" if self.on_convolution is None else decision.text(u, weight)
         if self.on_convolution is not None:
-            self.on_convolution(path, explain(u, weight, on_gpu) if usual else "convolution: of an unusual weight")
-        return (self.way or way_of(u, weight, on_gpu)) if usual else "convolution"
+            self.on_convolution(path, text)
+        return way
 
 
 def bind(call: Neighbours | Norm, root: nn.Module, how: How) -> Callable[..., Tensor]:
@@ -118,7 +124,7 @@ def _bind_convolution(
         usual = type(weight) in PLAIN_TYPES and weight.dtype is x.dtype
         usual = usual and weight.shape == (len(weight), x.shape[1], *(1,) * (x.dim() - 2))
         usual = usual and (bias is None or (type(bias) in PLAIN_TYPES and bias.shape == weight.shape[:1]))
-        way = how.way_of(path, x, weight, usual)
+        way = how.choose(path, x, weight, usual)
         folded = None
         if read_norm is not None and usual and (way == "folded" or folds_norm(x, weight)):
             folded = how.kernels.fold(weight, bias, read_norm())

@@ -173,7 +173,7 @@ def batch_norm_out(
     n, c = x.shape[:2]
     l = x.numel() // (n * c)
     channels_last = l == 1 or (channels_last and c > 1)
-    # As for a layer with one hidden unit, whose weights ask for no groups of samples, that takes several launches.
+    # Planned as forward with few weights (r = 1) in several launches, where the map alone decides the tiles.
     p = plan(n, c, 1, l, channels_last, x.element_size(), backward=False, ordered=False)
     with _on_device(x):
         batch_norm.batch_norm_kernel[_map_grid(n, c, p)](

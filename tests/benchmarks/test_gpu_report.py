@@ -31,10 +31,9 @@ def gpu_run(tmp_path: Path) -> Path:
             }
             rows.write(line)
     networks = Rows(tmp_path / "models_gpu.csv", models.FIELDS)
-    for variant, value in (("original", "0.900"), ("fused", "1.000")):
-        networks.write(
-            {"model": "a", "n": 1, "mode": "graph", "variant": variant, "se_layers": 3, "ratio_to_fused": value}
-        )
+    line = {"model": "a", "n": 1, "mode": "graph", "se_layers": 3}
+    for variant, value, ms in (("original", "0.900", "3.0"), ("fused", "1.000", "3.3"), ("block", "0.800", "2.5")):
+        networks.write(line | {"variant": variant, "ratio_to_fused": value, "p50_ms": ms})
     tried = Rows(tmp_path / "plans_gpu.csv", sweep.FIELDS)
     for shape, plan, value in (
         ("1", "planner's", 1.0),
@@ -60,7 +59,8 @@ def test_the_tables_of_a_gpu_run_are_a_function_of_its_files(gpu_run: Path) -> N
     half = "**0.50** (0.50 to 0.50)"
     row = ["float16 contiguous, forward (1 of 6)", "32", mean, mean, half, half, half.replace("**", "")]
     assert f"| {' | '.join(row)} |" in text
-    assert "| a (3 SE layers) | 1 | **0.90** |  |  |" in text
+    assert "| training step | original / block, in a CUDA graph, of medians |\n" in text
+    assert "| a (3 SE layers) | 1 | **0.90** |  |  | 1.20 |" in text
     assert "5 % faster at 1 of 2 calls" in text
     assert "took 0.75 to 0.75 of the CUDA kernels' time, at the 1 calls" in text
     assert "a GPU, driver 1, PyTorch 2, commit abc, 2026-01-02. 2 calls right and none wrong" in text
