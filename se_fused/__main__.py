@@ -196,16 +196,12 @@ def replace(
     report = se_fused.replace(copy.deepcopy(before), level=level, include=include, exclude=exclude)
     facts: dict[str, Any] = {
         "model": spec,
-        "replaced": {name: str(found) for name, found in report.replaced.items()},
-        "skipped": report.skipped,
-        "near": report.near,
-        "blocks": {name: [str(each) for each in block] for name, block in report.blocks.items()},
-        "alone": report.alone,
+        **report.as_dict(),
     }
     if not as_json:
         typer.echo(str(report))
     failures = _patterns_without_match(before, {"--include": include, "--exclude": exclude})
-    if not report.replaced:
+    if not (report.replaced or report.inline):
         failures.append("nothing was replaced")
     else:
         measured = _measured(spec, before, report.model, x, repeats) | {"convolutions": report.convolutions(x)}

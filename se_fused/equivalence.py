@@ -17,16 +17,16 @@ from .undisturbed import are_equal, random_states
 # Relative, in float64. It is not `cases.TOLERANCE`, because it separates formulas instead of bounding rounding, which
 # stays below 2e-15 up to C = 4920 and R = 768. The two closest activations, the two forms of gelu, differ by 1e-5 of
 # the end of the grid.
-_FORMULA_TOLERANCE = 1e-10
+FORMULA_TOLERANCE = 1e-10
 # Wider, because PyTorch's hard sigmoid multiplies by a float32 1/6 in backward, which is off by 3e-8.
-_GRADIENT_TOLERANCE = 1e-7
+GRADIENT_TOLERANCE = 1e-7
 # Elements of the largest map that is computed: 90 x 90 positions of 64 channels, or 32 x 32 positions of 512.
 _REALISTIC = 2**19
 
 
 def same(got: Tensor, wanted: Tensor) -> bool:
     """Whether the numbers agree; dimensions of size 1 do not matter."""
-    return got.numel() == wanted.numel() and error_of(got.reshape(-1), wanted.reshape(-1)) <= _FORMULA_TOLERANCE
+    return got.numel() == wanted.numel() and error_of(got.reshape(-1), wanted.reshape(-1)) <= FORMULA_TOLERANCE
 
 
 def error_of(got: Tensor, wanted: Tensor) -> float:
@@ -83,13 +83,13 @@ def _difference(bare: nn.Module, recognised: Recognised, shape: tuple[int, ...],
         right = torch.autograd.grad(wanted, list(leaves.values()), g)
     for got in (y, recorded.detach()):
         error = error_of(got, wanted.detach()) if got.shape == wanted.shape else math.inf
-        if error > _FORMULA_TOLERANCE:
+        if error > FORMULA_TOLERANCE:
             return f"its output differs from the formula by {error:.1e} of its largest number, {where}"
     for name, gradient, formula in zip(leaves, gradients, right, strict=True):
         if gradient is None:
             return f"no gradient reaches {name}, {where}"
         error = error_of(gradient, formula)
-        if error > _GRADIENT_TOLERANCE:
+        if error > GRADIENT_TOLERANCE:
             return f"the gradient of {name} differs from the formula's by {error:.1e} of its largest number, {where}"
     return None
 

@@ -19,19 +19,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import tracing
 
-_N = 2
+N = 2
 # Spatial sizes, larger than the kernels and strides of common blocks.
-_SPATIAL = (37, 41, 43, 47, 53, 59, 61)
+SIDES = (37, 41, 43, 47, 53, 59, 61)
 _CHANNEL_GUESSES = 4
 # A block with SE runs tens of operators, a loop over positions thousands.
-_MAX_OPERATORS = 500
+MAX_OPERATORS = 500
 # The layers of SE have names such as fc1 or fc.0. Deeper weights belong to a module inside, which is examined itself.
 _DEPTH = 2
-_LAYERS = {"convolution", "mm", "bmm", "addmm", "baddbmm"}
-_REDUCTIONS = {"mean", "sum", "amax", "max", "var", "std", "var_mean", "linalg_vector_norm"}
-_GATES = {"sigmoid", "hardsigmoid", "tanh"}
+LAYERS = {"convolution", "mm", "bmm", "addmm", "baddbmm"}
+REDUCTIONS = {"mean", "sum", "amax", "max", "var", "std", "var_mean", "linalg_vector_norm"}
+GATES = {"sigmoid", "hardsigmoid", "tanh"}
 # Operators that are not views, but return the same numbers.
 _COPIES = {"clone", "_to_copy", "_unsafe_view"}
+GATE_ALONE = "it returns the gate only, its parent multiplies"
 _WINDOWS = "it pools windows of a fixed size"
 
 
@@ -66,7 +67,7 @@ class _Pooled:
         return bool(self.layers) and self.layers[0].inputs == self.layers[-1].outputs == self.channels
 
 
-class _TooLong(Exception):
+class TooLong(Exception):
     """Ends a run with more operators than a block has."""
 
 
@@ -90,8 +91,8 @@ class _Flow(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         self._operators += 1
-        if self._operators > _MAX_OPERATORS:
-            raise _TooLong
+        if self._operators > MAX_OPERATORS:
+            raise TooLong
         out = func(*args, **(kwargs or {}))
         given = [t for t in _pytree.tree_leaves((args, kwargs)) if id(t) in self._tags]
         results = [t for t in _pytree.tree_leaves(out) if isinstance(t, Tensor)]
@@ -104,7 +105,7 @@ class _Flow(TorchDispatchMode):
     def _follow(self, func: Any, args: tuple[Any, ...], given: list[Tensor], out: Tensor) -> _Map | _Pooled:
         name = func.overloadpacket.__name__.rstrip("_")
         dtypes = {t.dtype for t in args if isinstance(t, Tensor)}
-        if name in _LAYERS and len(dtypes) > 1:
+        if name in LAYERS and len(dtypes) > 1:
             # The meta device raises no error for this.
             raise TypeError(f"one layer of {' and '.join(sorted(str(d).removeprefix('torch.') for d in dtypes))}")
         kept = func.is_view or name in _COPIES
@@ -117,11 +118,11 @@ class _Flow(TorchDispatchMode):
         if maps:
             x, tag = maps[0], self.tag(maps[0])
             assert isinstance(tag, _Map)
-            if name in _LAYERS:
+            if name in LAYERS:
                 one_channel = name == "convolution" and args[1].shape[0] == 1
                 self._one_channel |= one_channel
                 self.in_block |= not one_channel
-            if out.numel() < x.numel() and (name in _REDUCTIONS or "pool" in name):
+            if out.numel() < x.numel() and (name in REDUCTIONS or "pool" in name):
                 return self._pool(name, args, x, tag, out)
             return _Map(plain=tag.plain and kept and out.numel() == x.numel())
         # Where branches meet, such as mean and maximum, the one with the most layers counts.
@@ -135,11 +136,11 @@ class _Flow(TorchDispatchMode):
 
     def _pool(self, name: str, args: tuple[Any, ...], x: Tensor, tag: _Map, out: Tensor) -> _Map | _Pooled:
         sizes = [size for size in out.shape if size != 1]
-        if sizes not in [[size for size in (_N, c) if size != 1] for c in (*x.shape[1:2], *x.shape[-1:])]:
+        if sizes not in [[size for size in (N, c) if size != 1] for c in (*x.shape[1:2], *x.shape[-1:])]:
             return tag
         if name.startswith(("avg_pool", "max_pool")):
             self.windows |= list(args[1]) != list(x.shape[-len(args[1]) :])
-        return _Pooled(out.numel() // _N, tag.plain)
+        return _Pooled(out.numel() // N, tag.plain)
 
     def _multiply(self, maps: list[Tensor], pooled: list[_Pooled], out: Tensor) -> None:
         sizes = [t.numel() for t in maps]
@@ -156,7 +157,7 @@ def _layer(name: str, args: tuple[Any, ...], pooled: Tensor) -> _Layer | None:
         weight, groups = args[1], args[8]
         pointwise = weight is not pooled and math.prod(weight.shape[2:]) == 1
         return _Layer(weight.shape[1] * groups, weight.shape[0], groups) if pointwise else None
-    if name in _LAYERS:
+    if name in LAYERS:
         a, b = args[-2:]
         return _Layer(b.shape[-2], b.shape[-1]) if a is pooled else _Layer(a.shape[-1], a.shape[-2])
     return None
@@ -200,7 +201,7 @@ def float64_refusal(module: nn.Module) -> str | None:
     x = run[1].double()
     flow, why = _Flow(x), None
     try:
-        _run_on_meta(flow, _meta_copy(module, torch.float64), x)
+        run_on_meta(flow, meta_copy(module, torch.float64), x)
     except Exception as error:
         why = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0].rstrip(": ")
     if flow.cast is not None:
@@ -213,9 +214,9 @@ def _gate_alone(flow: _Flow, x: Tensor, y: object) -> str | None:
     if not isinstance(y, Tensor) or not isinstance(tag, _Pooled) or not tag.is_gate:
         return None
     # A classifier's head returns [N, C] without a gate, a pooling branch (ASPP) is one layer and then an activation.
-    is_map = y.dim() > 2 and y.numel() in (_N * tag.channels, x.numel())
-    if tag.last in _GATES or (is_map and (tag.last == "layer" or len(tag.layers) > 1)):
-        return "it returns the gate only, its parent multiplies"
+    is_map = y.dim() > 2 and y.numel() in (N * tag.channels, x.numel())
+    if tag.last in GATES or (is_map and (tag.last == "layer" or len(tag.layers) > 1)):
+        return GATE_ALONE
     return None
 
 
@@ -236,28 +237,28 @@ def _run(module: nn.Module) -> tuple[_Flow, Tensor, object, str] | None:
         type(module).__module__.startswith("torch.nn.") and not module._modules
     ):
         return None
-    shapes = list(_weights(module, _DEPTH))
+    shapes = list(weights_of(module, _DEPTH))
     # A recurrent layer has square weights too, but on the meta device it runs its operators step by step.
     if not _leads_back(shapes) or any(isinstance(inner, nn.RNNBase) for inner in module.modules()):
         return None
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
     try:
-        bare = _meta_copy(module)
+        bare = meta_copy(module)
     except Exception:  # foreign code may fail in any way
         return None
     for sizes, note in _trials(module, shapes):
         x = torch.empty(sizes, dtype=dtype, device="meta")
         flow = _Flow(x)
         try:
-            return flow, x, _run_on_meta(flow, bare, x), note
-        except _TooLong:
+            return flow, x, run_on_meta(flow, bare, x), note
+        except TooLong:
             return None
         except Exception:  # the module does not take this map
             continue
     return None
 
 
-def _run_on_meta(flow: _Flow, bare: nn.Module, x: Tensor) -> object:
+def run_on_meta(flow: TorchDispatchMode, bare: nn.Module, x: Tensor) -> object:
     with (
         torch.random.fork_rng(devices=[]),
         torch.inference_mode(False),
@@ -268,7 +269,7 @@ def _run_on_meta(flow: _Flow, bare: nn.Module, x: Tensor) -> object:
         return bare(x)
 
 
-def _weights(module: nn.Module, depth: int) -> Iterator[tuple[int, ...]]:
+def weights_of(module: nn.Module, depth: int) -> Iterator[tuple[int, ...]]:
     """The shapes [outputs, inputs, *kernel] of the weights up to `depth` names below `module`, as registered."""
     groups = getattr(module, "groups", 1)
     for p in module._parameters.values():
@@ -278,7 +279,7 @@ def _weights(module: nn.Module, depth: int) -> Iterator[tuple[int, ...]]:
     for name, child in module._modules.items():
         reparametrised = name == "parametrizations" or isinstance(child, parametrize.ParametrizationList)
         if child is not None and (depth > 0 or reparametrised):
-            yield from _weights(child, depth if reparametrised else depth - 1)
+            yield from weights_of(child, depth if reparametrised else depth - 1)
 
 
 def _leads_back(shapes: list[tuple[int, ...]]) -> bool:
@@ -298,22 +299,23 @@ def _trials(module: nn.Module, shapes: list[tuple[int, ...]]) -> Iterator[tuple[
     """Shapes of x that `module` may take, the likelier ones first, each with a note on what is unusual about it."""
     channels = list(dict.fromkeys(shape[1] for shape in shapes))[:_CHANNEL_GUESSES]
     taken = {size for shape in shapes for size in shape[:2]}
-    spatial = [size for size in _SPATIAL if size not in taken] or list(_SPATIAL)
-    ranks = list(dict.fromkeys(len(shape) - 2 for shape in shapes if 2 < len(shape) < 6)) or [2, 1, 3]
+    spatial = [size for size in SIDES if size not in taken] or list(SIDES)
+    # A gain may look like a weight, [C, 1, 1], of another rank than the map.
+    ranks = list(dict.fromkeys([*(len(shape) - 2 for shape in shapes if 2 < len(shape) < 6), 2, 1, 3]))
     for c in channels:
         for rank in ranks:
-            yield (_N, c, *spatial[:rank]), ""
+            yield (N, c, *spatial[:rank]), ""
     for c in channels:
-        yield (_N, spatial[0], c), "its channels come last, as in [B, L, C]"
-        yield (_N, *spatial[:2], c), "its channels come last, as in [B, H, W, C]"
+        yield (N, spatial[0], c), "its channels come last, as in [B, L, C]"
+        yield (N, *spatial[:2], c), "its channels come last, as in [B, H, W, C]"
     kernels = [m.kernel_size for m in module.modules() if isinstance(m, (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d))]
     for kernel in dict.fromkeys(kernels):
         for rank in ranks:
             window = (kernel,) * rank if isinstance(kernel, int) else kernel
-            yield (_N, channels[0], *window), _WINDOWS
+            yield (N, channels[0], *window), _WINDOWS
 
 
-def _meta_copy(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+def meta_copy(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """A copy on the meta device, in eval mode and without hooks. dtype: of its floating-point tensors, if given."""
 
     def tensor(t: Tensor) -> Tensor:

@@ -7,27 +7,27 @@ layer stay the same.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from . import ops
-from .blocks import BlockSwap, FusedBlock, find_blocks
+from .blocks import Block, BlockSwap, FusedBlock, InlineBlock, find_blocks, find_inline
 from .inside import SWAP
 from .modules import SqueezeExcite
-from .near_miss import float64_refusal, near_miss
-from .observers import under_transform
+from .near_miss import GATE_ALONE, float64_refusal, near_miss
 from .options import refuse
 from .recognise import recognise
 from .recognised import Recognised
+from .relatives import relatives
 from .replaced import Replaced, change_classes, original_class
 from .report import Report
-from .swap import LayerSwap
+from .swap import LayerSwap, compute
 from .undisturbed import undisturbed
+
+# A gate is multiplied with its map at the second module above at the latest.
+_LEVELS = 3
 
 
 class FusedSE(Replaced):
@@ -46,22 +46,15 @@ class FusedSE(Replaced):
         if swap is None or x is None:
             return None
         weights = swap.weights(self, x)
-        if weights is None:
-            return None
-        given = (x, *weights, x if swap.recognised.residual else None, swap.options)
-        if swap.inplace and not (torch.is_grad_enabled() or x.requires_grad or under_transform()):
-            # ValueError, raised before anything is written: x overlaps itself or a weight, or is an inference
-            # tensor. Then the call is not made in place.
-            with contextlib.suppress(ValueError):
-                return ops.call(*given, inplace=True)  # type: ignore[misc]
-        return ops.call(*given)
+        return None if weights is None else compute(x, weights, swap.recognised, swap.options, swap.inplace)
 
 
 class _Examination:
     """One pass over a model, which finds its SE layers and decides which of them to replace.
 
     names: every module, with all its dotted names. outcome: for each SE layer that was found, what it computes if it is
-    to be replaced, else the reason why not.
+    to be replaced, else the reason why not. inline: the modules with SE written into their forwards that are to be
+    replaced.
     """
 
     def __init__(self, model: nn.Module, include: Sequence[str] | None, exclude: Sequence[str] | None) -> None:
@@ -70,6 +63,7 @@ class _Examination:
             self.names.setdefault(module, []).append(name)
         self.include, self.exclude = include, exclude
         self.outcome: dict[nn.Module, Recognised | str] = {}
+        self.inline: dict[nn.Module, InlineBlock] = {}
         self._examined: dict[nn.Module, bool] = {}  # by module: the result of `examine`
 
     def _filtered(self, layer: nn.Module) -> str | None:
@@ -92,10 +86,10 @@ class _Examination:
         return self._examined[layer]
 
     def _examine(self, layer: nn.Module) -> bool:
-        if isinstance(layer, (FusedSE, SqueezeExcite)):
+        if isinstance(layer, (FusedSE, SqueezeExcite)) or _has_fused_inline(layer):
             self.outcome[layer] = "already fused"
             return True
-        fused_inside = any(isinstance(module, (FusedSE, SqueezeExcite)) for module in layer.modules())
+        fused_inside = any(isinstance(module, (Replaced, SqueezeExcite)) for module in layer.modules())
         found = None if fused_inside else recognise(layer)
         if isinstance(found, Recognised):
             found = self._filtered(layer) or found
@@ -106,23 +100,63 @@ class _Examination:
             inside = [self.examine(child) for child in layer.children()]
             if any(inside):
                 return True
+        if isinstance(found, str) and self._write_down(layer, find_inline(layer)):
+            return True
         if found is not None:
             self.outcome[layer] = found
         return found is not None
 
-    def near_misses(self) -> dict[nn.Module, str]:
-        """The smallest modules that contain SE and have no outcome, with the reason."""
+    def _write_down(self, module: nn.Module, found: InlineBlock | str | None) -> bool:
+        """Note that `module` has SE written into its forward, if that was found. Returns whether it was."""
+        if not isinstance(found, InlineBlock):
+            return False
+        reason = self._filtered(module)
+        if reason is None:
+            self.inline[module] = found
+        else:
+            self.outcome[module] = reason
+        return True
+
+    def look_inside(self) -> dict[nn.Module, str]:
+        """Find SE written into forwards. Returns the other modules that contain SE and have no outcome, the smallest
+        ones, with the reason."""
         near: dict[nn.Module, str] = {}
-        settled = {module for layer in self.outcome for module in layer.modules()}
+        settled = {module for layer in (*self.outcome, *self.inline) for module in layer.modules()}
+        waiting: list[nn.Module] = []  # for the module that multiplies by the gate that they return
         for module in reversed(self.names):  # so that inner modules come first
-            if module not in settled:
-                inside = any(child in settled for child in module.children())
-                reason = None if inside else near_miss(module)
-                if reason is not None:
-                    near[module] = reason
-                if inside or reason is not None:
-                    settled.add(module)
+            if module in settled:
+                continue
+            if any(child in settled for child in module.children()):
+                settled.add(module)
+                continue
+            reason = near_miss(module)
+            gates = [gate for gate in waiting if any(gate is each for each in module.modules())]
+            if reason == GATE_ALONE and not gates:
+                near[module] = reason
+                waiting.append(module)
+            elif reason is not None or gates:
+                found = find_inline(module)
+                if self._write_down(module, found):
+                    near = {each: why for each, why in near.items() if each not in gates}
+                elif reason is not None and not gates:
+                    near[module] = reason if found is None else f"{reason}; {found}"
+                elif found is None and reason is None and all(self._distance(module, gate) < _LEVELS for gate in gates):
+                    continue
+                settled.add(module)
         return near
+
+    def _distance(self, module: nn.Module, inside: nn.Module) -> int:
+        """How many levels `inside` lies below `module`."""
+        return min(name.count(".") for each, name in _paths(module) if each is inside) + 1
+
+
+def _paths(module: nn.Module) -> list[tuple[nn.Module, str]]:
+    return [(each, name) for name, each in module.named_modules(remove_duplicate=False)]
+
+
+def _has_fused_inline(module: nn.Module) -> bool:
+    swap = getattr(module, SWAP, None)
+    return isinstance(swap, BlockSwap) and swap.has_inline
 
 
 def replace(
@@ -137,7 +171,7 @@ def replace(
     """Make every SE layer in `model` call `se_fused.squeeze_excite`, after a check by numbers that the results agree.
 
     Nothing else in the model changes; `restore` undoes it. If an SE layer contains another one (a wrapper x + SE(x)),
-    the outermost is replaced.
+    the outermost is replaced. Where SE is written into the forward of a block, the block makes one call in its place.
 
     A replaced layer computes as the original does whenever the check does not cover the call or the layer: for a map of
     another rank, or further arguments that are not the defaults; after a change inside the layer (a swapped activation,
@@ -171,23 +205,28 @@ def replace(
     examination = _Examination(model, _patterns("include", include), _patterns("exclude", exclude))
     with undisturbed(model):
         examination.examine(model)
-        near = examination.near_misses()
-    outcome = examination.outcome
+        near = examination.look_inside()
+        seen = relatives(examination.names, [*examination.outcome, *examination.inline, *near])
+    outcome, inline = examination.outcome, examination.inline
     found = {layer: each for layer, each in outcome.items() if isinstance(each, Recognised)}
-    blocks, alone = find_blocks(model, examination.names, found) if level == "block" else ([], {})
+    blocks, alone = find_blocks(model, examination.names, found, inline) if level == "block" else ([], {})
     if not dry_run:
         facts = {layer: (recognised, inplace) for layer, recognised in found.items()}
         outcome.update(change_classes(FusedSE, LayerSwap, facts))
-        change_classes(FusedBlock, BlockSwap, {block.module: (block.program, block.dims) for block in blocks})
+        unjoined = [Block(each.module, {}, each.forwards, each.dims, ()) for each in inline.values()]
+        of_blocks = {block.module: (block.joined, block.inline, block.dims, inplace) for block in (*unjoined, *blocks)}
+        outcome.update(change_classes(FusedBlock, BlockSwap, of_blocks))
     named = [(name, layer) for layer, names in examination.names.items() for name in names]
     found_as = {name: outcome[layer] for name, layer in named if layer in outcome}
     return Report(
         model,
         {name: found for name, found in found_as.items() if isinstance(found, Recognised)},
         {name: found for name, found in found_as.items() if isinstance(found, str)},
+        {name: inline[module].layers for name, module in named if module in inline and module not in outcome},
         {name: near[module] for name, module in named if module in near},
         {name: block.neighbours for name, module in named for block in blocks if block.module is module},
         {name: alone[layer] for name, layer in named if layer in alone},
+        seen,
     )
 
 

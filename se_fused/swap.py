@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 from collections.abc import Callable
@@ -10,8 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import ops
 from .inside import SWAP, Inside
 from .memory import PLAIN_TYPES
+from .observers import under_transform
+from .options import Options
 from .recognised import Recognised
 
 _log = logging.getLogger("se_fused")
@@ -44,9 +48,9 @@ class Swap:
         self._defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
         self._warned = False
 
-    def map_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        """x, if the check covers the call: its only argument is x, or all others are equal to the defaults of
-        `forward`; else None."""
+    def arguments_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]] | None:
+        """x, and the other arguments that were given, by name; None if the check does not cover a call with this x."""
+        given: dict[str, Any] = {}
         if len(args) == 1 and not kwargs:
             x = args[0]
         elif len(args) > len(self._arguments) or not self._arguments:
@@ -56,9 +60,17 @@ class Swap:
             if len(given) < len(args) + len(kwargs):  # an argument is given twice
                 return None
             x = given.pop(self._arguments[0], None)
-            if not all(name in self._defaults and _same(v, self._defaults[name]) for name, v in given.items()):
-                return None
-        return x if type(x) in PLAIN_TYPES and x.dim() in self.dims else None
+        return (x, given) if type(x) in PLAIN_TYPES and x.dim() in self.dims else None
+
+    def map_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """x, if it is the only argument, or if all others are equal to the defaults of `forward`; else None."""
+        found = self.arguments_of(args, kwargs)
+        if found is None:
+            return None
+        x, given = found
+        if given and not all(name in self._defaults and is_same(v, self._defaults[name]) for name, v in given.items()):
+            return None
+        return x
 
     def warn_once(self, module: nn.Module) -> None:
         if not self._warned:
@@ -90,33 +102,54 @@ class LayerSwap(Swap):
         """[w1, b1, w2, b2] as they are now; None if x has another dtype, or if the check does not hold any more, which
         is logged once."""
         if self._inside.unchanged(layer):
-            weights = [get(layer) for get, _ in self._parameters]
-            if all(type(w) in types for w, (_, types) in zip(weights, self._parameters)):  # noqa: B905
-                return weights if self._is_of_one_dtype(x, weights) else None
+            weights = read_weights(self._parameters, vars(layer))
+            if weights is not None:
+                return weights if is_of_one_dtype(x, weights) else None
         self.warn_once(layer)
         return None
 
-    def _is_of_one_dtype(self, x: Tensor, weights: list[Any]) -> bool:
-        """Whether casts in the original, which a check in one dtype cannot detect, would change nothing."""
-        dtypes = {w.dtype for w in weights if w is not None}
-        if dtypes == {x.dtype}:
-            return True
-        device = x.device.type
-        return (
-            len(dtypes) == 1
-            and torch.amp.is_autocast_available(device)
-            and torch.is_autocast_enabled(device)
-            and x.dtype is torch.get_autocast_dtype(device)
-        )
-
     def change(self, layer: nn.Module) -> str | None:
         change = super().change(layer)
-        if change is None and not all(type(get(layer)) in types for get, types in self._parameters):
+        if change is None and read_weights(self._parameters, vars(layer)) is None:
             return "one of its weights is not a plain parameter any more"
         return change
 
 
-Parameter = tuple[Callable[[nn.Module], Any], tuple[type, ...]]  # a getter, and the types that it may return
+def compute(x: Tensor, weights: list[Any], recognised: Recognised, options: Options, inplace: bool) -> Tensor:
+    """What an SE layer with these weights computes; inplace: it may overwrite x."""
+    given = (x, *weights, x if recognised.residual else None, options)
+    if inplace and not (torch.is_grad_enabled() or x.requires_grad or under_transform()):
+        # ValueError, raised before anything is written: x overlaps itself or a weight, or is an inference tensor.
+        # Then the call is not made in place.
+        with contextlib.suppress(ValueError):
+            return ops.call(*given, inplace=True)  # type: ignore[misc]
+    return ops.call(*given)
+
+
+def is_of_one_dtype(x: Tensor, weights: list[Any]) -> bool:
+    """Whether casts in the original, which a check in one dtype cannot detect, would change nothing."""
+    dtypes = {w.dtype for w in weights if w is not None}
+    if dtypes == {x.dtype}:
+        return True
+    device = x.device.type
+    return (
+        len(dtypes) == 1
+        and torch.amp.is_autocast_available(device)
+        and torch.is_autocast_enabled(device)
+        and x.dtype is torch.get_autocast_dtype(device)
+    )
+
+
+# A getter, which takes the attributes of the layer, and the types that it may return.
+Parameter = tuple[Callable[[dict[str, Any]], Any], tuple[type, ...]]
+
+
+def read_weights(parameters: list[Parameter], attributes: dict[str, Any]) -> list[Any] | None:
+    """[w1, b1, w2, b2] as they are now; None if one of them is not plain any more."""
+    weights = [get(attributes) for get, _ in parameters]
+    if all(type(w) in types for w, (_, types) in zip(weights, parameters)):  # noqa: B905
+        return weights
+    return None
 
 
 def parameters_of(layer: nn.Module, recognised: Recognised) -> list[Parameter]:
@@ -127,14 +160,14 @@ def parameters_of(layer: nn.Module, recognised: Recognised) -> list[Parameter]:
 def _parameter(layer: nn.Module, name: str | None) -> Parameter:
     """One parameter. A bias may become None."""
     if name is None:
-        return (lambda layer: None), (type(None),)
+        return (lambda attributes: None), (type(None),)
     path, _, leaf = name.rpartition(".")
     types = PLAIN_TYPES if layer.get_parameter(name).dim() > 1 else (*PLAIN_TYPES, type(None))
     if not path:
-        return (lambda layer: layer._parameters[leaf]), types
+        return (lambda attributes: attributes["_parameters"][leaf]), types
     module = layer.get_submodule(path)
-    return (lambda layer: vars(module)["_parameters"][leaf]), types
+    return (lambda attributes: vars(module)["_parameters"][leaf]), types
 
 
-def _same(value: Any, default: Any) -> bool:
+def is_same(value: Any, default: Any) -> bool:
     return value is default or (type(value) is type(default) and isinstance(value, _VALUE_TYPES) and value == default)

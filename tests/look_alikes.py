@@ -1,6 +1,7 @@
 """Layers that look like SE but differ in gradients, at some sizes, in some modes, or in what a call leaves behind.
 
-FALSE: by name, what makes one, and the reason why it is kept. KEPT, TOTAL: what some of them change outside.
+FALSE: by name, what makes one, and the reason why it is kept. IN_PART: those of them that hold a part that is SE, for
+all calls or in inference, and do the rest of what they do around it. KEPT, TOTAL: what some of them change outside.
 """
 
 import random
@@ -184,3 +185,14 @@ FALSE = {
     "a scripted child": (scripted_child, "its extra is scripted"),
     "its own copying": (with_part(__deepcopy__=lambda self, memo: self), "its own way of copying gives itself"),
 }  # fmt: skip
+IN_PART = (
+    "layer drop",
+    "layer drop by NumPy",
+    "layer drop by PyTorch",
+    "detached in training only",
+    "a parameter in a list",
+    "a tensor in a tuple",
+    "no NaN",
+    "another memory format",
+    "windows in training",
+)

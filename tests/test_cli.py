@@ -45,6 +45,14 @@ class Inline(nn.Module):
         x = self.conv(x)
         return x * self.up(self.down(x.mean((2, 3))).relu()).sigmoid()[:, :, None, None]
 
+class TwoMaps(Inline):
+    # It returns the gate too.
+
+    def forward(self, x):
+        x = self.conv(x)
+        s = self.up(self.down(x.mean((2, 3))).relu()).sigmoid()[:, :, None, None]
+        return x * s, s
+
 def make(kind="tuple", scale=1.0, layers=1, extra=None, flag=False):
     assert isinstance(kind, str) and (scale, layers, extra, flag) in [(1.0, 1, None, False), (0.5, 2, "a=b", True)]
     return Pair(kind)
@@ -247,12 +255,20 @@ def test_replace_fails_on_a_pattern_without_a_match(models, option):
     assert ("ms before" in result.stdout) == (option == "--include")
 
 
+def test_replace_counts_inline_layers(models):
+    result = run("replace", f"{models}:Inline", "--input", "1x3x9x9", "--repeats", "1")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("1 of 1 SE layer replaced (1 inline)\n")
+    facts = json.loads(run("replace", f"{models}:Inline", "--input", "1x3x9x9", "--repeats", "1", "--json").stdout)
+    assert facts["inline"] == {"": ["Inline: C=8, R=2, relu, sigmoid"]}
+
+
 def test_replace_shows_near_misses_and_fails(models):
-    result = run("replace", f"{models}:Inline")
+    result = run("replace", f"{models}:TwoMaps")
     assert result.exit_code == 1
     assert "near misses: 1" in result.stdout
     assert "SE written into the block: two fully connected layers [R=2, C=8]" in result.stdout
-    facts = json.loads(run("replace", f"{models}:Inline", "--json").stdout)
+    facts = json.loads(run("replace", f"{models}:TwoMaps", "--json").stdout)
     assert list(facts["near"]) == [""]
     assert facts["failures"] == ["nothing was replaced"]
 

@@ -18,6 +18,8 @@ from ..observers import observed, under_transform
 from ..replaced import Replaced
 from ..swap import Swap
 from . import fused
+from .forwards import Kind
+from .inline import Inline
 from .neighbours import Neighbours, Norm
 from .operators import operators_of
 from .program import Program
@@ -26,40 +28,65 @@ _training = itemgetter("training")
 
 
 class BlockSwap(Swap):
-    """The `program` of a block, for maps of `dims` dimensions."""
+    """The programs of a block, for maps of `dims` dimensions.
 
-    def __init__(self, block: nn.Module, original: type[Any], program: Program, dims: int) -> None:
-        super().__init__(block, original, program, dims)
+    joined: by the kind of the call, the program in which layers are joined with their neighbours, for inference.
+    inline: the program in which each SE layer that is written into the forward is one call. inplace: whether these may
+    overwrite their maps.
+    """
+
+    def __init__(
+        self, block: nn.Module, original: type[Any], joined: dict[Kind, Program], inline: dict[Kind, Program],
+        dims: int, inplace: bool,
+    ) -> None:  # fmt: skip
+        super().__init__(block, original, joined, inline, dims, inplace)
         self.dims = (dims,)
-        self._program = program
+        self._joined, self._inline = joined, inline
         # The kernels are those of the device of x. The parameters are looked up now, when they are what was compared.
-        self._how = fused.How.of(program, block, None)
-        self._functions: dict[Any, Callable[[Tensor], Any]] = {}  # by their kernels
+        self._hows = {
+            id(program): replace(fused.How.of(program, block, None), inplace=inplace)
+            for program in (*joined.values(), *inline.values())
+        }
+        self._functions: dict[Any, Callable[..., Any]] = {}  # by program and kernels
         self.on_convolution: Callable[[str, str], None] | None = None
-        self.joined: list[Neighbours | Norm] = [call.target for call in program.calls if call.kind == "fused"]
+        first = next(iter((*joined.values(), *inline.values())))
+        self.calls: list[Neighbours | Norm | Inline] = [call.target for call in first.calls if call.kind == "fused"]
         self._modules = [module for module in block.modules() if module is not block]
+        self.has_inline = bool(inline)
+        self._parents = [module for module in self._modules if module._modules]
 
-    def function_for(self, block: nn.Module, x: Tensor) -> Callable[[Tensor], Any] | None:
-        """The function that computes what the block does for `x`: now, on this device, in this mode; None if the block
-        must compute as it does at level "layer"."""
-        if not _is_plain_inference(x) or block.training or any(map(_training, map(vars, self._modules))):
+    def function_for(self, block: nn.Module, x: Tensor, given: dict[str, Any]) -> Callable[[], Any] | None:
+        """The function that computes what the block does for x and the further arguments that were `given`: now, on
+        this device, in this mode; None if the block must compute as the original does."""
+        training = block.training
+        kind, numbers = Kind.of(training, given, self._defaults)
+        joined, inline = self._joined.get(kind), self._inline.get(kind)
+        if joined is not None and (not _is_plain_inference(x) or any(map(_training, map(vars, self._modules)))):
+            joined = None
+        # A module without children computes by itself, in whatever mode it is.
+        if inline is not None and any(_training(vars(each)) is not training for each in self._parents):
+            inline = None
+        if joined is None and inline is None:
             return None
         if not self._inside.unchanged(block):
             self.warn_once(block)
             return None
-        kernels = _kernels_for(x)
-        if kernels is None:
-            return None
+        kernels = None if joined is None else _kernels_for(x)
+        program = inline if kernels is None else joined
+        return None if program is None else partial(self._function(block, program, kernels), x, *numbers)
+
+    def _function(self, block: nn.Module, program: Program, kernels: Any) -> Callable[..., Any]:
         if self.on_convolution is not None:
-            return self._bind(block, kernels)
-        function = self._functions.get(kernels)
+            return self._bind(block, program, kernels)
+        key = id(program), kernels
+        function = self._functions.get(key)
         if function is None:
-            function = self._functions[kernels] = self._bind(block, kernels)
+            function = self._functions[key] = self._bind(block, program, kernels)
         return function
 
-    def _bind(self, block: nn.Module, kernels: Any) -> Callable[[Tensor], Any]:
-        how = replace(self._how, kernels=kernels, on_convolution=self.on_convolution)
-        return self._program.bind(block, partial(fused.bind, root=block, how=how))
+    def _bind(self, block: nn.Module, program: Program, kernels: Any) -> Callable[..., Any]:
+        how = replace(self._hows[id(program)], kernels=kernels, on_convolution=self.on_convolution)
+        return program.bind(block, partial(fused.bind, root=block, how=how))
 
 
 def _is_plain_inference(x: Tensor) -> bool:
@@ -91,16 +118,16 @@ class FusedBlock(Replaced):
 
     def extra_repr(self) -> str:
         swap = self._se_fused_swap
-        fused = [] if swap is None else [f"fused: {call}" for call in swap.joined]
+        fused = [] if swap is None else [f"fused: {call}" for call in swap.calls]
         return ", ".join(filter(None, (super().extra_repr(), *fused)))
 
     def _fused_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         swap = self._se_fused_swap
-        x = None if swap is None else swap.map_of(args, kwargs)
-        if swap is None or x is None:
+        found = None if swap is None else swap.arguments_of(args, kwargs)
+        if swap is None or found is None:
             return None
-        function = swap.function_for(self, x)
-        return None if function is None else function(x)
+        function = swap.function_for(self, *found)
+        return None if function is None else function()
 
 
 def ways_of_convolutions(model: nn.Module, x: Tensor) -> dict[str, str]:

@@ -23,6 +23,7 @@ from ..tracing import GRID
 from .program import Call, Program, Value
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CONVOLVES = (F.conv1d, F.conv2d, F.conv3d)
 # Where a clamp or an overflow shows that the grid does not reach.
 _EXTREMES = torch.tensor(
     [1e-30, -1e-30, 1e3, -1e3, 1e5, -1e5, 1e9, -1e9, 1e30, -1e30, torch.inf, -torch.inf, torch.nan],
@@ -32,7 +33,7 @@ _ACTIVATION_METHODS = ("relu", "relu_", "sigmoid", "sigmoid_", "tanh", "tanh_")
 _IN_PLACE_SUMS = (operator.iadd, "add_")
 _SUMS = (operator.add, torch.add, "add", "__add__", *_IN_PLACE_SUMS)
 # Functions and methods whose result has memory of its own.
-_NEW = (operator.add, torch.add, "add", torch.cat)
+_NEW = (operator.add, torch.add, "add", torch.cat, *CONVOLVES)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 
 from ..memory import PLAIN_TYPES
 from ..options import ACTIVATIONS, FUNCTIONS, Options
-from ..swap import Parameter, parameters_of
+from ..swap import Parameter, compute, is_of_one_dtype, parameters_of, read_weights
 from .cost import decide, folds_norm
+from .inline import Inline
 from .neighbours import Neighbours, Norm
 from .operators import Operators
 from .program import Program
@@ -26,21 +28,23 @@ class How:
     """How joined calls are run.
 
     kernels: `CPU.unchecked`, whose functions csrc/fast_path.h describes, or the same functions for a GPU. parameters:
-    of each SE layer, by its path. way: how to compute the convolutions (cost.py); None: the fastest. on_convolution: is
-    told the path of each and how it is computed.
+    of each SE layer, by the path of its w2. way: how to compute the convolutions (cost.py); None: the fastest.
+    on_convolution: is told the path of each and how it is computed. inplace: whether inline SE layers may overwrite
+    their maps.
     """
 
     kernels: Any
     parameters: dict[str, list[Parameter]]
     way: str | None = None
     on_convolution: Callable[[str, str], None] | None = None
+    inplace: bool = False
 
     @classmethod
     def of(cls, program: Program, root: nn.Module, kernels: Any, way: str | None = None) -> How:
         """root: a module that fits `program`, whose parameters are as they were when it was traced."""
         calls = (call.target for call in program.calls)
-        layers = [call for call in calls if isinstance(call, Neighbours)]
-        of_layers = {call.layer: parameters_of(root.get_submodule(call.layer), call.recognised) for call in layers}
+        layers = [call for call in calls if isinstance(call, (Neighbours, Inline))]
+        of_layers = {_key(call): parameters_of(root.get_submodule(_path(call)), call.recognised) for call in layers}
         return cls(kernels, of_layers, way)
 
     def choose(self, path: str, u: Tensor, weight: Tensor, usual: bool) -> str:
@@ -57,8 +61,19 @@ class How:
         return way
 
 
-def bind(call: Neighbours | Norm, root: nn.Module, how: How) -> Callable[..., Tensor]:
+def _path(call: Neighbours | Inline) -> str:
+    """The module below whose path the weights of an SE layer have their names."""
+    return "" if isinstance(call, Inline) else call.layer
+
+
+def _key(call: Neighbours | Inline) -> str:
+    return f"{_path(call)}.{call.recognised.w2}"
+
+
+def bind(call: Neighbours | Norm | Inline, root: nn.Module, how: How) -> Callable[..., Tensor]:
     """The function of x, and of the residual if there is one, that computes `call` with the modules of `root`."""
+    if isinstance(call, Inline):
+        return _bind_inline(call, root, how)
     if isinstance(call, Neighbours):
         return _bind_layer(call, root, how)
     return _bind_norm(call, root, how) if call.conv is None else _bind_convolution(call.conv, call, root, how)
@@ -141,31 +156,47 @@ def _bind_convolution(
     return run
 
 
+def _bind_inline(call: Inline, root: nn.Module, how: How) -> Callable[[Tensor], Tensor]:
+    recognised, parameters, attributes = call.recognised, how.parameters[_key(call)], vars(root)
+    options, original = recognised.options(), call.program.bind(root, partial(bind, root=root, how=how))
+
+    def run(u: Tensor) -> Tensor:
+        if type(u) in PLAIN_TYPES and u.dim() in recognised.dims:
+            weights = read_weights(parameters, attributes)
+            if weights is not None and is_of_one_dtype(u, weights):
+                return compute(u, weights, recognised, options, how.inplace)
+        return original(u)  # type: ignore[no-any-return]
+
+    return run
+
+
 def _bind_layer(call: Neighbours, root: nn.Module, how: How) -> Callable[..., Tensor]:
     kernels, owns_x = how.kernels, call.owns_x
-    recognised, layer, parameters = call.recognised, root.get_submodule(call.layer), how.parameters[call.layer]
+    recognised, parameters = call.recognised, how.parameters[_key(call)]
+    attributes = vars(root.get_submodule(call.layer))  # not root itself, which would be a cycle
+    if call.inline is None:
+        layer: Callable[..., Any] = root.get_submodule(call.layer)
+    else:
+        layer = call.inline.bind(root, partial(bind, root=root, how=how))
     options = Options.of(
         recognised.act or "identity", recognised.gate, recognised.squeeze, call.pre_act,
         call.post_act if call.conv is None else "identity",
     )  # fmt: skip
     pre_act, post_act = FUNCTIONS[options.pre_act], FUNCTIONS[options.post_act]
-    read = None if call.norm is None else _reader_of(root.get_submodule(call.norm))
+    read_norm = None if call.norm is None else _reader_of(root.get_submodule(call.norm))
 
     def forward(x: Tensor, residual: Tensor | None, s: Tensor | None) -> Tensor | None:
         """What the kernel returns."""
-        weights = [get(layer) for get, _ in parameters]
-        # The kernel takes some that the layer does not.
-        if not all(type(w) in types for w, (_, types) in zip(weights, parameters)):  # noqa: B905
+        weights = read_weights(parameters, attributes)
+        if weights is None or weights[2].dtype is not x.dtype:
             return None
-        if weights[2].dtype is not x.dtype:
-            return None
-        norm = None if read is None else read()
+        norm = None if read_norm is None else read_norm()
         return kernels.forward(x, *weights, residual, owns_x, *options, None, None, norm, s)  # type: ignore[no-any-return]
 
     def scaled(x: Tensor, residual: Tensor | None = None) -> Tensor:
         y = forward(x, residual, None)
         if y is None:
-            y = layer(pre_act(x if read is None else _normalised(x, read())))
+            y = layer(pre_act(x if read_norm is None else _normalised(x, read_norm())))
             y = post_act(y if residual is None else _sum(y, residual, call.residual_first))
         return y
 

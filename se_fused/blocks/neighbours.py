@@ -11,6 +11,7 @@ y = act(norm(W x + b) + residual). Each value in between must have one reader on
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from dataclasses import replace as changed
 from typing import Any
@@ -18,7 +19,8 @@ from typing import Any
 from torch import nn
 
 from ..recognised import Recognised
-from .calls import CONVOLUTIONS, Calls, Tail
+from .calls import CONVOLUTIONS, CONVOLVES, Calls, Tail
+from .inline import Inline
 from .program import Call, Program, Value
 
 
@@ -26,10 +28,11 @@ from .program import Call, Program, Value
 class Neighbours:
     """An SE layer and the calls around it that are computed with it. Modules are named by their paths in the block.
 
-    layer: the SE layer. norm: the batch norm before it. owns_x: nothing else reads x, which may be overwritten. conv,
-    conv_norm: the 1x1 convolution after it, and the batch norm after that. residual, post_act: whether a sum follows
-    these, and the activation at the end. residual_first: as in Tail. at_edge: whether x or y is that of the block, so
-    that further neighbours may stand outside.
+    layer: the SE layer; inline: or its calls, if it is written into the forward of the block. norm: the batch norm
+    before it. owns_x: nothing else reads x, which may be overwritten. conv, conv_norm: the 1x1 convolution after it,
+    and the batch norm after that. residual, post_act: whether a sum follows these, and the activation at the end.
+    residual_first: as in Tail. at_edge: whether x or y is that of the block, so that further neighbours may stand
+    outside.
     """
 
     layer: str
@@ -43,6 +46,7 @@ class Neighbours:
     conv: str | None
     conv_norm: str | None
     at_edge: bool
+    inline: Program | None = None
 
     def count(self) -> int:
         """How many passes over a map, or allocations of one, are saved."""
@@ -81,13 +85,18 @@ def _listed(in_place: bool, *names: str | None) -> str:
 
 
 def join(program: Program, root: nn.Module, layers: dict[str, Recognised]) -> tuple[Program, list[Neighbours]]:
-    """`program` with the SE layers of these paths joined with their neighbours; only those that have any.
+    """`program` with the SE layers of these paths, and inline ones, joined with their neighbours; only those that have
+    any.
 
     root: a float64 copy, in eval mode, of the module that `program` was traced from; it is called.
     """
     joined = []
-    for path, recognised in layers.items():
-        found = _join_layer(Calls(program, root), path, recognised)
+    for call in program.calls:
+        inline = call.target if call.kind == "fused" and isinstance(call.target, Inline) else None
+        if inline is None and not (call.kind == "module" and call.target in layers):
+            continue
+        path, recognised = (call.target, layers[call.target]) if inline is None else ("", inline.recognised)
+        found = _join_layer(Calls(program, root), call, path, recognised, inline)
         if found is not None:
             program, neighbours = found
             joined.append(neighbours)
@@ -101,13 +110,14 @@ def join_norms(program: Program, root: nn.Module) -> Program:
     return program
 
 
-def _join_layer(calls: Calls, path: str, recognised: Recognised) -> tuple[Program, Neighbours] | None:
-    own = [call for call in calls.program.calls if call.kind == "module" and call.target == path]
+def _join_layer(
+    calls: Calls, layer: Call, path: str, recognised: Recognised, inline: Inline | None
+) -> tuple[Program, Neighbours] | None:
     if recognised.residual:  # it would be that of u, which the kernels do not add
         return None
-    if len(own) != 1 or own[0].kwargs or len(own[0].args) != 1 or not isinstance(own[0].args[0], Value):
+    uses = sum(call.kind == "module" and call.target == path for call in calls.program.calls)
+    if uses > 1 or layer.kwargs or len(layer.args) != 1 or not isinstance(layer.args[0], Value):
         return None
-    (layer,) = own
     x, norm, pre_act, before = _before(calls, layer.args[0])
     owns_x = calls.owns(x)
     tail = calls.tail(layer)
@@ -131,6 +141,7 @@ def _join_layer(calls: Calls, path: str, recognised: Recognised) -> tuple[Progra
     neighbours = Neighbours(
         path, recognised, norm, pre_act, owns_x, tail.residual is not None, tail.residual_first, tail.act,
         None if conv is None else conv.target, None if conv_norm is None else conv_norm.target, at_edge,
+        None if inline is None else inline.program,
     )  # fmt: skip
     if neighbours.count() == 0:
         return None
@@ -187,7 +198,9 @@ def _before(calls: Calls, value: Value) -> tuple[Value, str | None, str, list[Ca
 
 
 def _pointwise(calls: Calls, call: Call | None) -> Call | None:
-    """`call`, if it is that of a 1x1 convolution with stride 1 and one group."""
+    """`call`, if it is that of a 1x1 convolution with stride 1 and one group, as the call of a module."""
+    if call is not None and call.kind == "function" and call.target in CONVOLVES:
+        return _of_module(calls, call)
     if call is None or call.kind != "module" or len(call.args) != 1 or call.kwargs:
         return None
     conv: Any = calls.root.get_submodule(call.target)
@@ -197,3 +210,21 @@ def _pointwise(calls: Calls, call: Call | None) -> Call | None:
     if (conv.kernel_size, conv.stride, conv.padding, conv.groups) != (ones, ones, zeros, 1):
         return None
     return call if conv.padding_mode == "zeros" else None
+
+
+def _of_module(calls: Calls, call: Call) -> Call | None:
+    """`call`, of a function with the weight and bias of a 1x1 convolution, as a call of that module."""
+    if call.kwargs or len(call.args) != 7 or not all(isinstance(value, Value) for value in call.args[:2]):
+        return None
+    x, weight, bias, stride, padding, _, groups = call.args
+    producer = calls.by_number.get(weight.number)
+    path, _, leaf = producer.target.rpartition(".") if producer and producer.kind == "attribute" else ("", "", "")
+    conv: Any = calls.root.get_submodule(path)
+    if leaf != "weight" or not isinstance(conv, CONVOLUTIONS) or math.prod(conv.kernel_size) > 1:
+        return None
+    own_bias = calls.by_number[bias.number].target if isinstance(bias, Value) else bias
+    if own_bias != (None if conv.bias is None else f"{path}.bias".lstrip(".")):
+        return None
+    if {*stride} != {1} or {*padding} != {0} or groups != 1:
+        return None
+    return Call(call.number, "module", path, (x,))

@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import operator
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from types import FunctionType, MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..undisturbed import are_equal, random_states
+from .functions import calling_functions_of_autograd_whole, calling_whole, function_of
 
 
 @dataclass(frozen=True)
@@ -40,23 +45,34 @@ class Call:
     kwargs: tuple[tuple[str, Any], ...] = ()
 
     def values(self) -> list[Value]:
-        return list(_values((self.args, self.kwargs)))
+        return list(values_of((self.args, self.kwargs)))
+
+
+@dataclass(frozen=True)
+class Number:
+    """Stands for every number that an argument of a forward may be: for 0, or for all others."""
+
+    is_zero: bool
 
 
 @dataclass(frozen=True)
 class Program:
-    """The calls of a forward of one argument x, in order, and what it returns (values in tuples, lists and dicts)."""
+    """The calls of a forward of x, in order, and what it returns (values in tuples, lists and dicts).
+
+    numbers: how many further arguments are values, which have the numbers 1, 2, ...
+    """
 
     calls: tuple[Call, ...]
     result: Any
+    numbers: int = 0
 
     def uses(self) -> Counter[int]:
         """How often each value is used, by number."""
-        used = [value for call in self.calls for value in call.values()] + list(_values(self.result))
+        used = [value for call in self.calls for value in call.values()] + list(values_of(self.result))
         return Counter(value.number for value in used)
 
-    def bind(self, root: nn.Module, fused: Callable[[Any], Callable[..., Any]]) -> Callable[[Tensor], Any]:
-        """The function of x that makes these calls with the modules of `root`.
+    def bind(self, root: nn.Module, fused: Callable[[Any], Callable[..., Any]]) -> Callable[..., Any]:
+        """The function of x, and of the numbers, that makes these calls with the modules of `root`.
 
         It is Python source, run once, and drops each value after its last use, as the forward itself would. It refers
         to the modules of `root` but not to `root`.
@@ -64,9 +80,9 @@ class Program:
         last: dict[int, int] = {}
         for call in self.calls:
             last |= {value.number: call.number for value in call.values()}
-        kept = {value.number for value in _values(self.result)}
+        kept = {value.number for value in values_of(self.result)}
         names: dict[str, Any] = {}
-        lines = ["def forward(v0):"]
+        lines = [f"def forward({', '.join(f'v{i}' for i in range(1 + self.numbers))}):"]
         for call in self.calls:
             target = f"f{call.number}"
             names[target] = _bound(call, root, fused)
@@ -116,25 +132,67 @@ def _source(value: Any, names: dict[str, Any]) -> str:
     return name
 
 
-def _values(tree: Any) -> Iterator[Value]:
+def renumbered(tree: Any, numbers: Mapping[int, Value]) -> Any:
+    """`tree`, a call or what stands in one, with other values in place of those of these numbers."""
+    if isinstance(tree, Value):
+        return numbers.get(tree.number, tree)
+    if isinstance(tree, Call):
+        return replace(tree, args=renumbered(tree.args, numbers), kwargs=renumbered(tree.kwargs, numbers))
+    if type(tree) is slice:
+        return slice(*(renumbered(each, numbers) for each in (tree.start, tree.stop, tree.step)))
+    if type(tree) in (tuple, list):
+        return type(tree)(renumbered(each, numbers) for each in tree)
+    if type(tree) is dict:
+        return {key: renumbered(each, numbers) for key, each in tree.items()}
+    return tree
+
+
+def values_of(tree: Any) -> Iterator[Value]:
     if isinstance(tree, Value):
         yield tree
     elif isinstance(tree, slice):
-        yield from _values((tree.start, tree.stop, tree.step))
+        yield from values_of((tree.start, tree.stop, tree.step))
     elif isinstance(tree, (tuple, list)):
         for each in tree:
-            yield from _values(each)
+            yield from values_of(each)
     elif isinstance(tree, dict):
-        yield from _values(list(tree.values()))
+        yield from values_of(list(tree.values()))
+
+
+class _AsksRank(Exception):
+    """A forward asks for the rank of a value, by number, or for the length of a size. calls: those before it."""
+
+    def __init__(self, calls: tuple[Call, ...], number: int) -> None:
+        super().__init__("its forward asks for the rank of a map")
+        self.calls, self.number = calls, number
 
 
 class _Proxy(fx.Proxy):
     """Refuses questions whose answers depend on the call and would become constants of the program."""
 
+    tracer: _Tracer
+
+    def dim(self) -> int:
+        return self.tracer.rank_of(self.node)
+
+    ndim = property(dim)
+
+    def __len__(self) -> int:
+        return self.tracer.rank_of(self.node) if _is_size(self.node) else int(super().__len__())
+
     def __getattr__(self, name: str) -> Any:
         if name in ("dtype", "device", "layout", "requires_grad", "grad_fn", "is_cpu", "is_cuda"):
             raise ValueError(f"its forward reads the {name} of a map")
         return super().__getattr__(name)
+
+
+def _is_size(node: Any) -> bool:
+    """Whether the value is the size of a map, or a part of one."""
+    if node.target is operator.getitem:
+        return isinstance(node.args[1], slice) and _is_size(node.args[0])
+    return (node.target is getattr and node.args[1] == "shape") or (
+        node.op == "call_method" and node.target == "size" and len(node.args) == 1
+    )
 
 
 class _NoTensors(TorchDispatchMode):
@@ -153,12 +211,44 @@ class _Tracer(fx.Tracer):
 
     proxy_buffer_attributes = True
 
-    def __init__(self, leaves: Collection[nn.Module]) -> None:
+    def __init__(self, leaves: Collection[nn.Module], ranks: Mapping[int, int]) -> None:
         super().__init__()
-        self._leaves, self._modes = leaves, _modes()
+        self._leaves, self._modes, self._ranks = leaves, _modes(), ranks
+        self._numbers: dict[fx.Node, Number] = {}
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
+
+    def argument(self, name: str, value: Any) -> Any:
+        """`value` as an argument of the forward: a further value of the program in place of a Number."""
+        if not isinstance(value, Number):
+            return value
+        proxy = self.create_proxy("placeholder", name, (), {})
+        self._numbers[proxy.node] = value
+        return proxy
+
+    def rank_of(self, node: Any) -> int:
+        number = list(self.graph.nodes).index(node)
+        if number not in self._ranks:
+            raise _AsksRank(_calls(self.graph)[0], number)
+        return self._ranks[number]
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        return map(obj.__getitem__, range(self.rank_of(obj.node))) if _is_size(obj.node) else super().iter(obj)
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # One that the forward has just made has no path.
+        if m not in self._own:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
+        self._own = set(root.modules())
+        return super().trace(root, concrete_args)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        number = self._numbers.get(obj.node)
+        return super().to_bool(obj) if number is None else not number.is_zero
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _modes() != self._modes:
@@ -170,9 +260,17 @@ class _Tracer(fx.Tracer):
         return own or super().is_leaf_module(m, module_qualified_name)
 
 
-def trace(module: nn.Module, leaves: Collection[nn.Module]) -> Program:
-    """Read the forward of `module` off, for one argument x and its defaults for the others. Modules in `leaves` are
-    called whole.
+def trace(
+    module: nn.Module,
+    leaves: Collection[nn.Module],
+    extras: Mapping[str, Any] = MappingProxyType({}),
+    sample: Tensor | None = None,
+) -> Program:
+    """Read the forward of `module` off, for one argument x. Modules in `leaves` are called whole, and so are functions
+    that torch.fx cannot follow.
+
+    extras: further arguments by name, of which a `Number` becomes a value of the program; the others have defaults.
+    sample: an x; the forward may ask for the ranks of maps, for which calls are run on it.
 
     Raises:
         Exception: whatever torch.fx or the forward raises where the calls depend on the numbers or sizes of x.
@@ -185,37 +283,73 @@ def trace(module: nn.Module, leaves: Collection[nn.Module]) -> Program:
         raise ValueError("its forward takes several inputs")
     if first.kind not in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD):
         raise ValueError("its forward takes any inputs")
+    whole: list[FunctionType] = []
+    ranks: dict[int, int] = {}
+    numbers = sum(isinstance(each, Number) for each in extras.values())
+    while True:
+        states = random_states()
+        try:
+            with calling_whole(whole), calling_functions_of_autograd_whole():
+                calls, result = _calls(_graph(module, _Tracer(leaves, ranks), extras))
+        except _AsksRank as asked:
+            if sample is None:
+                raise
+            run = Program(asked.calls, Value(asked.number), numbers).bind(module, _refuse)
+            with torch.random.fork_rng(devices=[]):
+                value = run(sample.clone(), *(0.3,) * numbers)
+            ranks[asked.number] = value.dim() if isinstance(value, Tensor) else len(value)
+        except Exception as error:
+            function = function_of(error)
+            if function is None or function in whole:
+                raise
+            whole.append(function)
+        else:
+            break
+    if not are_equal(states, random_states()):
+        raise ValueError("its forward draws random numbers that its calls depend on")
+    known = {name for name, _ in itertools.chain(module.named_parameters(), module.named_buffers())}
+    strange = next((call.target for call in calls if call.kind == "attribute" and call.target not in known), None)
+    if strange is not None:
+        raise ValueError(f"it uses a tensor that is no parameter or buffer of it: {strange}")
+    return Program(calls, result, numbers)
+
+
+def _refuse(target: Any) -> Any:
+    raise ValueError(f"{target} is no call of a forward")
+
+
+def _graph(module: nn.Module, tracer: _Tracer, extras: Mapping[str, Any]) -> fx.Graph:
+    original = type(module)
+
+    def forward(self: nn.Module, x: fx.Proxy) -> Any:
+        return original.forward(self, x, **{name: tracer.argument(name, value) for name, value in extras.items()})
+
     # fx traces the forward of the class. This one has a single argument, so that fx keeps the defaults of the others.
-    module.__class__ = type(original.__name__, (original,), {"forward": lambda self, x: original.forward(self, x)})
+    module.__class__ = type(original.__name__, (original,), {"forward": forward})
     try:
         with _NoTensors():  # type: ignore[no-untyped-call]
-            graph = _Tracer(leaves).trace(module)
+            return tracer.trace(module)
     finally:
         module.__class__ = original
+
+
+_KINDS = {"call_module": "module", "call_function": "function", "call_method": "method", "get_attr": "attribute"}
+
+
+def _calls(graph: fx.Graph) -> tuple[tuple[Call, ...], Any]:
+    """The calls in `graph`, and what it returns."""
     numbers: dict[fx.Node, Value] = {}
-    counter = itertools.count()
     calls: list[Call] = []
     result: Any = None
-    known = {name for name, _ in itertools.chain(module.named_parameters(), module.named_buffers())}
-    kinds = {
-        "call_module": "module",
-        "call_function": "function",
-        "call_method": "method",
-        "get_attr": "attribute",
-    }
-    for node in graph.nodes:
+    for i, node in enumerate(graph.nodes):
         args, kwargs = (fx.node.map_arg(each, numbers.get) for each in (node.args, node.kwargs))  # type: ignore[arg-type]
+        numbers[node] = Value(i)
         if node.op == "output":
             (result,) = args
-            continue
-        numbers[node] = Value(next(counter))
-        if node.op == "placeholder":
-            continue
-        if node.op == "get_attr" and node.target not in known:
-            raise ValueError(f"it uses a tensor that is no parameter or buffer of it: {node.target}")
-        target = str(node.target) if isinstance(node.target, str) else node.target
-        calls.append(Call(numbers[node].number, kinds[node.op], target, _plain(args), tuple(_plain(kwargs).items())))
-    return Program(tuple(calls), _plain(result))
+        elif node.op != "placeholder":
+            target = str(node.target) if isinstance(node.target, str) else node.target
+            calls.append(Call(i, _KINDS[node.op], target, _plain(args), tuple(_plain(kwargs).items())))
+    return tuple(calls), _plain(result)
 
 
 def _plain(tree: Any) -> Any:

@@ -1,0 +1,123 @@
+"""What the examination of every block needs: what rules one out, a copy to run, its calls, and a map that it takes."""
+
+from __future__ import annotations
+
+import pickle
+from collections import deque
+from collections.abc import Collection
+from enum import Enum
+from types import BuiltinFunctionType, FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
+
+from .. import tracing
+from ..inside import Inside, is_torch_or_builtin
+from ..recognise import COPYING
+from ..replaced import Replaced
+from ..swap import Swap
+from .calls import CONVOLUTIONS
+from .program import Program, Value, trace
+
+_TRANSPARENT = (
+    *(bool, int, float, complex, str, bytes, Enum, FunctionType, BuiltinFunctionType),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format, Tensor, Swap),
+)
+# Some blocks take only maps of even sides.
+ANY_SIDES, EVEN_SIDES = ((9, 8, 7), (6, 11, 5)), ((8, 12, 4), (6, 10, 8))
+
+
+def obstacle(module: nn.Module) -> str | None:
+    """A property of `module` that keeps it from being a block and that tracing does not show."""
+    cls = type(module)
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict, torch._dynamo.OptimizedModule)):
+        return "it is not part of a block"
+    if isinstance(module, Replaced):
+        return "its block is replaced already"
+    if any(isinstance(each, torch.jit.ScriptModule) for each in module.modules()):
+        return "its block is scripted by TorchScript"
+    if any(parametrize.is_parametrized(each) for each in module.modules()):
+        return "a module of its block is reparametrised"
+    if any("forward" in vars(each) for each in module.modules()) or cls.__call__ is not nn.Module.__call__:
+        return "a forward in its block is overridden on the object, or its class overrides __call__"
+    if any(getattr(cls, name, None) is not getattr(nn.Module, name, None) for name in COPYING):
+        return f"the class {cls.__name__} of its block defines its own copying"
+    inside = set(module.modules())
+    named = ((name, value) for each in inside for name, value in vars(each).items())
+    opaque = next((name for name, value in named if _is_opaque(value, inside)), None)
+    if opaque is not None:
+        return f"its block holds an object whose changes cannot be noticed: {opaque}"
+    change = Inside(module, cls).change(module)  # such as hooks
+    return None if change is None else f"in its block {change}"
+
+
+def _is_opaque(value: Any, inside: Collection[nn.Module]) -> bool:
+    """Whether the inside of `value` can change without a notice. inside: the modules that are watched."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (tuple, list, set, deque)):
+        return any(_is_opaque(each, inside) for each in value)
+    if isinstance(value, nn.Module):
+        return value not in inside
+    if isinstance(value, type):
+        return not (is_torch_or_builtin(value) or issubclass(value, (nn.Module, Enum)))
+    return not (value is None or isinstance(value, _TRANSPARENT))
+
+
+def bare_copy(module: nn.Module) -> nn.Module:
+    """A copy to run, as `tracing.bare_copy` makes it, whose batch norms have statistics with which a mistake shows: new
+    ones have the mean 0 and the variance 1."""
+    bare = tracing.bare_copy(module)
+    for module in bare.modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None:
+            module.running_mean.copy_(tracing.numbers(module.num_features))
+            module.running_var.copy_(tracing.numbers(module.num_features).abs() + 0.5)
+    return bare
+
+
+def read(bare: nn.Module, leaves: Collection[nn.Module], sample: Tensor | None = None) -> Program:
+    """The calls of `bare`, as `trace` reads them.
+
+    Raises:
+        Exception: as `trace` does.
+        ValueError: if they depend on dtype, grad mode or inference mode.
+    """
+    program = trace(bare, leaves, sample=sample)
+    with torch.enable_grad():
+        same = trace(bare, leaves, sample=sample) == program
+    bare.float().requires_grad_(False)
+    with torch.inference_mode():
+        same = same and trace(bare, leaves, sample=None if sample is None else sample.float()) == program
+    bare.double().requires_grad_(True)
+    if not same:
+        raise ValueError("its block makes other calls for another dtype, without gradients or in inference mode")
+    pickle.dumps(program)
+    return program
+
+
+def map_of(bare: nn.Module, program: Program | None, dims: int) -> tuple[int, tuple[tuple[int, ...], ...]] | None:
+    """A number of channels, and sides, of maps with which the forward of `bare` runs; program: its calls, if known."""
+    readers = [call for call in program.calls if Value(0) in call.values()] if program else []
+    first = [call.target for call in readers if call.kind == "module"]
+    modules: list[Any] = [*map(bare.get_submodule, first), *bare.modules()]
+    likely = [each.in_channels for each in modules if isinstance(each, CONVOLUTIONS)]
+    likely += [each.num_features for each in modules if isinstance(each, _BatchNorm)]
+    likely += [each.in_features for each in modules if isinstance(each, nn.Linear)]
+    for call in readers:  # one that splits x has the numbers of channels of the parts
+        likely += [sum(arg) for arg in call.args if isinstance(arg, (list, tuple)) and _are_numbers(arg)]
+    likely += [size for p in bare.parameters() if p.dim() > 1 for size in p.shape[1::-1]]
+    for sides in (ANY_SIDES, EVEN_SIDES):
+        for c in dict.fromkeys(likely):
+            try:
+                bare(tracing.random_map(2, c, *sides[0][: dims - 2]))
+            except Exception:  # of a number that does not fit, or anything else: then the next one is tried
+                continue
+            return c, sides
+    return None
+
+
+def _are_numbers(values: list[Any] | tuple[Any, ...]) -> bool:
+    return all(type(value) is int for value in values)
