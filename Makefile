@@ -9,7 +9,7 @@ PREBUILD_PYTHON ?= python3.12
 PREBUILD_GPUS ?= 9.0
 PREBUILD_VENV := $(VENV)-prebuild$(subst /,-,-$(PREBUILD_PYTHON))
 
-.PHONY: demo test bench gpu-check prebuild wheel sdist lint format clean
+.PHONY: demo test bench census gpu-check prebuild wheel sdist lint format clean
 
 demo: $(VENV)/demo
 	$(BIN)/python -m examples.demo $(DEMO_OPTIONS)
@@ -19,6 +19,9 @@ test: $(VENV)/test
 
 bench: $(VENV)/bench
 	$(BIN)/python -m benchmarks.layer_cpu
+
+census: $(VENV)/census
+	$(BIN)/python -m benchmarks.coverage
 
 # With the Python that has torch for CUDA: a machine with a GPU may have no network to make an environment from.
 gpu-check:
@@ -74,12 +77,19 @@ $(VENV)/package: $(VENV)/torch pyproject.toml setup.py $(wildcard csrc/* csrc/*/
 
 # torchvision's wheel asks for a CUDA torch of the same version; --no-deps keeps the one that is there.
 $(VENV)/models: $(VENV)/torch
-	$(PIP) --no-deps torchvision timm
+	$(PIP) --no-deps torchvision timm efficientnet_pytorch monai
 	$(PIP) pillow huggingface_hub safetensors pyyaml numpy transformers
 	touch $@
 
 $(VENV)/demo $(VENV)/test $(VENV)/bench: $(VENV)/package $(VENV)/models
 	$(PIP) --no-build-isolation --editable '.[$(notdir $@)]'
+	touch $@
+
+# --no-deps: these ask for other versions of torch, and for much that their models do not need.
+$(VENV)/census: $(VENV)/bench
+	$(PIP) --no-deps geffnet pretrainedmodels pytorchcv \
+		segmentation_models_pytorch speechbrain pytorchvideo fvcore
+	$(PIP) --no-deps munch six requests iopath portalocker yacs tabulate termcolor hyperpyyaml ruamel.yaml sentencepiece
 	touch $@
 
 $(VENV)/dev: $(VENV)/package

@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import csv
 import multiprocessing
-import warnings
 from collections import Counter
 from collections.abc import Hashable, Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -29,16 +27,15 @@ from torch.utils._pytree import tree_leaves
 import se_fused
 from examples import zoo
 
-from . import coverage, layer_cpu
+from . import layer_cpu
+from .coverage import ROUNDING, Line, Network, difference, smallest, start_process, total
 from .layer_cpu_report import markdown
+from .libraries import build, build_bare, wake
 
-Line = dict[str, str]
 RECORD = layer_cpu.RECORD.with_name("census.csv")
 N, SIDE = 2, 128
 # Beyond this a network is counted but not run: it would take a minute, and more than a gigabyte.
 MOST_PARAMETERS = 200_000_000
-# Beyond this difference, both results are compared with those in float64.
-ROUNDING = 1e-5
 RESULTS = ("side", "error", "classes", "original_error", "block_error")
 # The columns of neighbours, with their titles in the table.
 NEIGHBOURS = {
@@ -51,20 +48,8 @@ NEIGHBOURS = {
     "conv_norm": "batch norm after that",
 }
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-# The largest scale of a layer that a network starts with as good as without.
-_ASLEEP = 1e-3
 # An SE layer has at most two weights and two biases.
 _SE_PARAMETERS = 4
-
-
-@dataclass(frozen=True)
-class Network:
-    """kind: the blocks that its SE layers stand in; empty if it has none."""
-
-    library: str
-    model: str
-    parameters: int
-    kind: str
 
 
 def names() -> list[tuple[str, str]]:
@@ -93,7 +78,7 @@ def is_se(layer: nn.Module) -> bool:
 
 
 def look_at(name: tuple[str, str]) -> Network:
-    model = coverage.build_bare(*name)
+    model = build_bare(*name)
     blocks: set[str] = set()
     for path, layer in model.named_modules():
         if path and is_se(layer):
@@ -104,15 +89,6 @@ def look_at(name: tuple[str, str]) -> Network:
             inside = (f"{inner}:{type(module).__qualname__}" for inner, module in block.named_modules())
             blocks.add(f"{type(model).__module__}({', '.join(inside)})")
     return Network(*name, sum(p.numel() for p in model.parameters()), "; ".join(sorted(blocks)))
-
-
-def smallest(networks: Iterable[Network]) -> list[Network]:
-    """Of each kind with SE layers the network with the fewest parameters."""
-    found: dict[tuple[str, str], Network] = {}
-    for network in sorted(networks, key=lambda network: (network.parameters, network.model)):
-        if network.kind:
-            found.setdefault((network.library, network.kind), network)
-    return sorted(set(found.values()), key=lambda network: (network.library, network.model))
 
 
 def counts(report: se_fused.Report) -> Line:
@@ -147,35 +123,20 @@ def side_for(bare: nn.Module) -> int:
     return SIDE
 
 
-def wake(model: nn.Module) -> nn.Module:
-    """`model` with ones for the gains that are zero or next to it at first: its branches would not reach the result."""
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            is_vector = p.numel() == max(p.shape, default=1)
-            if is_vector and "bias" not in name and float(p.abs().max()) < _ASLEEP:
-                p.fill_(1)
-    return model
-
-
 def results(model: nn.Module, x: Tensor) -> list[Tensor]:
     with torch.no_grad():
         return [y for y in tree_leaves(model(x)) if isinstance(y, Tensor)]
 
 
-def difference(got: list[Tensor], wanted: list[Tensor]) -> float:
-    """The largest, relative to the largest number wanted."""
-    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(got, wanted, strict=True))
-
-
 def examine(network: Network) -> Line:
     which = {"model": network.model, "parameters": str(network.parameters)}
-    bare = coverage.build_bare(network.library, network.model)
+    bare = build_bare(network.library, network.model)
     if network.parameters > MOST_PARAMETERS:
         return which | counts(se_fused.replace(bare, level="block")) | dict.fromkeys(RESULTS, "")
     side = side_for(bare)
     torch.manual_seed(0)
     x = torch.randn(N, 3, side, side)
-    model = zoo.settled(wake(coverage.build(network.library, network.model)), x)
+    model = zoo.settled(wake(build(network.library, network.model)), x)
     wanted = results(model, x)
     report = se_fused.replace(model, level="block")
     got = results(model, x)
@@ -189,18 +150,13 @@ def examine(network: Network) -> Line:
     return which | counts(report) | dict(zip(RESULTS, found, strict=True))
 
 
-def _start() -> None:
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore", UserWarning)  # about models that a library calls old
-
-
 def main(
     out: Annotated[Path, typer.Option(help="The CSV to write.")] = RECORD,
     processes: Annotated[int, typer.Option(help="How many processes, with one thread each.")] = 2,
 ) -> None:
     conditions = layer_cpu.conditions(torch.get_num_threads())
     facts = {key: conditions[key] for key in ("date", "commit", "torch")}
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_start) as pool:
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=start_process) as pool:
         chosen = smallest(pool.map(look_at, names(), chunksize=16))
         with out.open("w", newline="") as file:
             writer: csv.DictWriter[str] | None = None
@@ -226,7 +182,7 @@ def table(lines: Iterable[Line]) -> str:
     rows = []
     for library, version in dict.fromkeys((line["library"], line["version"]) for line in lines):
         some = [line for line in lines if line["library"] == library]
-        sums = (str(coverage.total(some, column)) for column in ("layers", "joined", *NEIGHBOURS))
+        sums = (str(total(some, column)) for column in ("layers", "joined", *NEIGHBOURS))
         rows.append([f"{library} {version}", str(len(some)), *sums])
     header = ["library", "networks", "SE layers replaced", "joined", *NEIGHBOURS.values()]
     first = lines[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 
-from . import coverage, engines, gpu_report, models, shapes
+from . import coverage, coverage_report, engines, gpu_report, models, shapes
 from .layer_cpu_report import Line, mean
 
 _BASELINES = ("compile", "onnxruntime", "openvino")
@@ -20,8 +20,9 @@ TEXT = """
   computes SE layers together with the layers around them, they run at {models_block}, {models_block_mean} on
   average; without their SE layers they would run at {models_without}. Under torch.compile ({models_compiled}) nothing
   changes. Exported to ONNX Runtime and OpenVINO, the originals run at {models_engines}.
-* **`replace`** replaces {coverage_replaced} SE layers in {coverage_models} models of {coverage_libraries};
-  it keeps {coverage_skipped}, and says why.
+* **`replace`** fuses {coverage_fused} of {coverage_layers} SE layers in {coverage_kinds} kinds of models, which stand
+  for {coverage_architectures} architectures of {coverage_libraries} libraries. It says why it keeps the others
+  ([list](docs/coverage.md)).
 * **On a GPU** (one {gpu}) all {gpu_right} calls that were compared with float64 agree. Whole networks run at
   {gpu_networks} times eager speed: some get slower. One layer, called from Python, runs at {gpu_calls_eager} times
   eager speed (batch 1, float16). Inside a CUDA graph torch.compile takes {gpu_graph_compile} times as
@@ -50,6 +51,7 @@ def numbers(
     """The numbers as texts, by their names in TEXT."""
     cases = gpu_report.best_measured(gpu)
     first = ("float16", "contiguous", "forward", 1)
+    with_layers = [line for line in covered if coverage_report.layers([line])]
     as_calls = [c.ratio("eager", "calls") for c in cases if (c.dtype, c.layout, c.direction, c.n) == first]
     in_graphs = [found for case in cases if (found := case.ratio("compile")) is not None]
     return {
@@ -69,10 +71,11 @@ def numbers(
         "models_without": _range(models.ratios(networks, "without SE")),
         "models_engines": _range(value for name in engines.ENGINES for value in models.ratios(networks, name)),
         "models_compiled": _range(models.ratios(compiled, "replaced")),
-        "coverage_models": str(len(covered)),
-        "coverage_libraries": _listed(list(dict.fromkeys(line["library"] for line in covered))),
-        "coverage_replaced": str(coverage.total(covered, "replaced")),
-        "coverage_skipped": str(coverage.total(covered, "skipped")),
+        "coverage_kinds": str(len(with_layers)),
+        "coverage_libraries": str(len(coverage_report.libraries(covered))),
+        "coverage_architectures": str(coverage.total(with_layers, "architectures")),
+        "coverage_fused": str(coverage.total(covered, "replaced") + coverage.total(covered, "inline")),
+        "coverage_layers": str(coverage_report.layers(covered)),
         "gpu": gpu.run["gpu"].removeprefix("NVIDIA "),
         "gpu_right": str(sum(line["outcome"] == "right" for line in gpu.smoke)),
         "gpu_calls_eager": f"{statistics.geometric_mean(found for found in as_calls if found is not None):.1f}",

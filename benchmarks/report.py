@@ -1,5 +1,5 @@
-"""Turns the files of record into the tables of docs/benchmarks.md and the README's headline, each between two markers,
-and into figures.
+"""Turns the files of record into the tables of docs/benchmarks.md and docs/coverage.md and the README's headline, each
+between two markers, and into figures.
 
 python -m benchmarks.report            rewrite the tables and figures
 python -m benchmarks.report --check    fail if a table is not the one its files give
@@ -22,6 +22,7 @@ from . import (
     compiled,
     convolutions,
     coverage,
+    coverage_report,
     figures,
     gpu_report,
     headline,
@@ -33,7 +34,7 @@ from . import (
 
 Line = dict[str, str]
 DOCS = ROOT / "docs"
-README, BENCHMARKS = ROOT / "README.md", DOCS / "benchmarks.md"
+README, BENCHMARKS, COVERAGE = ROOT / "README.md", DOCS / "benchmarks.md", DOCS / "coverage.md"
 RESULTS = layer_cpu.RECORD.parent
 
 
@@ -81,7 +82,7 @@ RECORDS = {
     "models": Record(models.RECORD, read, models.table),
     "compiled": Record(compiled.RECORD, read, compiled.table),
     "convolutions": Record(convolutions.RECORD, read, convolutions.table),
-    "coverage": Record(coverage.RECORD, read, coverage.table),
+    "coverage": Record(coverage.RECORD, read, coverage_report.table, COVERAGE),
     "census": Record(census.RECORD, read, census.table),
     "call_overhead": Record(call_overhead.RECORD, read, call_overhead.table),
     "predicted": Record(RESULTS / "h200", lambda folder: folder, predicted.table),

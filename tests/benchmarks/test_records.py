@@ -20,6 +20,7 @@ from benchmarks import (
     census,
     compiled,
     coverage,
+    coverage_report,
     engines,
     figures,
     headline,
@@ -204,10 +205,22 @@ def test_the_table_of_networks(networks_record: Path) -> None:
 
 
 def test_the_table_of_what_replace_covers() -> None:
-    line = {"date": "2026-01-02", "commit": "abc", "torch": "2", "library": "a", "version": "1", "near": "0"}
-    none = line | {"model": "x", "replaced": "0", "skipped": "3"}
-    text = coverage.table([none, line | {"model": "y", "replaced": "5", "skipped": "1"}])
-    assert "| a 1 | 2 | 5 | 4 | x |" in text
+    line = dict.fromkeys(coverage.COLUMNS, "") | dict.fromkeys(coverage.COUNTS, "0")
+    line |= {"date": "2026-01-02", "commit": "abc", "torch": "2", "library": "a", "version": "1", "architectures": "4"}
+    none = line | {"model": "x", "skipped": "3", "skipped_reasons": "3 it is far", "seen": "Eca: it is near"}
+    exact = dict(zip(coverage.RESULTS, ("2.0e-07", "1.0e-07", "1.0e-07", "1.0e-15"), strict=True))
+    fused = line | {"model": "y", "replaced": "5", "inline": "2", "near": "1", "near_reasons": "1 it is wide"} | exact
+    text = coverage_report.table([none, fused])
+    assert "| a 1 | 8 | 2 | 11 | 5 | 2 | 3 | 1 | 1 | 1 | 2e-07 | 1e-15 |" in text
+    assert "| it is far | 3 | a x |" in text
+    assert "| it is wide | 1 | a y |" in text
+    assert "| Eca | it is near | a x |" in text
+    assert "Models that failed" not in text
+    assert "Results that differ" not in text
+    different = fused | {"model": "z", "gradient_difference": "1.0e-03", "error": "it fell"}
+    text = coverage_report.table([none, fused, different])
+    assert "| a z | it fell |" in text
+    assert "| a z | 2.0e-07 | 1.0e-07 | 1.0e-07 | 1.0e-03 |" in text
     assert "PyTorch 2, commit abc, 2026-01-02." in text
 
 
@@ -234,7 +247,7 @@ def test_the_headline_is_a_function_of_the_records(record: Path, networks_record
     for name, wanted in {
         "layer_eager": "1.5", "layer_best": "2.0", "in_place_eager": "3.0", "in_place_best": "4.0",
         "training_eager": "1.5", "models": "7", "models_batches": "1 and 16", "models_replaced": "1.50 to 1.50",
-        "models_in_place": "0.75 to 0.75", "coverage_libraries": "timm, torchvision and transformers",
+        "models_in_place": "0.75 to 0.75", "coverage_libraries": "12",
     }.items():  # fmt: skip
         assert found[name] == wanted, name
     text = headline.text(found)

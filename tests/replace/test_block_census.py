@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from benchmarks import census, coverage, report
+from benchmarks import census, coverage, libraries, report
 from se_fused import replace
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::UserWarning")]
@@ -22,7 +22,7 @@ RECORD = {f"{line['library']}:{line['model']}": line for line in report.read(cen
 )  # fmt: skip
 def test_a_line(name: str) -> None:
     line = RECORD[name]
-    found = census.counts(replace(coverage.build_bare(line["library"], line["model"]), level="block"))
+    found = census.counts(replace(libraries.build_bare(line["library"], line["model"]), level="block"))
     assert found == {key: line[key] for key in found}
 
 
@@ -33,13 +33,15 @@ def test_results(name: str) -> None:
     assert int(line["layers"]) == int(line["joined"]) + int(line["alone"]) > 0
     if line["error"]:
         assert line["classes"] == "equal"
-        if not float(line["error"]) <= census.ROUNDING:
+        if not float(line["error"]) <= coverage.ROUNDING:
             assert float(line["block_error"]) <= 3 * float(line["original_error"])
 
 
 def test_the_smallest_of_each_kind() -> None:
-    networks = [census.Network("timm", *facts) for facts in (("a", 9, "x"), ("b", 5, "x"), ("c", 2, "y"), ("d", 1, ""))]
-    assert [network.model for network in census.smallest(networks)] == ["b", "c"]
+    networks = [
+        coverage.Network("timm", *facts) for facts in (("a", 9, "x"), ("b", 5, "x"), ("c", 2, "y"), ("d", 1, ""))
+    ]
+    assert [network.model for network in coverage.smallest(networks)] == ["b", "c"]
 
 
 def test_kinds() -> None:
