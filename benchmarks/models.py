@@ -36,6 +36,8 @@ NETWORKS = (
     "timm:regnety_040",
     "torchvision:mobilenet_v3_large",
     "torchvision:efficientnet_b0",
+    "efficientnet_pytorch:efficientnet-b0",
+    "monai:efficientnet-b0",
 )
 BATCHES = (1, 16)
 EAGER = ("original", "replaced", "in place", "block", "without SE")
@@ -56,7 +58,8 @@ def engine(name: str, model: nn.Module, x: Tensor, threads: int) -> Callable[[],
 
 def contest(network: str, n: int, seconds: float) -> Iterator[Line]:
     model, x = networks.build(network, n)
-    layers = str(len(se_fused.replace(model, dry_run=True).replaced))
+    report = se_fused.replace(model, dry_run=True)
+    layers = str(len(report.replaced) + sum(map(len, report.inline.values())))
     calls: dict[str, Callable[[], Tensor]] = {name: partial(networks.build_variant(model, name), x) for name in EAGER}
     calls |= {name: engine(name, model, x, torch.get_num_threads()) for name in engines.ENGINES}
     found = networks.measure(model, x, calls, seconds)

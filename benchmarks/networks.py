@@ -33,8 +33,12 @@ def build_variant(model: nn.Module, name: str) -> nn.Module:
     neighbours: "block"), or "without SE"."""
     model = copy.deepcopy(model)
     if name == "without SE":
-        for layer in se_fused.replace(model, dry_run=True).replaced:
+        report = se_fused.replace(model, dry_run=True)
+        for layer in report.replaced:
             model.set_submodule(layer, nn.Identity())
+        for block in report.inline:  # in the libraries where they are, they have this switch
+            assert model.get_submodule(block).has_se is True, block
+            model.get_submodule(block).has_se = False
     elif name != "original":
         se_fused.replace(model, inplace=name == "in place", level="block" if name == "block" else "layer")
     return model

@@ -1,4 +1,4 @@
-"""Models of torchvision and timm by name, with random weights: nothing is downloaded."""
+"""Models of public libraries by name, with random weights: nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -28,12 +28,21 @@ def import_torchvision() -> Any:
 
 
 def build(name: str, **options: Any) -> nn.Module:
-    """The model called `name`, as "torchvision:efficientnet_b0" or "timm:seresnet50"; `options` go to its constructor.
+    """The model called `name`: "torchvision:efficientnet_b0", "timm:seresnet50", "monai:efficientnet-b0" or
+    "efficientnet_pytorch:efficientnet-b0"; `options` go to its constructor.
 
     Raises:
-        ValueError: for another library than these two, or a model that the library does not know.
+        ValueError: for another library than these, or a model that the library does not know.
     """
     library, _, model = name.partition(":")
+    if library == "efficientnet_pytorch":
+        from efficientnet_pytorch import EfficientNet
+
+        return EfficientNet.from_name(model, **options)
+    if library == "monai":
+        from monai.networks.nets import EfficientNetBN
+
+        return EfficientNetBN(model, **{"spatial_dims": 2, "in_channels": 3, "pretrained": False} | options)
     torchvision = import_torchvision()
     if library == "torchvision":
         built: nn.Module = torchvision.models.get_model(model, weights=None, **options)

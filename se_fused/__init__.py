@@ -2,6 +2,7 @@
 
 from . import backends, reference
 from .backends import BackendUnavailable, Explanation, use_backend
+from .factory import factory
 from .modules import SqueezeExcite
 from .ops import explain, squeeze_excite
 from .options import HardSigmoid
@@ -16,6 +17,7 @@ __all__ = [
     "Report",
     "SqueezeExcite",
     "explain",
+    "factory",
     "reference",
     "replace",
     "restore",

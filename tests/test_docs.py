@@ -31,6 +31,16 @@ def test_the_readmes_python_prints_what_it_says():
     assert output.getvalue() == "".join(expected)
 
 
+def test_the_examples_of_coverage_print_what_they_say():
+    zoo.import_torchvision()
+    text = (ROOT / "docs" / "coverage.md").read_text()
+    output, names = io.StringIO(), {}
+    with contextlib.redirect_stdout(output):
+        for program in code_blocks(text, "python"):
+            exec(compile(program, "coverage.md", "exec"), names)
+    assert output.getvalue() == "".join(code_blocks(text, "text"))
+
+
 def minor(version: str) -> str:
     """The minor version: 3.11 for 3.11.7, 2.13 for 2.13.0+cpu."""
     return ".".join(version.split(".")[:2])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dis
+import functools
 import pickle
 from collections import deque
 from collections.abc import Collection
 from enum import Enum
-from types import BuiltinFunctionType, FunctionType
+from types import BuiltinFunctionType, CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -45,6 +47,8 @@ def obstacle(module: nn.Module) -> str | None:
         return "a forward in its block is overridden on the object, or its class overrides __call__"
     if any(getattr(cls, name, None) is not getattr(nn.Module, name, None) for name in COPYING):
         return f"the class {cls.__name__} of its block defines its own copying"
+    if any(map(_acts_outside, map(type, module.modules()))):
+        return "a forward in its block prints, or writes to a global variable"
     inside = set(module.modules())
     named = ((name, value) for each in inside for name, value in vars(each).items())
     opaque = next((name for name, value in named if _is_opaque(value, inside)), None)
@@ -52,6 +56,25 @@ def obstacle(module: nn.Module) -> str | None:
         return f"its block holds an object whose changes cannot be noticed: {opaque}"
     change = Inside(module, cls).change(module)  # such as hooks
     return None if change is None else f"in its block {change}"
+
+
+@functools.cache
+def _acts_outside(cls: type[nn.Module]) -> bool:
+    """Whether the forward of a class, or a method that it names, prints or writes to a global variable."""
+    names, seen = ["forward"], set[str]()
+    while names:
+        name = names.pop()
+        function = getattr(cls, name, None)
+        if name in seen or not isinstance(function, FunctionType) or function.__module__.startswith("torch."):
+            continue
+        seen.add(name)
+        codes = [function.__code__]
+        for code in codes:  # grows by the functions inside
+            codes += [each for each in code.co_consts if isinstance(each, CodeType)]
+            names += code.co_names
+            if "print" in code.co_names or any(each.opname == "STORE_GLOBAL" for each in dis.get_instructions(code)):
+                return True
+    return False
 
 
 def _is_opaque(value: Any, inside: Collection[nn.Module]) -> bool:
@@ -83,17 +106,17 @@ def read(bare: nn.Module, leaves: Collection[nn.Module], sample: Tensor | None =
 
     Raises:
         Exception: as `trace` does.
-        ValueError: if they depend on dtype, grad mode or inference mode.
+        ValueError: if they depend on dtype, grad mode, inference mode or autocast.
     """
     program = trace(bare, leaves, sample=sample)
-    with torch.enable_grad():
+    with torch.enable_grad(), torch.autocast("cpu"):
         same = trace(bare, leaves, sample=sample) == program
     bare.float().requires_grad_(False)
     with torch.inference_mode():
         same = same and trace(bare, leaves, sample=None if sample is None else sample.float()) == program
     bare.double().requires_grad_(True)
     if not same:
-        raise ValueError("its block makes other calls for another dtype, without gradients or in inference mode")
+        raise ValueError("its block makes other calls for another dtype, in another grad mode or under autocast")
     pickle.dumps(program)
     return program
 
