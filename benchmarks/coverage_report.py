@@ -115,11 +115,11 @@ def _reasons(lines: Iterable[Line], column: str) -> list[list[str]]:
 
 
 def _seen(lines: Iterable[Line]) -> list[list[str]]:
-    """`seen` has parts such as "EcaModule: what it is"."""
+    """`seen` has parts such as "EcaModule: what it is, 16 modules"."""
     rows: dict[tuple[str, str], list[str]] = {}
     for what, found in _parts(lines, "seen").items():
         for name, model in found:
-            rows.setdefault((name.rstrip(":"), what), []).append(model)
+            rows.setdefault((name.rstrip(":"), what.rpartition(", ")[0]), []).append(model)
     return [[*key, _listed(models)] for key, models in sorted(rows.items())]
 
 

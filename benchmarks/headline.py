@@ -16,7 +16,7 @@ TEXT = """
   {in_place_best} times. These are geometric means of {layer_shapes} shapes (float32, {threads} threads).
 * **Training** one layer, forward and backward, runs at {training_eager} times eager speed, on the same shapes.
 * **Whole networks** on a CPU run at {models_replaced} times eager speed after `replace`, in place {models_in_place}
-  ({models} networks of timm and torchvision, batch {models_batches}). After `replace(model, level="block")`, which
+  ({models} networks of {models_libraries}, batch {models_batches}). After `replace(model, level="block")`, which
   computes SE layers together with the layers around them, they run at {models_block}, {models_block_mean} on
   average; without their SE layers they would run at {models_without}. Under torch.compile ({models_compiled}) nothing
   changes. Exported to ONNX Runtime and OpenVINO, the originals run at {models_engines}.
@@ -63,6 +63,7 @@ def numbers(
         "in_place_best": f"{mean(layer, 'forward', _BASELINES, 'fused_inplace'):.1f}",
         "training_eager": f"{mean(layer, 'forward_backward', ['eager']):.1f}",
         "models": str(len({line["network"] for line in networks})),
+        "models_libraries": _listed(list(dict.fromkeys(line["network"].partition(":")[0] for line in networks))),
         "models_batches": _listed(list(dict.fromkeys(line["n"] for line in networks))),
         "models_replaced": _range(models.ratios(networks, "replaced")),
         "models_in_place": _range(models.ratios(networks, "in place")),
