@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import functools
 import pickle
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
 from enum import Enum
-from types import BuiltinFunctionType, CodeType, FunctionType
+from types import BuiltinFunctionType, CodeType, FunctionType, MappingProxyType, ModuleType
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ _TRANSPARENT = (
     *(bool, int, float, complex, str, bytes, Enum, FunctionType, BuiltinFunctionType),
     *(torch.dtype, torch.device, torch.layout, torch.memory_format, Tensor, Swap),
 )
+# Names of functions that a program would call once, or never.
+_SPEAKS = {"print", "warn"}
 # Some blocks take only maps of even sides.
 ANY_SIDES, EVEN_SIDES = ((9, 8, 7), (6, 11, 5)), ((8, 12, 4), (6, 10, 8))
 
@@ -47,8 +50,9 @@ def obstacle(module: nn.Module) -> str | None:
         return "a forward in its block is overridden on the object, or its class overrides __call__"
     if any(getattr(cls, name, None) is not getattr(nn.Module, name, None) for name in COPYING):
         return f"the class {cls.__name__} of its block defines its own copying"
-    if any(map(_acts_outside, map(type, module.modules()))):
-        return "a forward in its block prints, or writes to a global variable"
+    act = next(filter(None, map(_acts_outside, map(type, module.modules()))), None)
+    if act is not None:
+        return f"a forward in its block {act}"
     inside = set(module.modules())
     named = ((name, value) for each in inside for name, value in vars(each).items())
     opaque = next((name for name, value in named if _is_opaque(value, inside)), None)
@@ -59,22 +63,28 @@ def obstacle(module: nn.Module) -> str | None:
 
 
 @functools.cache
-def _acts_outside(cls: type[nn.Module]) -> bool:
-    """Whether the forward of a class, or a method that it names, prints or writes to a global variable."""
-    names, seen = ["forward"], set[str]()
-    while names:
-        name = names.pop()
-        function = getattr(cls, name, None)
-        if name in seen or not isinstance(function, FunctionType) or function.__module__.startswith("torch."):
+def _acts_outside(cls: type[nn.Module]) -> str | None:
+    """What the forward of a class, or a function that it names, does that its calls do not show; None if nothing."""
+    names, todo, seen = ["forward"], list[FunctionType](), set[Any]()
+    while names or todo:
+        function = getattr(cls, names.pop(), None) if names else todo.pop()
+        if not isinstance(function, FunctionType) or function in seen or function.__module__.startswith("torch."):
             continue
-        seen.add(name)
+        seen.add(function)
         codes = [function.__code__]
         for code in codes:  # grows by the functions inside
             codes += [each for each in code.co_consts if isinstance(each, CodeType)]
             names += code.co_names
-            if "print" in code.co_names or any(each.opname == "STORE_GLOBAL" for each in dis.get_instructions(code)):
-                return True
-    return False
+            if not _SPEAKS.isdisjoint(code.co_names):
+                return "prints or warns"
+            if any(each.opname == "STORE_GLOBAL" for each in dis.get_instructions(code)):
+                return "writes to a global variable"
+            for name in code.co_names:
+                value = function.__globals__.get(name)
+                todo += [value] if isinstance(value, FunctionType) else []
+                if not isinstance(value, (ModuleType, type)) and _is_opaque(value, ()):
+                    return f"uses a global object whose changes cannot be noticed, {name}"
+    return None
 
 
 def _is_opaque(value: Any, inside: Collection[nn.Module]) -> bool:
@@ -101,24 +111,40 @@ def bare_copy(module: nn.Module) -> nn.Module:
     return bare
 
 
-def read(bare: nn.Module, leaves: Collection[nn.Module], sample: Tensor | None = None) -> Program:
+def read(
+    bare: nn.Module,
+    leaves: Collection[nn.Module],
+    extras: Mapping[str, Any] = MappingProxyType({}),
+    sample: Tensor | None = None,
+) -> Program:
     """The calls of `bare`, as `trace` reads them.
 
     Raises:
         Exception: as `trace` does.
         ValueError: if they depend on dtype, grad mode, inference mode or autocast.
     """
-    program = trace(bare, leaves, sample=sample)
-    with torch.enable_grad(), torch.autocast("cpu"):
-        same = trace(bare, leaves, sample=sample) == program
+    program = trace(bare, leaves, extras, sample)
+    with torch.enable_grad(), torch.autocast("cpu"), _autocast_on_gpus():
+        same = trace(bare, leaves, extras, sample) == program
     bare.float().requires_grad_(False)
     with torch.inference_mode():
-        same = same and trace(bare, leaves, sample=None if sample is None else sample.float()) == program
+        same = same and trace(bare, leaves, extras, None if sample is None else sample.float()) == program
     bare.double().requires_grad_(True)
     if not same:
         raise ValueError("its block makes other calls for another dtype, in another grad mode or under autocast")
     pickle.dumps(program)
     return program
+
+
+@contextlib.contextmanager
+def _autocast_on_gpus() -> Iterator[None]:
+    """As torch.autocast("cuda"), which warns where there is no GPU."""
+    before = torch.is_autocast_enabled("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", before)
 
 
 def map_of(bare: nn.Module, program: Program | None, dims: int) -> tuple[int, tuple[tuple[int, ...], ...]] | None:

@@ -26,8 +26,6 @@ from .examine import bare_copy, map_of, obstacle, read
 from .inline import Parts
 from .program import Number, Program, trace
 
-_NUMBERS = {True: 0.0, False: 0.3}  # by Number.is_zero
-
 
 class Mark(Enum):
     """An argument that has the default value of its parameter, and one that may have any value."""
@@ -61,7 +59,7 @@ class Kind(NamedTuple):
         """Arguments of a call of this kind, and the numbers among them."""
         kinds = dict(zip(names, self.arguments, strict=True))
         given = {
-            name: _NUMBERS[kind.is_zero] if isinstance(kind, Number) else kind
+            name: kind.example if isinstance(kind, Number) else kind
             for name, kind in kinds.items()
             if kind is not Mark.DEFAULT
         }
@@ -72,7 +70,7 @@ def _kind_of(value: Any, default: Any) -> Any:
     if is_same(value, default):
         return Mark.DEFAULT
     if type(value) in (int, float):
-        return Number(value == 0)
+        return Number(type(value), value == 0)
     return value if value is None or type(value) in (bool, str) else Mark.OTHER
 
 
@@ -121,14 +119,14 @@ def _read(module: nn.Module, bare: nn.Module, leaves: list[nn.Module]) -> Inline
     for kind in (*_kinds(False, arguments), *_kinds(True, arguments)):
         extras = {name: each for name, each in zip(arguments, kind.arguments, strict=True) if each is not Mark.DEFAULT}
         try:
-            bare.train(kind.training)
-            program = trace(bare, leaves, extras, sample) if extras else read(bare, leaves, sample)
-            program, inline = parts.rewrite(program, bare, sample)
+            program = read(bare.train(kind.training), leaves, extras, sample)
+            if _reads_a_mode(bare, program, leaves, extras, sample):
+                raise ValueError("its forward reads the mode of a module inside")
+            program, inline = parts.rewrite(program, bare, (sample, *kind.examples(arguments)[1]))
             reason = parts.reason
-            if inline and (kind.training, program) in compared:
-                reason = None
-            elif inline:
-                reason = _difference(bare, program, shapes, *kind.examples(arguments))
+            if inline:
+                is_known = (kind.training, program) in compared
+                reason = _difference(bare, program, shapes[is_known:], *kind.examples(arguments))
                 compared.append((kind.training, program))
         except Exception:
             if not forwards:
@@ -140,6 +138,20 @@ def _read(module: nn.Module, bare: nn.Module, leaves: list[nn.Module]) -> Inline
             forwards[kind] = program
             layers = layers or [each.recognised for each in inline]
     return InlineBlock(module, forwards, dims, tuple(layers))
+
+
+def _reads_a_mode(
+    bare: nn.Module, program: Program, leaves: list[nn.Module], extras: dict[str, Any], sample: Tensor
+) -> bool:
+    """Whether the calls depend on the mode of a module without children, which may have another one than `bare`."""
+    modules = [each for each in bare.modules() if not each._modules and each is not bare]
+    for each in modules:
+        each.training = not each.training
+    try:
+        return trace(bare, leaves, extras, sample) != program
+    finally:
+        for each in modules:
+            each.training = not each.training
 
 
 def arguments_for(cls: type[nn.Module]) -> dict[str, Any]:
@@ -155,7 +167,8 @@ def _kinds(training: bool, arguments: dict[str, Any]) -> Iterator[Kind]:
         if isinstance(default, bool):
             yield Kind(training, (not default,))
         elif default is None or isinstance(default, (int, float)):
-            yield from (Kind(training, (Number(is_zero),)) for is_zero in (True, False))
+            of = float if default is None else type(default)
+            yield from (Kind(training, (Number(of, is_zero),)) for is_zero in (True, False))
 
 
 def _shapes(bare: nn.Module) -> tuple[int, list[tuple[int, ...]]]:
@@ -176,8 +189,10 @@ def _difference(
     bind = partial(fused.bind, root=bare, how=fused.How.of(program, bare, None))
     joined = program.bind(bare, bind)
     before = Inside(bare, type(bare))
-    for shape, grad in zip(shapes, (True, False), strict=True):
-        x = tracing.random_map(*shape)
+    for shape in shapes:
+        x, grad = tracing.random_map(*shape), shape is not shapes[-1]
+        if not grad and x.dim() > 3:  # where a call may copy the map, or not
+            x = x.movedim(1, -1).contiguous().movedim(-1, 1)
         wanted = _run(bare, lambda x: bare(x, **given), x, grad)
         got = _run(bare, lambda x: joined(x, *numbers), x, grad)
         what = next((what for what in wanted if not _agree(got[what], wanted[what], what)), None)
@@ -191,7 +206,7 @@ def _difference(
 def _run(bare: nn.Module, call: Callable[[Tensor], Any], x: Tensor, grad: bool) -> dict[str, list[Any]]:
     """What a call computes and changes, from the same state of buffers and random numbers."""
     buffers = {name: buffer.clone() for name, buffer in bare.named_buffers()}
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed would seed GPUs too
     leaf = x.clone().requires_grad_(grad)
     with torch.set_grad_enabled(grad):
         given = leaf.clone()  # the forward may write to it

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..recognise import recognise
 from ..recognised import Recognised
 from ..tracing import weight_shapes
-from .program import Call, Program, Value, renumbered
+from .program import Call, Program, Value, no_fused, renumbered
 
 _SIZES = ("size", "dim", "numel", "ndimension")
 _VIEWS = 2
@@ -73,11 +73,7 @@ class _Part(nn.Module):
             owner.register_buffer(leaf, value)
 
     def forward(self, x: Tensor) -> Any:
-        return self._program.bind(self, _refuse)(x)
-
-
-def _refuse(target: Any) -> Any:
-    raise ValueError(f"{target} is not a part of it")
+        return self._program.bind(self, no_fused)(x)
 
 
 @dataclass
@@ -88,22 +84,24 @@ class Parts:
     outcome: list[tuple[Program, Recognised | str | None]] = field(default_factory=list)
     reason: str | None = None
 
-    def rewrite(self, program: Program, root: nn.Module, x: Tensor) -> tuple[Program, list[Inline]]:
+    def rewrite(self, program: Program, root: nn.Module, given: tuple[Any, ...]) -> tuple[Program, list[Inline]]:
         """`program` with one call for each part that is an SE layer, and these.
 
-        root: a float64 copy, in eval mode, of the module that `program` was traced from. x: a map that it takes; the
-        forward is run on it.
+        root: a float64 copy of the module that `program` was traced from. given: a map and numbers that it takes; the
+        forward is run on them.
         """
         found: list[Inline] = []
         while True:
-            rewritten = next(filter(None, (self._joined(program, root, x, *part) for part in _parts(program))), None)
+            rewritten = next(
+                filter(None, (self._joined(program, root, given, *part) for part in _parts(program))), None
+            )
             if rewritten is None:
                 return program, found
             program, inline = rewritten
             found.append(inline)
 
     def _joined(
-        self, program: Program, root: nn.Module, x: Tensor, start: int, calls: list[Call]
+        self, program: Program, root: nn.Module, given: tuple[Any, ...], start: int, calls: list[Call]
     ) -> tuple[Program, Inline] | None:
         last = calls[-1]
         part = _as_program(start, calls)
@@ -124,7 +122,7 @@ class Parts:
         if any(call.number in left for call in calls[:-1]):
             self.reason = _ELSEWHERE
             return None
-        if _is_written(program, root, x, start, calls):
+        if _is_written(program, root, given, start, calls):
             self.reason = "its map is written to before the product"
             return None
         return joined, inline
@@ -222,16 +220,20 @@ def _without(program: Program, calls: list[Call]) -> Program:
     return program
 
 
-def _is_written(program: Program, root: nn.Module, x: Tensor, start: int, calls: list[Call]) -> bool:
+def _is_written(program: Program, root: nn.Module, given: tuple[Any, ...], start: int, calls: list[Call]) -> bool:
     """Whether the calls that stand between these write to the value `start`, which the part will read later."""
     others = {call.number for call in program.calls if calls[0].number < call.number < calls[-1].number}
     if others <= {call.number for call in calls} | _constants(program):
         return False
     before = [call for call in program.calls if call.number < calls[-1].number]
-    copy = Call(calls[-1].number, "function", torch.clone, (Value(start),))
+    copy = Call(calls[-1].number, "function", _copy, (Value(start),))
     first = before.index(calls[0])
     probe = Program((*before[:first], copy, *before[first:]), (Value(start), Value(copy.number)), program.numbers)
-    now, then = probe.bind(root, lambda inline: inline.program.bind(root, _refuse))(
-        x.clone(), *(0.3,) * program.numbers
-    )
-    return not torch.equal(now, then)
+    x, *numbers = given
+    run = probe.bind(root, lambda inline: inline.program.bind(root, no_fused))
+    now, (then, version) = run(x.clone(), *numbers)
+    return now._version != version or not torch.equal(now, then)
+
+
+def _copy(u: Tensor) -> tuple[Tensor, int]:
+    return u.clone(), u._version

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ..undisturbed import are_equal, random_states
 from .functions import calling_functions_of_autograd_whole, calling_whole, function_of
@@ -50,9 +51,14 @@ class Call:
 
 @dataclass(frozen=True)
 class Number:
-    """Stands for every number that an argument of a forward may be: for 0, or for all others."""
+    """Stands for every number of a type that an argument of a forward may be: for 0, or for all others."""
 
+    of: type[int] | type[float]
     is_zero: bool
+
+    @property
+    def example(self) -> int | float:
+        return self.of(0) if self.is_zero else {int: 3, float: 0.3}[self.of]
 
 
 @dataclass(frozen=True)
@@ -172,6 +178,11 @@ class _Proxy(fx.Proxy):
 
     tracer: _Tracer
 
+    def _refuse(self, *_: Any) -> Any:
+        raise ValueError("its forward looks a map or a size up, or writes it as text")
+
+    __hash__ = __str__ = __repr__ = __format__ = _refuse
+
     def dim(self) -> int:
         return self.tracer.rank_of(self.node)
 
@@ -183,7 +194,11 @@ class _Proxy(fx.Proxy):
     def __getattr__(self, name: str) -> Any:
         if name in ("dtype", "device", "layout", "requires_grad", "grad_fn", "is_cpu", "is_cuda"):
             raise ValueError(f"its forward reads the {name} of a map")
-        return super().__getattr__(name)
+        return _Attribute(self, name)
+
+
+class _Attribute(_Proxy, fx.proxy.Attribute):
+    pass
 
 
 def _is_size(node: Any) -> bool:
@@ -202,8 +217,10 @@ class _NoTensors(TorchDispatchMode):
         raise ValueError(f"its forward computes {func} outside of the calls")
 
 
-def _modes() -> tuple[bool, bool]:
-    return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
+def _modes() -> tuple[Any, ...]:
+    autocast = [(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")]
+    # Checkpoints and offloading are such hooks.
+    return torch.is_grad_enabled(), autocast, torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
 class _Tracer(fx.Tracer):
@@ -252,7 +269,7 @@ class _Tracer(fx.Tracer):
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _modes() != self._modes:
-            raise ValueError("its forward changes grad mode or autocast")
+            raise ValueError("its forward changes grad mode, autocast or what is saved for backward")
         return super().create_node(*args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -285,7 +302,7 @@ def trace(
         raise ValueError("its forward takes any inputs")
     whole: list[FunctionType] = []
     ranks: dict[int, int] = {}
-    numbers = sum(isinstance(each, Number) for each in extras.values())
+    numbers = [each.example for each in extras.values() if isinstance(each, Number)]
     while True:
         states = random_states()
         try:
@@ -294,9 +311,9 @@ def trace(
         except _AsksRank as asked:
             if sample is None:
                 raise
-            run = Program(asked.calls, Value(asked.number), numbers).bind(module, _refuse)
+            run = Program(asked.calls, Value(asked.number), len(numbers)).bind(module, no_fused)
             with torch.random.fork_rng(devices=[]):
-                value = run(sample.clone(), *(0.3,) * numbers)
+                value = run(sample.clone(), *numbers)
             ranks[asked.number] = value.dim() if isinstance(value, Tensor) else len(value)
         except Exception as error:
             function = function_of(error)
@@ -311,10 +328,13 @@ def trace(
     strange = next((call.target for call in calls if call.kind == "attribute" and call.target not in known), None)
     if strange is not None:
         raise ValueError(f"it uses a tensor that is no parameter or buffer of it: {strange}")
-    return Program(calls, result, numbers)
+    if any(isinstance(leaf, torch.device) for call in calls for leaf in tree_leaves((call.args, call.kwargs))):
+        raise ValueError("its forward names a device")
+    return Program(calls, result, len(numbers))
 
 
-def _refuse(target: Any) -> Any:
+def no_fused(target: Any) -> Any:
+    """For `Program.bind`, where no call is "fused"."""
     raise ValueError(f"{target} is no call of a forward")
 
 
