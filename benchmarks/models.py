@@ -71,8 +71,9 @@ def main(
     out: Annotated[Path, typer.Option(help="The CSV to write.")] = RECORD,
     seconds: Annotated[float, typer.Option(help="Time for the rounds of each network and batch.")] = 30,
     threads: Annotated[int, typer.Option()] = 2,
+    network: Annotated[list[str], typer.Option(help="Only these networks.")] = [*NETWORKS],  # noqa: B006
 ) -> None:
-    networks.record(out, threads, NETWORKS, BATCHES, partial(contest, seconds=seconds))
+    networks.record(out, threads, network, BATCHES, partial(contest, seconds=seconds))
 
 
 def ratios(lines: Iterable[Line], variant: str) -> list[float]:

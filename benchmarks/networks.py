@@ -98,10 +98,13 @@ def milliseconds(line: Line) -> str:
 
 
 def machine(lines: Sequence[Line]) -> str:
-    """The line under a table: machine, versions and commit."""
-    line = lines[0]
+    """The line under a table: machines, versions and commits."""
+
+    def each(column: str) -> str:
+        return " and ".join(dict.fromkeys(line[column] for line in lines))
+
     return (
-        f"{line['cpu']}, {line['threads']} threads, PyTorch {line['torch']}, commit {line['commit']}, "
-        f"{line['date']}; medians of {min(int(each['rounds']) for each in lines)} or more interleaved rounds, "
+        f"{each('cpu')}, {each('threads')} threads, PyTorch {each('torch')}, commit {each('commit')}, "
+        f"{each('date')}; medians of {min(int(each['rounds']) for each in lines)} or more interleaved rounds, "
         f"load average {max(float(each['load']) for each in lines):.1f} or less before each.\n"
     )

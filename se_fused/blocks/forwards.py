@@ -110,6 +110,10 @@ def find_inline(module: nn.Module, replaced: Collection[nn.Module] = ()) -> Inli
 
 
 def _read(module: nn.Module, bare: nn.Module, leaves: list[nn.Module]) -> InlineBlock | str | None:
+    """What `find_inline` returns. bare: a copy to run, whose modules `leaves` are called whole.
+
+    The first kind of call, that of inference with the defaults, decides; others that fail compute as before.
+    """
     parts, forwards = Parts(), dict[Kind, Program]()
     compared: list[tuple[bool, Program]] = []
     arguments = arguments_for(type(module))
@@ -131,7 +135,7 @@ def _read(module: nn.Module, bare: nn.Module, leaves: list[nn.Module]) -> Inline
         except Exception:
             if not forwards:
                 raise
-            continue  # such calls compute as before
+            continue
         if not forwards and (reason or not inline):
             return reason
         if inline and reason is None:

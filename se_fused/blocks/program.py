@@ -1,6 +1,17 @@
 """A module's forward as a list of calls: read off by torch.fx, rewritten by `neighbours`, and made a function again.
 
 A Program is plain data. It names modules by their paths, so that it fits every copy of the module that it was read off.
+
+It must hold for every x of one rank. What a forward asks while it is traced would become a constant of the program:
+
+    numbers and sizes of a map, in an `if` or a loop         refused by torch.fx
+    the same, looked up or as text; dtype, device            refused by _Proxy
+    the rank of a map                                        known from a sample
+    tensors that are computed outside of the calls           refused by _NoTensors
+    grad mode, autocast, checkpoints, changed inside         refused by _Tracer
+    random numbers, tensors of others, devices               refused by `trace`
+    dtype, grad mode, inference mode, autocast, as found     compared by `read` of examine.py
+    modes of modules inside, and arguments                   compared by forwards.py
 """
 
 from __future__ import annotations
