@@ -207,7 +207,7 @@ def test_the_table_of_networks(networks_record: Path) -> None:
 def test_the_table_of_what_replace_covers() -> None:
     line = dict.fromkeys(coverage.COLUMNS, "") | dict.fromkeys(coverage.COUNTS, "0")
     line |= {"date": "2026-01-02", "commit": "abc", "torch": "2", "library": "a", "version": "1", "architectures": "4"}
-    none = line | {"model": "x", "skipped": "3", "skipped_reasons": "3 it is far", "seen": "Eca: it is near"}
+    none = line | {"model": "x", "skipped": "3", "skipped_reasons": "3 it is far", "seen": "Eca: it is near, 2 modules"}
     exact = dict(zip(coverage.RESULTS, ("2.0e-07", "1.0e-07", "1.0e-07", "1.0e-15"), strict=True))
     fused = line | {"model": "y", "replaced": "5", "inline": "2", "near": "1", "near_reasons": "1 it is wide"} | exact
     text = coverage_report.table([none, fused])

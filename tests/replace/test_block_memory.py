@@ -61,7 +61,9 @@ def of_a_fold(n: int, layout: str, way: str | None) -> tuple[int, int]:
     model = drawn(Narrow())
     ((neighbours,),) = replace(model, level="block").blocks.values()
     parameters = parameters_of(model.get_submodule(neighbours.layer), neighbours.recognised)
-    run = fused.bind(neighbours, model, fused.How(CPU.unchecked, {neighbours.layer: parameters}, way))
+    run = fused.bind(
+        neighbours, model, fused.How(CPU.unchecked, {f"{neighbours.layer}.{neighbours.recognised.w2}": parameters}, way)
+    )
     u = torch.randn(n, C, 512, 512).contiguous(memory_format=LAYOUTS[layout])
     with torch.inference_mode():
         return peak_of(lambda: run(u)), u.nbytes
