@@ -7,9 +7,9 @@ the map x, which were pooled, which fully connected layers those passed, and whe
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -241,16 +241,31 @@ def _run(module: nn.Module) -> tuple[_Flow, Tensor, object, str] | None:
     # A recurrent layer has square weights too, but on the meta device it runs its operators step by step.
     if not _leads_back(shapes) or any(isinstance(inner, nn.RNNBase) for inner in module.modules()):
         return None
+    trials: dict[tuple[int, ...], str] = {}
+    for sizes, note in _trials(module, shapes):
+        trials.setdefault(sizes, note)
+    found = first_run(module, trials, _Flow)
+    return None if found is None else (*found, trials[tuple(found[1].shape)])
+
+
+Follower = TypeVar("Follower", bound=TorchDispatchMode)
+
+
+def first_run(
+    module: nn.Module, trials: Iterable[tuple[int, ...]], follow: Callable[[Tensor], Follower]
+) -> tuple[Follower, Tensor, object] | None:
+    """Run a copy of `module` on an x of the first of the shapes `trials` that it takes. Returns the mode that `follow`
+    made for x, x, and the result; None if it takes none, or if the run is too long."""
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
     try:
         bare = meta_copy(module)
     except Exception:  # foreign code may fail in any way
         return None
-    for sizes, note in _trials(module, shapes):
+    for sizes in trials:
         x = torch.empty(sizes, dtype=dtype, device="meta")
-        flow = _Flow(x)
+        flow = follow(x)
         try:
-            return flow, x, run_on_meta(flow, bare, x), note
+            return flow, x, run_on_meta(flow, bare, x)
         except TooLong:
             return None
         except Exception:  # the module does not take this map

@@ -25,8 +25,7 @@ from .near_miss import (
     SIDES,
     N,
     TooLong,
-    meta_copy,
-    run_on_meta,
+    first_run,
     weights_of,
 )
 
@@ -83,22 +82,8 @@ def relative(module: nn.Module) -> str | None:
     """
     if not _may_be_one(module):
         return None
-    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
-    try:
-        bare = meta_copy(module)
-    except Exception:  # foreign code may fail in any way
-        return None
-    for sizes in _trials(module):
-        x = torch.empty(sizes, dtype=dtype, device="meta")
-        flow = _Flow(x)
-        try:
-            run_on_meta(flow, bare, x)
-        except TooLong:
-            return None
-        except Exception:  # the module does not take this map
-            continue
-        return flow.name
-    return None
+    found = first_run(module, _trials(module), _Flow)
+    return None if found is None else found[0].name
 
 
 def _may_be_one(module: nn.Module) -> bool:

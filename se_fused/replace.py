@@ -26,7 +26,7 @@ from .report import Report
 from .swap import LayerSwap, compute
 from .undisturbed import undisturbed
 
-# A gate is multiplied with its map at the second module above at the latest.
+# A gate is multiplied with its map by one of so many modules around it.
 _LEVELS = 3
 
 
@@ -91,6 +91,7 @@ class _Examination:
             return True
         fused_inside = any(isinstance(module, (Replaced, SqueezeExcite)) for module in layer.modules())
         found = None if fused_inside else recognise(layer)
+        refused = isinstance(found, str)
         if isinstance(found, Recognised):
             found = self._filtered(layer) or found
         elif found is not None:
@@ -100,13 +101,13 @@ class _Examination:
             inside = [self.examine(child) for child in layer.children()]
             if any(inside):
                 return True
-        if isinstance(found, str) and self._write_down(layer, find_inline(layer)):
+        if refused and self._note_inline(layer, find_inline(layer)):
             return True
         if found is not None:
             self.outcome[layer] = found
         return found is not None
 
-    def _write_down(self, module: nn.Module, found: InlineBlock | str | None) -> bool:
+    def _note_inline(self, module: nn.Module, found: InlineBlock | str | None) -> bool:
         """Note that `module` has SE written into its forward, if that was found. Returns whether it was."""
         if not isinstance(found, InlineBlock):
             return False
@@ -122,7 +123,8 @@ class _Examination:
         ones, with the reason."""
         near: dict[nn.Module, str] = {}
         settled = {module for layer in (*self.outcome, *self.inline) for module in layer.modules()}
-        waiting: list[nn.Module] = []  # for the module that multiplies by the gate that they return
+        # Modules that return a gate, each with the number of modules around it that do not multiply by it.
+        waiting: dict[nn.Module, int] = {}
         for module in reversed(self.names):  # so that inner modules come first
             if module in settled:
                 continue
@@ -130,28 +132,24 @@ class _Examination:
                 settled.add(module)
                 continue
             reason = near_miss(module)
-            gates = [gate for gate in waiting if any(gate is each for each in module.modules())]
+            gates = waiting.keys() & set(module.modules())
             if reason == GATE_ALONE and not gates:
                 near[module] = reason
-                waiting.append(module)
-            elif reason is not None or gates:
-                found = find_inline(module)
-                if self._write_down(module, found):
-                    near = {each: why for each, why in near.items() if each not in gates}
-                elif reason is not None and not gates:
-                    near[module] = reason if found is None else f"{reason}; {found}"
-                elif found is None and reason is None and all(self._distance(module, gate) < _LEVELS for gate in gates):
+                waiting[module] = 0
+                continue
+            if reason is None and not gates:
+                continue
+            found = find_inline(module)
+            if self._note_inline(module, found):
+                near = {each: why for each, why in near.items() if each not in gates}
+            elif reason is not None and not gates:
+                near[module] = reason if found is None else f"{reason}; {found}"
+            elif reason is None and found is None:
+                waiting |= {gate: waiting[gate] + 1 for gate in gates}
+                if all(waiting[gate] < _LEVELS for gate in gates):
                     continue
-                settled.add(module)
+            settled.add(module)
         return near
-
-    def _distance(self, module: nn.Module, inside: nn.Module) -> int:
-        """How many levels `inside` lies below `module`."""
-        return min(name.count(".") for each, name in _paths(module) if each is inside) + 1
-
-
-def _paths(module: nn.Module) -> list[tuple[nn.Module, str]]:
-    return [(each, name) for name, each in module.named_modules(remove_duplicate=False)]
 
 
 def _has_fused_inline(module: nn.Module) -> bool:

@@ -63,7 +63,8 @@ class BlockSwap(Swap):
         joined, inline = self._joined.get(kind), self._inline.get(kind)
         if joined is not None and (not _is_plain_inference(x) or any(map(_training, map(vars, self._modules)))):
             joined = None
-        # A module without children computes by itself, in whatever mode it is.
+        # A module without children may be in any mode: it computes by itself, and forwards.py has seen that the forward
+        # does not read that mode.
         if inline is not None and any(_training(vars(each)) is not training for each in self._parents):
             inline = None
         if joined is None and inline is None:

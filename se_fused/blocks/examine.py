@@ -23,7 +23,8 @@ from ..recognise import COPYING
 from ..replaced import Replaced
 from ..swap import Swap
 from .calls import CONVOLUTIONS
-from .program import Program, Value, trace
+from .program import Program, Value
+from .trace import trace
 
 _TRANSPARENT = (
     *(bool, int, float, complex, str, bytes, Enum, FunctionType, BuiltinFunctionType),
@@ -127,9 +128,11 @@ def read(
     with torch.enable_grad(), torch.autocast("cpu"), _autocast_on_gpus():
         same = trace(bare, leaves, extras, sample) == program
     bare.float().requires_grad_(False)
-    with torch.inference_mode():
-        same = same and trace(bare, leaves, extras, None if sample is None else sample.float()) == program
-    bare.double().requires_grad_(True)
+    try:
+        with torch.inference_mode():
+            same = same and trace(bare, leaves, extras, None if sample is None else sample.float()) == program
+    finally:
+        bare.double().requires_grad_(True)
     if not same:
         raise ValueError("its block makes other calls for another dtype, in another grad mode or under autocast")
     pickle.dumps(program)

@@ -24,7 +24,8 @@ from . import fused
 from .calls import CONVOLUTIONS
 from .examine import bare_copy, map_of, obstacle, read
 from .inline import Parts
-from .program import Number, Program, trace
+from .program import Number, Program
+from .trace import trace
 
 
 class Mark(Enum):
@@ -87,12 +88,9 @@ class InlineBlock:
     layers: tuple[Recognised, ...]
 
 
-def find_inline(module: nn.Module, replaced: Collection[nn.Module] = ()) -> InlineBlock | str | None:
+def find_inline(module: nn.Module) -> InlineBlock | str | None:
     """`module`, if SE layers that can be replaced are written into its forward; a reason why not, if something there
-    resembles one; else None.
-
-    replaced: modules that will be replaced; those inside are called whole.
-    """
+    resembles one; else None."""
     reason = obstacle(module)
     if reason is not None:
         return reason
@@ -100,7 +98,7 @@ def find_inline(module: nn.Module, replaced: Collection[nn.Module] = ()) -> Inli
         try:
             bare = bare_copy(module)
             pairs = zip(module.modules(), bare.modules(), strict=True)
-            leaves = [own for each, own in list(pairs)[1:] if each in replaced or isinstance(each, Replaced)]
+            leaves = [own for each, own in list(pairs)[1:] if isinstance(each, Replaced)]
             found = _read(module, bare, leaves)
         except Exception as error:  # foreign code may fail in any way, which must not end the examination of others
             return f"its calls cannot be followed: {type(error).__name__}: {error}".splitlines()[0]
@@ -132,7 +130,7 @@ def _read(module: nn.Module, bare: nn.Module, leaves: list[nn.Module]) -> Inline
                 is_known = (kind.training, program) in compared
                 reason = _difference(bare, program, shapes[is_known:], *kind.examples(arguments))
                 compared.append((kind.training, program))
-        except Exception:
+        except Exception:  # foreign code may fail in any way, in other calls than those of inference
             if not forwards:
                 raise
             continue

@@ -68,11 +68,8 @@ def calling_functions_of_autograd_whole() -> Iterator[None]:
     """`calling_whole` for every torch.autograd.Function."""
     original = vars(torch.autograd.Function)["apply"]
 
-    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        proxy = next((each for each in tree_leaves((args, kwargs)) if isinstance(each, fx.Proxy)), None)
-        if proxy is None:
-            return original.__get__(None, cls)(*args, **kwargs)
-        return proxy.tracer.create_proxy("call_function", Apply(cls), args, kwargs)
+    def apply(cls: Any, *args: Any) -> Any:
+        return _recorded(original.__get__(None, cls), Apply(cls), args)
 
     torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment,method-assign]
     try:
@@ -84,9 +81,15 @@ def calling_functions_of_autograd_whole() -> Iterator[None]:
 def _one_call(function: FunctionType) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        proxy = next((each for each in tree_leaves((args, kwargs)) if isinstance(each, fx.Proxy)), None)
-        if proxy is None:
-            return function(*args, **kwargs)
-        return proxy.tracer.create_proxy("call_function", function, args, kwargs)
+        return _recorded(function, function, args, kwargs)
 
     return call
+
+
+def _recorded(function: Callable[..., Any], target: Any, args: tuple[Any, ...], kwargs: Any = None) -> Any:
+    """What `function` returns, or if a proxy is among the arguments, that of a call of `target` in the graph."""
+    kwargs = kwargs or {}
+    proxy = next((each for each in tree_leaves((args, kwargs)) if isinstance(each, fx.Proxy)), None)
+    return (
+        function(*args, **kwargs) if proxy is None else proxy.tracer.create_proxy("call_function", target, args, kwargs)
+    )
