@@ -39,7 +39,8 @@ def mismatch(bare: nn.Module, meta: nn.Module, recognised: Recognised, dims: int
     """How layer and formula differ on maps of `dims` dimensions; None if they do not.
 
     They must agree in results and all gradients, in both modes at two small sizes and in eval mode at a realistic one,
-    and in results on extreme numbers. The layer must also run the same operators at every size.
+    and in results on extreme numbers. The layer must also run the same operators at every size. Its batch norms are in
+    eval mode throughout.
     """
     c = recognised.channels
     for n, *spatial in ((2, 4, 3, 2), (3, 2, 3, 5)):
@@ -52,16 +53,16 @@ def mismatch(bare: nn.Module, meta: nn.Module, recognised: Recognised, dims: int
         return found
     side = max(4, round((_REALISTIC / c) ** (1 / (dims - 2))))
     return _difference(bare, recognised, (1, c, side + 3, *(side,) * (dims - 3)), "eval") or invariance.violation(
-        meta, c, dims
+        meta, recognised, dims
     )
 
 
 def _difference(bare: nn.Module, recognised: Recognised, shape: tuple[int, ...], mode: str) -> str | None:
     """How the results or gradients of layer and formula differ on a random map; None if they do not."""
-    bare.train(mode == "train")
-    x, g = tracing.random_map(*shape), tracing.numbers(*shape)
+    tracing.set_mode(bare, mode == "train")
+    x, g = (recognised.of_layer(t).contiguous() for t in (tracing.random_map(*shape), tracing.numbers(*shape)))
     leaves = {"x": x.clone().requires_grad_(), **dict(bare.named_parameters())}
-    where = f"in {mode} mode on a map of shape {list(shape)}"
+    where = f"in {mode} mode on a map of shape {list(x.shape)}"
     states = random_states()
     try:
         given = x.clone()
@@ -78,8 +79,7 @@ def _difference(bare: nn.Module, recognised: Recognised, shape: tuple[int, ...],
     if not _leaves(recorded) <= {id(leaf) for leaf in leaves.values()}:
         return "it takes the gradient of a tensor that is no parameter of it"
     with torch.enable_grad():
-        residual = leaves["x"] if recognised.residual else None
-        wanted = reference.compute(leaves["x"], *recognised.weights(bare), residual, options=recognised.options())
+        wanted = _formula(leaves["x"], bare, recognised)
         right = torch.autograd.grad(wanted, list(leaves.values()), g)
     for got in (y, recorded.detach()):
         error = error_of(got, wanted.detach()) if got.shape == wanted.shape else math.inf
@@ -96,18 +96,24 @@ def _difference(bare: nn.Module, recognised: Recognised, shape: tuple[int, ...],
 
 def _on_extremes(bare: nn.Module, recognised: Recognised, dims: int) -> str | None:
     """How the results differ where numbers are huge, tiny, 0 or NaN; None if they do not."""
-    x = tracing.random_map(6, recognised.channels, *(4, 3, 2)[: dims - 2])
+    x = recognised.of_layer(tracing.random_map(6, recognised.channels, *(4, 3, 2)[: dims - 2])).contiguous()
     for sample, factor in zip(x, (1e8, 1e-8, 0.0), strict=False):
         sample *= factor
     x[3, ::2] = 0
     x[4].view(-1)[0] = math.nan
-    residual = x if recognised.residual else None
-    wanted = reference.compute(x, *recognised.weights(bare), residual, options=recognised.options())
-    got = bare(x.clone())
+    wanted, got = _formula(x, bare, recognised), bare(x.clone())
     # Rounding grows with the numbers that are added: 1e-16 of 1e8, which an identity gate multiplies by 1e8 again.
     if torch.allclose(got, wanted, rtol=1e-6, atol=1e-30, equal_nan=True):
         return None
     return "its output differs from the formula where numbers are huge, tiny, 0 or NaN"
+
+
+def _formula(x: Tensor, bare: nn.Module, recognised: Recognised) -> Tensor:
+    x = recognised.as_map(x)
+    residual = x if recognised.residual else None
+    w1, b1, w2, b2 = recognised.weights(bare)
+    y = reference.compute(x, w1, b1, w2, b2, residual, options=recognised.options())
+    return recognised.of_layer(2 * y if recognised.is_doubled else y)
 
 
 def _leaves(y: Tensor) -> set[int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import weakref
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any
 
 import torch
@@ -17,30 +17,35 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from . import tracing
+from .recognised import Recognised
+
 # Batch and longest side. There is no batch of 1, for which einsum chooses other operators.
 _SIZES = ((2, 7), (3, 1), (5, 28), (4, 56), (2, 160), (8, 224), (16, 512), (64, 1024))
 
 
-def violation(layer: nn.Module, c: int, dims: int) -> str | None:
-    """How the operators of `layer`, on the meta device, depend on the map [N, C, *spatial] of `dims` dimensions, on the
-    mode or on the dtype; None if they do not."""
-    # Each size twice: with the sides s, s, s and with s + 2, s + 1, s.
-    shapes = [(n, c, *(s + i * k for i in reversed(range(dims - 2)))) for n, s in _SIZES for k in (0, 1)]
-    half = [copy.deepcopy(layer).to(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+def violation(layer: nn.Module, recognised: Recognised, dims: int) -> str | None:
+    """How the operators of `layer`, on the meta device, depend on the map of `dims` dimensions, on the mode (except
+    that of batch norms) or on the dtype; None if they do not."""
+    c = recognised.channels
+    # Each size twice: with the sides s, s, s and with s + 2, s + 1, s. And sides of C, which a layer could take for the
+    # channels.
+    sides = [(n, [s + i * k for i in reversed(range(dims - 2))]) for n, s in _SIZES for k in (0, 1)]
+    sides[2:2] = [(2, [5] * (dims - 3) + [c]), (2, [c] * (dims - 2))]
+    shapes = [(n, *spatial, c) if recognised.channels_last else (n, c, *spatial) for n, spatial in sides]
+    others = [copy.deepcopy(layer).to(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
     try:
-        # All sizes in train mode with gradients, and below in eval mode without; the other two see two sizes.
-        for training, grad, some in ((True, True, shapes), (True, False, shapes[-2:]), (False, True, shapes[-2:])):
-            layer.train(training)
+        for training, grad in product((True, False), (True, False)):
+            for each in (layer, *others):
+                tracing.set_mode(each, training)
             first = _Run(layer, shapes[0], grad)
-            found = next(filter(None, (_difference(_Run(layer, shape, grad), first) for shape in some)), None)
+            # All sizes as in training and as in inference.
+            runs = [(layer, shape) for shape in (shapes if training == grad else shapes[-2:])]
+            runs += [(other, shapes[1]) for other in others]
+            found = next(filter(None, (_difference(_Run(*run, grad), first) for run in runs)), None)
             if found is not None:
                 return found
-        first = _Run(layer.eval(), shapes[0])
-        runs = [_Run(layer, shape) for shape in shapes] + [_Run(other.eval(), shapes[1]) for other in half]
-        found = next(filter(None, (_difference(run, first) for run in runs)), None)
-        if found is not None:
-            return found
-        run = _Run(layer, shapes[1], channels_last=True) if dims > 3 else None
+        run = _Run(layer, shapes[1], moves=(-1, 1) if recognised.channels_last else (1, -1)) if dims > 3 else None
     except Exception as error:
         return f"what it does to a map cannot be followed without data: {error}"
     return "it changes the memory format of its map" if run is not None and not run.keeps_strides else None
@@ -59,10 +64,11 @@ def _difference(run: _Run, first: _Run) -> str | None:
 
 
 class _Run(TorchDispatchMode):
-    """One run of a layer: its operators, each with its arguments other than tensors."""
+    """One run of a layer: its operators, each with its arguments other than tensors. moves: x is contiguous after
+    `movedim` with these arguments; None for a contiguous x."""
 
     def __init__(
-        self, layer: nn.Module, shape: tuple[int, ...], grad: bool = False, channels_last: bool = False
+        self, layer: nn.Module, shape: tuple[int, ...], grad: bool = False, moves: tuple[int, int] | None = None
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.shape, self.dtype = shape, next(layer.parameters()).dtype
@@ -71,9 +77,9 @@ class _Run(TorchDispatchMode):
         self.stranger = False
         self._made: list[weakref.ref[Tensor]] = []
         x = torch.empty(shape, dtype=self.dtype, device="meta")
-        if channels_last:
-            x = x.movedim(1, -1).contiguous().movedim(-1, 1)
-        self._known = {id(t) for t in (x, *layer.parameters())}
+        if moves is not None:
+            x = x.movedim(*moves).contiguous().movedim(*reversed(moves))
+        self._known = {id(t) for t in (x, *layer.parameters(), *layer.buffers())}
         with torch.set_grad_enabled(grad), self:
             y = layer(x)
         self.keeps_dtype = y.dtype is self.dtype

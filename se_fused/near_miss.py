@@ -7,7 +7,7 @@ the map x, which were pooled, which fully connected layers those passed, and whe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -25,8 +25,9 @@ SIDES = (37, 41, 43, 47, 53, 59, 61)
 _CHANNEL_GUESSES = 4
 # A block with SE runs tens of operators, a loop over positions thousands.
 MAX_OPERATORS = 500
-# The layers of SE have names such as fc1 or fc.0. Deeper weights belong to a module inside, which is examined itself.
-_DEPTH = 2
+# The layers of SE have names such as fc1, fc.0 or fc.0.linear. Deeper weights belong to a module inside, which is
+# examined itself.
+_DEPTH = 3
 LAYERS = {"convolution", "mm", "bmm", "addmm", "baddbmm"}
 REDUCTIONS = {"mean", "sum", "amax", "max", "var", "std", "var_mean", "linalg_vector_norm"}
 GATES = {"sigmoid", "hardsigmoid", "tanh"}
@@ -163,13 +164,14 @@ def _layer(name: str, args: tuple[Any, ...], pooled: Tensor) -> _Layer | None:
     return None
 
 
-def near_miss(module: nn.Module) -> str | None:
+def near_miss(module: nn.Module, known: Collection[nn.Module] = ()) -> str | None:
     """Describe the SE inside `module`, which is not an SE layer that `replace` can replace; None if there is none.
 
-    `module` is only read; the random state of PyTorch stays as it was. SE layers inside `module` count as its own: ask
-    about them first. None also if `module` needs more arguments than a map, or fails on every map that is tried.
+    known: modules inside that are left out, because they were asked about before; other SE layers inside count as that
+    of `module`. `module` is only read; the random state of PyTorch stays as it was. None also if `module` fails on
+    every map that is tried.
     """
-    run = _run(module)
+    run = _run(module, known)
     if run is None:
         return None
     flow, x, y, note = run
@@ -178,13 +180,15 @@ def near_miss(module: nn.Module) -> str | None:
     layers = flow.gate.layers
     what = _described(layers)
     if flow.in_block:
-        return f"SE written into the block: {what} on a pooled map, then a product"
+        inputs = "" if tracing.arity(module) == 1 else f"; it needs {tracing.arity(module)} inputs"
+        return f"SE written into the block: {what} on a pooled map, then a product{inputs}"
     unusual = len(layers) > 2 or any(layer.groups > 1 for layer in layers)
     reasons = [
         "it has a spatial gate beside the channel gate (scSE)" if flow.spatial_gate else "",
         what if unusual else "",
         _WINDOWS if flow.windows else note,
         "" if isinstance(y, Tensor) and y.shape == x.shape else "its result is not one map of the shape of x",
+        "" if tracing.arity(module) == 1 else f"it needs {tracing.arity(module)} inputs",
     ]
     stated = [reason for reason in reasons if reason]
     return "; ".join(stated) or float64_refusal(module) or f"it is not only {what}, a gate and a product"
@@ -230,7 +234,7 @@ def _described(layers: tuple[_Layer, ...]) -> str:
     return f"{count} {kind} [{', '.join(sizes)}]"
 
 
-def _run(module: nn.Module) -> tuple[_Flow, Tensor, object, str] | None:
+def _run(module: nn.Module, known: Collection[nn.Module] = ()) -> tuple[_Flow, Tensor, object, str] | None:
     """Run a copy of `module` on the first x that it takes. Returns the flow, x, the result, and a note on what is
     unusual about x; None if it takes no x that is tried."""
     if isinstance(module, (torch.jit.ScriptModule, torch._dynamo.OptimizedModule, nn.ModuleList, nn.ModuleDict)) or (
@@ -244,7 +248,7 @@ def _run(module: nn.Module) -> tuple[_Flow, Tensor, object, str] | None:
     trials: dict[tuple[int, ...], str] = {}
     for sizes, note in _trials(module, shapes):
         trials.setdefault(sizes, note)
-    found = first_run(module, trials, _Flow)
+    found = first_run(module, trials, _Flow, known)
     return None if found is None else (*found, trials[tuple(found[1].shape)])
 
 
@@ -252,13 +256,20 @@ Follower = TypeVar("Follower", bound=TorchDispatchMode)
 
 
 def first_run(
-    module: nn.Module, trials: Iterable[tuple[int, ...]], follow: Callable[[Tensor], Follower]
+    module: nn.Module,
+    trials: Iterable[tuple[int, ...]],
+    follow: Callable[[Tensor], Follower],
+    known: Collection[nn.Module] = (),
 ) -> tuple[Follower, Tensor, object] | None:
     """Run a copy of `module` on an x of the first of the shapes `trials` that it takes. Returns the mode that `follow`
-    made for x, x, and the result; None if it takes none, or if the run is too long."""
+    made for x, x, and the result; None if it takes none, or if the run is too long. known: modules inside that return
+    their input instead."""
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
     try:
         bare = meta_copy(module)
+        for original, each in zip(module.modules(), list(bare.modules()), strict=True):
+            if original in known:
+                each.forward = nn.Identity().forward
     except Exception:  # foreign code may fail in any way
         return None
     for sizes in trials:
@@ -274,6 +285,7 @@ def first_run(
 
 
 def run_on_meta(flow: TorchDispatchMode, bare: nn.Module, x: Tensor) -> object:
+    """The result of `bare` on x, and on other maps of the same shape if it needs more inputs."""
     with (
         torch.random.fork_rng(devices=[]),
         torch.inference_mode(False),
@@ -281,7 +293,7 @@ def run_on_meta(flow: TorchDispatchMode, bare: nn.Module, x: Tensor) -> object:
         torch.device("meta"),
         flow,
     ):
-        return bare(x)
+        return bare(x, *(torch.empty_like(x) for _ in range(tracing.arity(bare) - 1)))
 
 
 def weights_of(module: nn.Module, depth: int) -> Iterator[tuple[int, ...]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
-from operator import attrgetter
+from typing import Any
 
 from torch import Tensor, nn
 
 from .options import HardSigmoid, Options
+from .weights import WeightReader
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,10 @@ class Recognised:
     layer: the name of its class. channels, hidden: C and R; in the one-FC form `hidden` and `act` are None.
     residual: whether the layer returns x * (1 + s). dims: the numbers of dimensions of x for which this was checked.
     w1, b1, w2, b2: the dotted names of the parameters below the layer; None for a parameter that it does not have.
+    norms: the batch norms between them, each as its place (`weights.PLACES`) and its dotted name.
+    apart: those of b1 and b2 that are added after a layer without a bias, not by it.
+    is_doubled: whether its gate is 2 * sigmoid.
+    channels_last: whether its maps are [N, *spatial, C].
     """
 
     layer: str
@@ -31,23 +37,44 @@ class Recognised:
     b1: str | None
     w2: str
     b2: str | None
+    norms: tuple[tuple[str, str], ...] = ()
+    apart: tuple[str, ...] = ()
+    is_doubled: bool = False
+    channels_last: bool = False
 
     def __str__(self) -> str:
         width = f"C={self.channels}" + (f", R={self.hidden}, {self.act}" if self.hidden else ", one layer")
         gate = "hard_sigmoid({:.4g}, {:.4g})".format(*self.gate) if isinstance(self.gate, HardSigmoid) else self.gate
-        extra = ("" if self.squeeze == "mean" else f", squeeze {self.squeeze}") + (
-            ", residual" if self.residual else ""
-        )
-        return f"{self.layer}: {width}, {gate}{extra}"
+        gate = f"2 * {gate}" if self.is_doubled else gate
+        extras = {
+            f"squeeze {self.squeeze}": self.squeeze != "mean",
+            "residual": self.residual,
+            "batch norm folded in eval mode": bool(self.norms),
+            "channels last": self.channels_last,
+        }
+        named = [extra for extra, has in extras.items() if has]
+        return ", ".join([f"{self.layer}: {width}", gate, *named])
 
     def __rich__(self) -> str:
         return str(self)
 
-    def weights(self, layer: nn.Module) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
-        """w1, b1, w2, b2 as `layer` has them now."""
-        w1, b1, b2 = (None if name is None else attrgetter(name)(layer) for name in (self.w1, self.b1, self.b2))
-        return w1, b1, attrgetter(self.w2)(layer), b2
+    def weights(self, layer: nn.Module) -> list[Any]:
+        """w1, b1, w2, b2 as the operation takes them and `layer` has them now. Its batch norms are in eval mode."""
+        reader = WeightReader(layer, self)
+        weights = reader(vars(layer))
+        assert weights is not None
+        folded = reader.fold(weights, sys.maxsize)
+        assert folded is not None
+        return folded
 
     def options(self) -> Options:
         """The options of the call. The one-FC form has no act, and does not use the one that is named here."""
         return Options.of(self.act or "identity", self.gate, self.squeeze)
+
+    def as_map(self, x: Tensor) -> Tensor:
+        """A map of the layer as one [N, C, *spatial]."""
+        return x.movedim(-1, 1) if self.channels_last else x
+
+    def of_layer(self, x: Tensor) -> Tensor:
+        """A map [N, C, *spatial] as one of the layer."""
+        return x.movedim(1, -1) if self.channels_last else x

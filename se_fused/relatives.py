@@ -47,12 +47,15 @@ STATISTICS = "a gate for each element, from the statistics of its channel (SimAM
 ANOTHER = "a gate from one map for another one"
 
 
-def relatives(modules: Iterable[nn.Module], known: Iterable[nn.Module]) -> dict[str, str]:
+def relatives(
+    modules: Iterable[nn.Module], known: Iterable[nn.Module], blocks: Iterable[nn.Module] = ()
+) -> dict[str, str]:
     """What `relative` says of the smallest of `modules`, by class, as in {"EcaModule": "a gate ..., 16 modules"}.
 
-    modules: with each module before those inside it. known: modules not to ask about, nor about those that hold them.
+    modules: with each module before those inside it. known: modules not to ask about, nor about those inside them or
+    around them. blocks: modules not to ask about, nor about those around them.
     """
-    settled = {inner for module in known for inner in module.modules()}
+    settled = {*blocks, *(inner for module in known for inner in module.modules())}
     answers: dict[object, str | None] = {}
     counts: Counter[str] = Counter()
     names: dict[str, list[str]] = {}

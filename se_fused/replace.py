@@ -130,6 +130,7 @@ class _Examination:
                 continue
             if any(child in settled for child in module.children()):
                 settled.add(module)
+                self._look_beside(module, near)
                 continue
             reason = near_miss(module)
             gates = waiting.keys() & set(module.modules())
@@ -150,6 +151,17 @@ class _Examination:
                     continue
             settled.add(module)
         return near
+
+    def _look_beside(self, module: nn.Module, near: dict[nn.Module, str]) -> None:
+        """Find SE that is written into the forward of `module`, beside an SE layer that is a child of it."""
+        if isinstance(module, nn.Sequential) or self.outcome.keys().isdisjoint(module.children()):
+            return
+        known = [inner for inner in module.modules() if inner in self.outcome or inner in near]
+        reason = near_miss(module, known)
+        if reason is not None:
+            found = find_inline(module, known)
+            if not self._note_inline(module, found):
+                near[module] = reason if found is None else f"{reason}; {found}"
 
 
 def _has_fused_inline(module: nn.Module) -> bool:
@@ -204,7 +216,7 @@ def replace(
     with undisturbed(model):
         examination.examine(model)
         near = examination.look_inside()
-        seen = relatives(examination.names, [*examination.outcome, *examination.inline, *near])
+        seen = relatives(examination.names, [*examination.outcome, *near], examination.inline)
     outcome, inline = examination.outcome, examination.inline
     found = {layer: each for layer, each in outcome.items() if isinstance(each, Recognised)}
     blocks, alone = find_blocks(model, examination.names, found, inline) if level == "block" else ([], {})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from .memory import PLAIN_TYPES
 from .observers import under_transform
 from .options import Options
 from .recognised import Recognised
+from .weights import WeightReader
 
 _log = logging.getLogger("se_fused")
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -96,77 +96,44 @@ class LayerSwap(Swap):
         super().__init__(layer, original, recognised, inplace)
         self.recognised, self.inplace, self.options = recognised, inplace, recognised.options()
         self.dims = recognised.dims
-        self._parameters = parameters_of(layer, recognised)
+        self._reader = WeightReader(layer, recognised)
+        self._axis = -1 if recognised.channels_last else 1
 
     def weights(self, layer: nn.Module, x: Tensor) -> Any:
-        """[w1, b1, w2, b2] as they are now; None if x has another dtype, or if the check does not hold any more, which
-        is logged once."""
+        """[w1, b1, w2, b2] as they are now; None if x has another dtype or number of channels, if a batch norm is in
+        training, or if the check does not hold any more, which is logged once."""
+        if x.shape[self._axis] != self.recognised.channels:
+            return None
         if self._inside.unchanged(layer):
-            weights = read_weights(self._parameters, vars(layer))
+            weights = self._reader(vars(layer))
             if weights is not None:
-                return weights if is_of_one_dtype(x, weights) else None
+                return self._reader.fold(weights, x.numel()) if self._reader.accepts(x, weights) else None
         self.warn_once(layer)
         return None
 
     def change(self, layer: nn.Module) -> str | None:
         change = super().change(layer)
-        if change is None and read_weights(self._parameters, vars(layer)) is None:
+        if change is None and self._reader(vars(layer)) is None:
             return "one of its weights is not a plain parameter any more"
         return change
 
 
 def compute(x: Tensor, weights: list[Any], recognised: Recognised, options: Options, inplace: bool) -> Tensor:
     """What an SE layer with these weights computes; inplace: it may overwrite x."""
+    x = recognised.as_map(x)
     given = (x, *weights, x if recognised.residual else None, options)
     if inplace and not (torch.is_grad_enabled() or x.requires_grad or under_transform()):
         # ValueError, raised before anything is written: x overlaps itself or a weight, or is an inference tensor.
         # Then the call is not made in place.
         with contextlib.suppress(ValueError):
-            return ops.call(*given, inplace=True)  # type: ignore[misc]
-    return ops.call(*given)
+            return _result(ops.call(*given, inplace=True), recognised)  # type: ignore[misc]
+    return _result(ops.call(*given), recognised)
 
 
-def is_of_one_dtype(x: Tensor, weights: list[Any]) -> bool:
-    """Whether casts in the original, which a check in one dtype cannot detect, would change nothing."""
-    dtypes = {w.dtype for w in weights if w is not None}
-    if dtypes == {x.dtype}:
-        return True
-    device = x.device.type
-    return (
-        len(dtypes) == 1
-        and torch.amp.is_autocast_available(device)
-        and torch.is_autocast_enabled(device)
-        and x.dtype is torch.get_autocast_dtype(device)
-    )
-
-
-# A getter, which takes the attributes of the layer, and the types that it may return.
-Parameter = tuple[Callable[[dict[str, Any]], Any], tuple[type, ...]]
-
-
-def read_weights(parameters: list[Parameter], attributes: dict[str, Any]) -> list[Any] | None:
-    """[w1, b1, w2, b2] as they are now; None if one of them is not plain any more."""
-    weights = [get(attributes) for get, _ in parameters]
-    if all(type(w) in types for w, (_, types) in zip(weights, parameters)):  # noqa: B905
-        return weights
-    return None
-
-
-def parameters_of(layer: nn.Module, recognised: Recognised) -> list[Parameter]:
-    """w1, b1, w2 and b2 of `layer`."""
-    return [_parameter(layer, name) for name in (recognised.w1, recognised.b1, recognised.w2, recognised.b2)]
-
-
-def _parameter(layer: nn.Module, name: str | None) -> Parameter:
-    """One parameter. A bias may become None."""
-    if name is None:
-        return (lambda attributes: None), (type(None),)
-    path, _, leaf = name.rpartition(".")
-    types = PLAIN_TYPES if layer.get_parameter(name).dim() > 1 else (*PLAIN_TYPES, type(None))
-    if not path:
-        return (lambda attributes: attributes["_parameters"][leaf]), types
-    module = layer.get_submodule(path)
-    return (lambda attributes: vars(module)["_parameters"][leaf]), types
+def _result(y: Tensor, recognised: Recognised) -> Tensor:
+    if recognised.is_doubled:  # in a pass of its own, which is exact; no gradient needs y
+        y = y * 2 if y.requires_grad else y.mul_(2)
+    return recognised.of_layer(y)
 
 
 def is_same(value: Any, default: Any) -> bool:

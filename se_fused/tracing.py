@@ -11,11 +11,12 @@ import inspect
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -60,6 +61,10 @@ class Trace:
     calls: list[Call]
     wrote: bool
 
+    def moved(self) -> Trace:
+        """With x and y, whose channels are last, as [N, C, *spatial]."""
+        return replace(self, x=self.x.movedim(-1, 1), y=self.y.movedim(-1, 1))
+
 
 def weight_shapes(layer: nn.Module) -> list[tuple[int, ...]] | None:
     """The shapes of the weights of `layer` if they can be SE's: [R, C] and [C, R] in any order, or one [C, C]; else
@@ -77,6 +82,8 @@ def weight_shapes(layer: nn.Module) -> list[tuple[int, ...]] | None:
         if parameters and (isinstance(module, parametrize.ParametrizationList) or "weight_v" in module._parameters):
             parameters = [max(parameters, key=Tensor.numel)]
         shapes += [tuple(p.shape) for p in parameters if p.dim() > 1]
+        # A bias may have the shape [1, C, 1, 1].
+        shapes = [shape for shape in shapes if math.prod(shape) > max(shape)] or shapes
         if len(shapes) > 2 or any(len(shape) > 5 or math.prod(shape[2:]) != 1 or 0 in shape for shape in shapes):
             return None
     if not shapes or shapes[0][:2] != shapes[-1][1::-1]:
@@ -141,6 +148,8 @@ def bare_copy(layer: nn.Module) -> nn.Module:
 
     bare = detached_copy(layer, _random, tensor)
     for module in list(bare.modules()):
+        if isinstance(module, _BatchNorm):
+            _randomise(module)
         if parametrize.is_parametrized(module):
             _remove_parametrizations(module)
     return bare
@@ -149,6 +158,25 @@ def bare_copy(layer: nn.Module) -> nn.Module:
 def _random(p: Tensor) -> nn.Parameter:
     # This scale makes the first layer's output as large as its input, so that it reaches both sides of act's kinks.
     return nn.Parameter(numbers(*p.shape) * (2 / math.sqrt(p.shape[1]) if p.dim() > 1 else 1))
+
+
+def _randomise(norm: _BatchNorm) -> None:
+    """Give `norm` statistics, and factors away from 0, which would leave of the grid only its middle."""
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        t = getattr(norm, name)
+        if isinstance(t, Tensor):
+            drawn = numbers(*t.shape)
+            if name == "weight":
+                drawn = drawn + torch.copysign(torch.full_like(drawn, 0.5), drawn)
+            t.data = drawn.abs() + 0.5 if name == "running_var" else drawn
+
+
+def set_mode(layer: nn.Module, training: bool) -> None:
+    """Set the mode of `layer` except that of its batch norms, which are folded in eval mode only."""
+    layer.train(training)
+    for module in layer.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
 
 
 def _remove_parametrizations(module: nn.Module) -> None:

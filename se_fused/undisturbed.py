@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 import sys
 from collections import deque
@@ -25,7 +26,7 @@ def undisturbed(model: nn.Module) -> Iterator[list[str]]:
 
     Yields a list to which the end of the block adds the names of what it had to restore. Inside the block, global
     module hooks are not called, and PyTorch uses one thread, because a process forked later would hang in an OpenMP
-    pool that was started here.
+    pool that was started here. TorchScript functions are not optimised: its fuser fails on the meta device.
     """
     classes = {cls: dict(vars(cls)) for module in model.modules() for cls in type(module).__mro__}
     containers = {id(each): (name, each, _contents(each)) for name, each in _reachable(classes)}
@@ -35,16 +36,19 @@ def undisturbed(model: nn.Module) -> Iterator[list[str]]:
     for each in GLOBAL_HOOKS:
         each.clear()
     torch.set_num_threads(1)
+    optimises = torch._C._get_graph_executor_optimize()
+    torch._C._set_graph_executor_optimize(False)
     try:
         yield changed
     finally:
+        torch._C._set_graph_executor_optimize(optimises)
         torch.set_num_threads(threads)
         for each, contents in hooks:
             _restore_container(each, contents)
         torch.set_rng_state(draws[0])
         random.setstate(draws[1])
         if draws[2] is not None:
-            sys.modules["numpy.random"].set_state(draws[2])
+            sys.modules["numpy.random"].set_state(pickle.loads(draws[2]))
         for cls, attributes in classes.items():
             changed += _restore_class(cls, attributes)
         for name, each, contents in containers.values():
@@ -68,11 +72,13 @@ def undisturbed_inference(model: nn.Module) -> Iterator[list[str]]:
 def random_states() -> tuple[Any, Any, Any]:
     """The random states of torch (on the CPU), Python, and NumPy if it is loaded."""
     numpy = sys.modules.get("numpy.random")
-    return torch.get_rng_state(), random.getstate(), numpy.get_state() if numpy else None
+    # As bytes, which are compared faster than the array of 624 numbers in it.
+    own = pickle.dumps(numpy.get_state(legacy=False)) if numpy else None
+    return torch.get_rng_state(), random.getstate(), own
 
 
 def are_equal(states: tuple[Any, Any, Any], others: tuple[Any, Any, Any]) -> bool:
-    return torch.equal(states[0], others[0]) and states[1] == others[1] and str(states[2]) == str(others[2])
+    return torch.equal(states[0], others[0]) and states[1:] == others[1:]
 
 
 def _restore_class(cls: type, attributes: dict[str, Any]) -> Iterator[str]:

@@ -25,6 +25,7 @@ from se_layers import (
     two_dtypes,
     varied,
     weight_normed,
+    with_buffer,
 )
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -98,6 +99,15 @@ ACCEPTED = {
         (24, 6, "relu", PYTORCH_HARD, "mean", True, (4,)),
     ),
     "identity gate": (partial(varied, gate=lambda v: v), (24, 6, "relu", "identity", "mean", False, (4,))),
+    "channels at the end": (partial(SqueezeExciteCl, 32), (32, 8, "relu", "sigmoid", "mean", False, (4,))),
+    "batch normalisation": (
+        partial(SEModule, 32, norm_layer=nn.BatchNorm2d),
+        (32, 8, "relu", "sigmoid", "mean", False, (4,)),
+    ),
+    "2 * sigmoid": (
+        partial(varied, gate=lambda v: 2 * torch.sigmoid(v)),
+        (24, 6, "relu", "sigmoid", "mean", False, (4,)),
+    ),
     "in a Sequential": (lambda: nn.Sequential(Classic()), (32, 8, "relu", "sigmoid", "mean", False, (4,))),
     "one Linear": (OneLayer, (12, None, None, "tanh", "mean", False, (4,))),
     "bare parameters": (Parameters, (20, 20, "silu", "sigmoid", "max", False, (4,))),
@@ -140,14 +150,15 @@ REFUSED = {
     "pooling by a square kernel": (partial(varied, squeeze=lambda x: F.avg_pool2d(x, x.size(3))), SQUEEZE),
     "pooling to 2x2": (partial(varied, squeeze=lambda x: F.adaptive_avg_pool2d(x, 2).mean(2, keepdim=True)), SQUEEZE),
     "sum of squares": (partial(varied, squeeze=lambda x: x.square().mean((2, 3), keepdim=True)), SQUEEZE),
-    "channels at the end": (partial(SqueezeExciteCl, 32), SQUEEZE),
-    "batch normalisation": (partial(SEModule, 32, norm_layer=nn.BatchNorm2d), "it holds buffers.*bn.running_mean"),
+    "another buffer": (with_buffer, "it holds buffers: gain"),
     "PReLU": (partial(SEModule, 32, act_layer=nn.PReLU), "it uses parameters beside those of its layers: act.weight"),
-    "leaky ReLU of slope 0.2": (partial(varied, act=partial(F.leaky_relu, negative_slope=0.2)), ACT),
-    "quick GELU": (partial(varied, act=lambda v: v * torch.sigmoid(1.702 * v)), ACT),
+    "leaky ReLU of slope 0.2": (
+        partial(varied, act=partial(F.leaky_relu, negative_slope=0.2)),
+        "leaky ReLU of slope 0.2",
+    ),
+    "quick GELU": (partial(varied, act=lambda v: v * torch.sigmoid(1.702 * v)), "is quick GELU, none of"),
     "softmax gate": (partial(varied, gate=lambda v: v.softmax(1)), OUTPUT),
     "hard sigmoid up to 0.9": (partial(varied, gate=lambda v: (v / 6 + 0.5).clamp(0, 0.9)), OUTPUT),
-    "2 * sigmoid": (partial(varied, gate=lambda v: 2 * torch.sigmoid(v)), OUTPUT),
     "shifted": (partial(varied, scale=lambda x, s: x * s + 1), OUTPUT),
     "activation after": (partial(varied, scale=lambda x, s: F.relu(x * s)), OUTPUT),
     "gain": (WithParameter, "it uses parameters beside those of its layers: gain"),
@@ -163,6 +174,26 @@ REFUSED = {
     "forward hook on a child": (lambda: hooked("register_forward_hook", Classic()), "its fc.0 has hooks"),
     "pre-hook on a child": (lambda: hooked("register_forward_pre_hook", Classic()), "its fc.0 has hooks"),
     "backward hook on a child": (lambda: hooked("register_full_backward_hook", Classic()), "its fc.0 has hooks"),
+    "asks for autocast": (
+        partial(varied, gate=lambda v: v.sigmoid() * (3 if torch.is_autocast_enabled("cpu") else 1)),
+        "a forward in it asks for is_autocast_enabled",
+    ),
+    "asks for inference mode": (
+        partial(varied, gate=lambda v: v.sigmoid() * (3 if torch.is_inference_mode_enabled() else 1)),
+        "a forward in it asks for is_inference_mode_enabled",
+    ),
+    "float32 in training": (
+        lambda: type(
+            "Own",
+            (Convolutional,),
+            {
+                "squeeze": lambda m, x: (
+                    x.mean((2, 3), keepdim=True) * (2 if m.training and x.dtype == torch.float32 else 1)
+                )
+            },
+        )(),
+        "it does not compute on a map of",
+    ),
     "weight_norm": (lambda: weight_normed(parametrizations.weight_norm), "its fc.0 is reparametrised"),
     "spectral_norm": (lambda: weight_normed(parametrizations.spectral_norm), "its fc.0 is reparametrised"),
     "old weight_norm": (lambda: weight_normed(nn.utils.weight_norm), "its fc.0 is reparametrised"),

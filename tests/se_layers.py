@@ -132,6 +132,12 @@ class TwoInputs(Convolutional):
         return self.scale(x, self.gate(self.up(self.act(self.down(pooled)))))
 
 
+def with_buffer() -> nn.Module:
+    layer = Classic()
+    layer.register_buffer("gain", torch.ones(1))
+    return layer
+
+
 class WithParameter(Convolutional):
     def __init__(self) -> None:
         super().__init__()

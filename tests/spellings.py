@@ -52,10 +52,11 @@ def beside(s: Tensor, x: Tensor) -> Tensor:
 
 
 class SE(nn.Module):
-    """SE as a module of its own. dims: the rank of its maps. inputs: how many maps it may be given. calls: the
-    options it may be given. Subclasses make the parts of their SE in `made` and what is around it in `around`."""
+    """SE as a module of its own. dims: the rank of its maps. is_last: whether their channels are last. inputs: how many
+    maps it may be given. calls: the options it may be given. Subclasses make the parts of their SE in `made` and what
+    is around it in `around`."""
 
-    dims, inputs, calls = 4, (1,), ({},)
+    dims, is_last, inputs, calls = 4, False, (1,), ({},)
 
     def __init__(self) -> None:
         super().__init__()
@@ -718,14 +719,24 @@ class Film(SE):
         return x * beside(gain, x) + beside(shift, x)
 
 
-class NormBetween(SE):
-    """A batch norm between the layers."""
+class Last(SE):
+    """Of maps [N, H, W, C]."""
 
+    is_last = True
+
+    def squeeze(self, x: Tensor) -> Tensor:
+        return x.flatten(1, -2).mean(1)
+
+    def product(self, x: Tensor, s: Tensor) -> Tensor:
+        return x * s.reshape(x.size(0), *(1,) * (x.dim() - 2), -1)
+
+
+class LastBlock(Last):
     def around(self) -> dict[str, Any]:
-        return {"bn": nn.BatchNorm1d(R)}
+        return {"mix": nn.Linear(C, C)}
 
-    def act(self, p1: Tensor) -> Tensor:
-        return F.relu(self.bn(p1))
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.se(self.mix(x))
 
 
 class Dropping(SE):
@@ -759,6 +770,10 @@ def _ones_by_one(kind: type = nn.Conv2d, **options: Any) -> Callable[[Any], dict
 
 def _convolved(m: SE, z: Tensor) -> Tensor:
     return m.fc2(F.relu(m.fc1(z.reshape(*z.shape[:2], 1, 1))))
+
+
+def _norm(features: int) -> Callable[[Any], dict[str, Any]]:
+    return _with(bn=lambda: nn.BatchNorm1d(features))
 
 
 RELATIVES = {
@@ -830,13 +845,23 @@ RELATIVES = {
     "nanmean": Spelling(spelt(SE, squeeze=lambda _, x: x.nanmean((2, 3))), "kept"),
     "pooled in float32": Spelling(spelt(SE, squeeze=lambda _, x: x.float().mean((2, 3)).to(x.dtype)), "kept"),
     "softmax gate": Spelling(spelt(SE, gate=lambda _, v: v.softmax(1)), "kept", OUTPUT),
-    "2 * sigmoid": Spelling(spelt(SE, gate=lambda _, v: 2 * torch.sigmoid(v)), "kept", OUTPUT),
+    "2 * sigmoid": Spelling(spelt(SE, gate=lambda _, v: 2 * torch.sigmoid(v))),
+    "2 * sigmoid in a block": Spelling(spelt(Block, gate=lambda _, v: torch.sigmoid(v) * 2)),
+    "2 * sigmoid, in the product": Spelling(spelt(SE, product=lambda _, x, s: x * 2 * beside(s, x))),
+    "3 * sigmoid": Spelling(spelt(SE, gate=lambda _, v: 3 * torch.sigmoid(v)), "kept", OUTPUT),
+    "2 * hard sigmoid": Spelling(spelt(SE, gate=lambda _, v: 2 * F.hardsigmoid(v)), "kept", OUTPUT),
+    "1 + tanh(v / 2)": Spelling(spelt(SE, gate=lambda _, v: 1 + torch.tanh(v / 2))),
     "softplus gate": Spelling(spelt(SE, gate=lambda _, v: F.softplus(v)), "kept", OUTPUT),
     "sigmoid with a temperature": Spelling(spelt(SE, gate=lambda _, v: torch.sigmoid(v / 2)), "kept", OUTPUT),
     "softmax gate in a block": Spelling(spelt(Block, gate=lambda _, v: v.softmax(1)), "kept"),
     "sum in a block": Spelling(spelt(Block, squeeze=lambda _, x: x.sum((2, 3))), "kept"),
     "quick GELU": Spelling(
-        spelt(SE, act=lambda _, v: v * torch.sigmoid(1.702 * v)), "kept", "its activation is none of"
+        spelt(SE, act=lambda _, v: v * torch.sigmoid(1.702 * v)), "kept", "its activation is quick GELU, none of"
+    ),
+    "ELU": Spelling(spelt(SE, act=lambda _, v: F.elu(v)), "kept", "its activation is ELU, none of"),
+    "softplus": Spelling(spelt(SE, act=lambda _, v: F.softplus(v)), "kept", "its activation is softplus, none of"),
+    "leaky ReLU": Spelling(
+        spelt(SE, act=lambda _, v: F.leaky_relu(v, 0.2)), "kept", "its activation is a leaky ReLU of slope 0.2, none of"
     ),
     "squared ReLU": Spelling(spelt(SE, act=lambda _, v: F.relu(v).square()), "kept", "its activation is none of"),
     "PReLU": Spelling(
@@ -854,7 +879,71 @@ RELATIVES = {
         "kept", "applied more than once",
     ),
     "dropout inside": Spelling(Dropping, "kept", "draws random numbers"),
-    "batch norm inside": Spelling(NormBetween, "kept", "buffers|not only"),
+    "batch norm, then ReLU": Spelling(spelt(SE, around=_norm(R), act=lambda m, v: F.relu(m.bn(v)))),
+    "ReLU, then batch norm": Spelling(spelt(SE, around=_norm(R), act=lambda m, v: m.bn(F.relu(v)))),
+    "batch norm of the squeeze": Spelling(
+        spelt(SE, around=_norm(C), layers=lambda m, z: m.fc2(F.silu(m.fc1(m.bn(z)))))
+    ),
+    "batch norm before the gate": Spelling(spelt(SE, around=_norm(C), gate=lambda m, v: torch.sigmoid(m.bn(v)))),
+    "batch norm before 2 * sigmoid": Spelling(
+        spelt(SE, around=_norm(C), gate=lambda m, v: 2 * torch.sigmoid(m.bn(v)))
+    ),
+    "batch norms after both layers": Spelling(
+        spelt(SE, around=_with(bn1=lambda: nn.BatchNorm1d(R), bn2=lambda: nn.BatchNorm1d(C)),
+              act=lambda m, v: F.relu(m.bn1(v)), gate=lambda m, v: torch.sigmoid(m.bn2(v)))
+    ),
+    "batch norms before both layers": Spelling(
+        spelt(SE, around=_with(bn1=lambda: nn.BatchNorm1d(C), bn2=lambda: nn.BatchNorm1d(R)),
+              layers=lambda m, z: m.fc2(m.bn2(F.relu(m.fc1(m.bn1(z))))))
+    ),
+    "batch norms on both sides of ReLU": Spelling(
+        spelt(SE, around=_with(bn1=lambda: nn.BatchNorm1d(R), bn2=lambda: nn.BatchNorm1d(R, affine=False)),
+              act=lambda m, v: m.bn2(F.relu(m.bn1(v))))
+    ),
+    "batch norms around one layer": Spelling(
+        spelt(SE, made=_with(fc=lambda: nn.Linear(C, C), bn1=lambda: nn.BatchNorm1d(C), bn2=lambda: nn.BatchNorm1d(C)),
+              layers=lambda m, z: m.bn2(m.fc(m.bn1(z))))
+    ),
+    "BatchNorm2d between convolutions": Spelling(
+        spelt(SE, made=_ones_by_one(bias=False), around=_with(bn=lambda: nn.BatchNorm2d(R)),
+              layers=lambda m, z: m.fc2(F.relu(m.bn(m.fc1(z.reshape(*z.shape[:2], 1, 1))))))
+    ),
+    "batch norm in a block": Spelling(
+        spelt(Block, around=_with(conv=conv(), bn=lambda: nn.BatchNorm1d(R)), act=lambda m, v: F.relu(m.bn(v)))
+    ),
+    "batch norm without statistics": Spelling(
+        spelt(SE, around=_with(bn=lambda: nn.BatchNorm1d(R, track_running_stats=False)),
+              act=lambda m, v: F.relu(m.bn(v))), "kept", "uses parameters beside"
+    ),
+    "layer norm inside": Spelling(
+        spelt(SE, around=_with(norm=lambda: nn.LayerNorm(R)), act=lambda m, v: F.relu(m.norm(v))),
+        "kept", "uses parameters beside"
+    ),
+    "biases added apart": Spelling(
+        spelt(SE, made=parameters(**_W), layers=lambda m, z: F.relu(z @ m.w1.t() + m.b1) @ m.w2.t() + m.b2)
+    ),
+    "biases of shape [1, C, 1, 1]": Spelling(
+        spelt(SE, made=parameters(w1=(R, C, 1, 1), b1=(1, R, 1, 1), w2=(C, R, 1, 1), b2=(1, C, 1, 1)),
+              layers=lambda m, z: F.conv2d(F.relu(F.conv2d(beside(z, m.w1), m.w1) + m.b1), m.w2) + m.b2)
+    ),
+    "a bias added apart in a block": Spelling(
+        spelt(Block, made=parameters(**_W), layers=lambda m, z: F.linear(F.relu(F.linear(z, m.w1) + m.b1), m.w2, m.b2))
+    ),
+    "a bias added twice": Spelling(
+        spelt(SE, made=parameters(**_W), layers=lambda m, z: F.linear(F.relu(F.linear(z, m.w1) + m.b1 * 2), m.w2)),
+        "kept", "uses parameters beside"
+    ),
+    "a bias beside that of the layer": Spelling(
+        spelt(SE, around=parameters(b=(R,)), act=lambda m, v: F.relu(v + m.b)), "kept", "uses parameters beside"
+    ),
+    "[N, H, W, C]": Spelling(Last),
+    "[N, L, C]": Spelling(spelt(Last, dims=3)),
+    "[N, D, H, W, C], residual": Spelling(spelt(Last, dims=5, product=lambda m, x, s: x + Last.product(m, x, s))),
+    "[N, H, W, C] in a block": Spelling(LastBlock),
+    "[N, L, C] in a block": Spelling(
+        spelt(LastBlock, dims=3, squeeze=lambda _, x: x.mean(1), product=lambda _, x, s: x * s[:, None])
+    ),
+    "[N, H, W, C], one axis": Spelling(spelt(Last, squeeze=lambda _, x: x.mean(1)[:, 0]), "kept"),
     "a weight of [inputs, outputs]": Spelling(
         spelt(SE, made=parameters(w1=(C, R), w2=(R, C)), layers=lambda m, z: F.relu(z @ m.w1) @ m.w2),
         "kept", "stands transposed|not only",

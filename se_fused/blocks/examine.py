@@ -7,9 +7,11 @@ import dis
 import functools
 import pickle
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from enum import Enum
-from types import BuiltinFunctionType, CodeType, FunctionType, MappingProxyType, ModuleType
+from itertools import product
+from types import BuiltinFunctionType, FunctionType, MappingProxyType, ModuleType
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from .. import tracing
+from ..code import asks_for_modes, functions_of
 from ..inside import Inside, is_torch_or_builtin
 from ..recognise import COPYING
 from ..replaced import Replaced
@@ -32,8 +35,10 @@ _TRANSPARENT = (
 )
 # Names of functions that a program would call once, or never.
 _SPEAKS = {"print", "warn"}
-# Some blocks take only maps of even sides.
-ANY_SIDES, EVEN_SIDES = ((9, 8, 7), (6, 11, 5)), ((8, 12, 4), (6, 10, 8))
+# By the number of sides; some blocks take only even ones. Those of volumes are short, because most convolutions of
+# them in float64 are slow: with 500 positions, an efficientnet_b0 took a minute.
+_SIDES = {1: ((9,), (6,)), 2: ((9, 8), (6, 11)), 3: ((5, 4, 3), (4, 6, 5))}
+_EVEN_SIDES = {1: ((8,), (6,)), 2: ((8, 12), (6, 10)), 3: ((4, 6, 2), (2, 4, 8))}
 
 
 def obstacle(module: nn.Module) -> str | None:
@@ -64,28 +69,20 @@ def obstacle(module: nn.Module) -> str | None:
 
 
 @functools.cache
-def _acts_outside(cls: type[nn.Module]) -> str | None:
+def _acts_outside(cls: type[Any]) -> str | None:
     """What the forward of a class, or a function that it names, does that its calls do not show; None if nothing."""
-    names, todo, seen = ["forward"], list[FunctionType](), set[Any]()
-    while names or todo:
-        function = getattr(cls, names.pop(), None) if names else todo.pop()
-        if not isinstance(function, FunctionType) or function in seen or function.__module__.startswith("torch."):
-            continue
-        seen.add(function)
-        codes = [function.__code__]
-        for code in codes:  # grows by the functions inside
-            codes += [each for each in code.co_consts if isinstance(each, CodeType)]
-            names += code.co_names
+    for function, codes in functions_of(cls):
+        for code in codes:
             if not _SPEAKS.isdisjoint(code.co_names):
                 return "prints or warns"
             if any(each.opname == "STORE_GLOBAL" for each in dis.get_instructions(code)):
                 return "writes to a global variable"
             for name in code.co_names:
                 value = function.__globals__.get(name)
-                todo += [value] if isinstance(value, FunctionType) else []
                 if not isinstance(value, (ModuleType, type)) and _is_opaque(value, ()):
                     return f"uses a global object whose changes cannot be noticed, {name}"
-    return None
+    mode = asks_for_modes(cls)  # type: ignore[arg-type]
+    return f"asks for {mode}" if mode else None
 
 
 def _is_opaque(value: Any, inside: Collection[nn.Module]) -> bool:
@@ -117,23 +114,25 @@ def read(
     leaves: Collection[nn.Module],
     extras: Mapping[str, Any] = MappingProxyType({}),
     sample: Tensor | None = None,
+    modeless: Collection[nn.Module] = (),
 ) -> Program:
-    """The calls of `bare`, as `trace` reads them.
+    """The calls of `bare`, as `trace` reads them. modeless: modules whose modes the forward may not read.
 
     Raises:
         Exception: as `trace` does.
-        ValueError: if they depend on dtype, grad mode, inference mode or autocast.
+        ValueError: if they depend on dtype, grad mode, inference mode, autocast or the mode of one of `modeless`.
     """
-    program = trace(bare, leaves, extras, sample)
+    # Two readings in which everything differs. What depends on two of these at once asks for one of them by name, which
+    # `obstacle` has refused.
     with torch.enable_grad(), torch.autocast("cpu"), _autocast_on_gpus():
-        same = trace(bare, leaves, extras, sample) == program
+        program = trace(bare, leaves, extras, sample)
     bare.float().requires_grad_(False)
     try:
         with torch.inference_mode():
-            same = same and trace(bare, leaves, extras, None if sample is None else sample.float()) == program
+            other = trace(bare, leaves, extras, None if sample is None else sample.float(), modeless)
     finally:
         bare.double().requires_grad_(True)
-    if not same:
+    if other != program:
         raise ValueError("its block makes other calls for another dtype, in another grad mode or under autocast")
     pickle.dumps(program)
     return program
@@ -150,8 +149,22 @@ def _autocast_on_gpus() -> Iterator[None]:
         torch.set_autocast_enabled("cuda", before)
 
 
-def map_of(bare: nn.Module, program: Program | None, dims: int) -> tuple[int, tuple[tuple[int, ...], ...]] | None:
-    """A number of channels, and sides, of maps with which the forward of `bare` runs; program: its calls, if known."""
+@dataclass(frozen=True)
+class Maps:
+    """Maps that a forward takes: their channels, the sides of some, whether their channels are last, and whether all
+    sides are even."""
+
+    channels: int
+    sides: tuple[tuple[int, ...], ...]
+    is_last: bool
+    is_even: bool
+
+    def shape(self, n: int, spatial: Iterable[int]) -> tuple[int, ...]:
+        return (n, *spatial, self.channels) if self.is_last else (n, self.channels, *spatial)
+
+
+def maps_of(bare: nn.Module, program: Program | None, dims: int) -> Maps | None:
+    """Maps of `dims` dimensions with which the forward of `bare` runs; program: its calls, if known."""
     readers = [call for call in program.calls if Value(0) in call.values()] if program else []
     first = [call.target for call in readers if call.kind == "module"]
     modules: list[Any] = [*map(bare.get_submodule, first), *bare.modules()]
@@ -161,13 +174,12 @@ def map_of(bare: nn.Module, program: Program | None, dims: int) -> tuple[int, tu
     for call in readers:  # one that splits x has the numbers of channels of the parts
         likely += [sum(arg) for arg in call.args if isinstance(arg, (list, tuple)) and _are_numbers(arg)]
     likely += [size for p in bare.parameters() if p.dim() > 1 for size in p.shape[1::-1]]
-    for sides in (ANY_SIDES, EVEN_SIDES):
-        for c in dict.fromkeys(likely):
-            try:
-                bare(tracing.random_map(2, c, *sides[0][: dims - 2]))
-            except Exception:  # of a number that does not fit, or anything else: then the next one is tried
-                continue
-            return c, sides
+    for is_last, is_even, c in product((False, True), (False, True), dict.fromkeys(likely)):
+        maps = Maps(c, (_EVEN_SIDES if is_even else _SIDES)[dims - 2], is_last, is_even)
+        with contextlib.suppress(Exception):  # of a number that does not fit, or anything else: the next one is tried
+            for sides in maps.sides:  # of one alone, a side could be taken for the channels
+                bare(tracing.random_map(*maps.shape(2, sides)))
+            return maps
     return None
 
 

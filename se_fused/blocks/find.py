@@ -19,7 +19,7 @@ from ..undisturbed import are_equal, random_states, undisturbed_inference
 from . import fused
 from .calls import CONVOLUTIONS
 from .cost import WAYS
-from .examine import ANY_SIDES, bare_copy, map_of, obstacle, read
+from .examine import bare_copy, maps_of, obstacle, read
 from .forwards import InlineBlock, Kind, arguments_for
 from .neighbours import Neighbours, join, join_norms
 from .program import Program
@@ -190,13 +190,12 @@ def _dims(bare: nn.Module, neighbours: Neighbours) -> int:
 def _mismatch(bare: nn.Module, program: Program, dims: int, kind: Kind) -> str | None:
     """How the program differs from the forward of `bare`, in calls of this kind; None if it does not."""
     given, numbers = kind.examples(arguments_for(type(bare)))
-    found = map_of(bare, program, dims)
-    if found is None:
+    taken = maps_of(bare, program, dims)
+    if taken is None:
         return "no map that its block takes was found"
-    c, sides = found
-    side = max(4, 2 * round((_REALISTIC / c) ** (1 / (dims - 2)) / 2))
-    realistic = (side + 1, side, side) if sides is ANY_SIDES else (side + 2, side, side)
-    shapes = [(n, c, *of[: dims - 2]) for n, of in zip((2, 3, 1), (*sides, realistic), strict=True)]
+    side = max(4, 2 * round((_REALISTIC / taken.channels) ** (1 / (dims - 2)) / 2))
+    realistic = (side + 1 + taken.is_even, *(side,) * (dims - 3))
+    shapes = [taken.shape(n, sides) for n, sides in zip((2, 3, 1), (*taken.sides, realistic), strict=True)]
     hows = [fused.How.of(program, bare, CPU.unchecked, way) for way in WAYS]
     runs = [program.bind(bare, partial(fused.bind, root=bare, how=how)) for how in hows]
     before = Inside(bare, type(bare))

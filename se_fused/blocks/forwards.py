@@ -22,10 +22,9 @@ from ..swap import is_same
 from ..undisturbed import undisturbed_inference
 from . import fused
 from .calls import CONVOLUTIONS
-from .examine import bare_copy, map_of, obstacle, read
+from .examine import bare_copy, maps_of, obstacle, read
 from .inline import Parts
 from .program import Number, Program
-from .trace import trace
 
 
 class Mark(Enum):
@@ -88,18 +87,22 @@ class InlineBlock:
     layers: tuple[Recognised, ...]
 
 
-def find_inline(module: nn.Module) -> InlineBlock | str | None:
+def find_inline(module: nn.Module, known: Collection[nn.Module] = ()) -> InlineBlock | str | None:
     """`module`, if SE layers that can be replaced are written into its forward; a reason why not, if something there
-    resembles one; else None."""
+    resembles one; else None. known: modules inside that are called whole."""
     reason = obstacle(module)
-    if reason is not None:
+    if reason is not None or tracing.arity(module) > 1:
         return reason
     with undisturbed_inference(module) as put_back:
         try:
             bare = bare_copy(module)
             pairs = zip(module.modules(), bare.modules(), strict=True)
-            leaves = [own for each, own in list(pairs)[1:] if isinstance(each, Replaced)]
-            found = _read(module, bare, leaves)
+            leaves = [own for each, own in list(pairs)[1:] if isinstance(each, Replaced) or each in known]
+            found = None
+            for dims, shapes in _shapes(bare):
+                found = _read(module, bare, leaves, dims, shapes) or found
+                if isinstance(found, InlineBlock):
+                    break
         except Exception as error:  # foreign code may fail in any way, which must not end the examination of others
             return f"its calls cannot be followed: {type(error).__name__}: {error}".splitlines()[0]
     if put_back and isinstance(found, InlineBlock):
@@ -107,8 +110,11 @@ def find_inline(module: nn.Module) -> InlineBlock | str | None:
     return found
 
 
-def _read(module: nn.Module, bare: nn.Module, leaves: list[nn.Module]) -> InlineBlock | str | None:
-    """What `find_inline` returns. bare: a copy to run, whose modules `leaves` are called whole.
+def _read(
+    module: nn.Module, bare: nn.Module, leaves: list[nn.Module], dims: int, shapes: list[tuple[int, ...]]
+) -> InlineBlock | str | None:
+    """What `find_inline` returns, for maps of `dims` dimensions. bare: a copy to run, whose modules `leaves` are called
+    whole. shapes: of maps that it takes.
 
     The first kind of call, that of inference with the defaults, decides; others that fail compute as before.
     """
@@ -116,14 +122,13 @@ def _read(module: nn.Module, bare: nn.Module, leaves: list[nn.Module]) -> Inline
     compared: list[tuple[bool, Program]] = []
     arguments = arguments_for(type(module))
     layers: list[Recognised] = []
-    dims, shapes = _shapes(bare)
     sample = tracing.random_map(*shapes[0])
     for kind in (*_kinds(False, arguments), *_kinds(True, arguments)):
         extras = {name: each for name, each in zip(arguments, kind.arguments, strict=True) if each is not Mark.DEFAULT}
         try:
-            program = read(bare.train(kind.training), leaves, extras, sample)
-            if _reads_a_mode(bare, program, leaves, extras, sample):
-                raise ValueError("its forward reads the mode of a module inside")
+            # The mode of a module with children must be that of the block, which is asked in each call.
+            childless = [each for each in bare.modules() if not each._modules and each is not bare]
+            program = read(bare.train(kind.training), leaves, extras, sample, childless)
             program, inline = parts.rewrite(program, bare, (sample, *kind.examples(arguments)[1]))
             reason = parts.reason
             if inline:
@@ -140,20 +145,6 @@ def _read(module: nn.Module, bare: nn.Module, leaves: list[nn.Module]) -> Inline
             forwards[kind] = program
             layers = layers or [each.recognised for each in inline]
     return InlineBlock(module, forwards, dims, tuple(layers))
-
-
-def _reads_a_mode(
-    bare: nn.Module, program: Program, leaves: list[nn.Module], extras: dict[str, Any], sample: Tensor
-) -> bool:
-    """Whether the calls depend on the mode of a module without children, which may have another one than `bare`."""
-    modules = [each for each in bare.modules() if not each._modules and each is not bare]
-    for each in modules:
-        each.training = not each.training
-    try:
-        return trace(bare, leaves, extras, sample) != program
-    finally:
-        for each in modules:
-            each.training = not each.training
 
 
 def arguments_for(cls: type[nn.Module]) -> dict[str, Any]:
@@ -173,15 +164,23 @@ def _kinds(training: bool, arguments: dict[str, Any]) -> Iterator[Kind]:
             yield from (Kind(training, (Number(of, is_zero),)) for is_zero in (True, False))
 
 
-def _shapes(bare: nn.Module) -> tuple[int, list[tuple[int, ...]]]:
-    """The number of dimensions, and two shapes, of maps that `bare` takes."""
+def _shapes(bare: nn.Module) -> Iterator[tuple[int, list[tuple[int, ...]]]]:
+    """Numbers of dimensions of maps that `bare` takes, one unless it has no convolutions, each with two shapes.
+
+    Raises:
+        ValueError: if there are none.
+    """
     ranks = [len(each.kernel_size) + 2 for each in bare.modules() if isinstance(each, CONVOLUTIONS)]
+    takes_any = False
     for dims in dict.fromkeys([*ranks[:1], 4, 3, 5]):
-        found = map_of(bare, None, dims)
-        if found is not None:
-            c, sides = found
-            return dims, [(n, c, *of[: dims - 2]) for n, of in zip((2, 3), sides, strict=True)]
-    raise ValueError("no map that it takes was found")
+        maps = maps_of(bare.eval(), None, dims)
+        if maps is not None:
+            takes_any = True
+            yield dims, [maps.shape(n, sides) for n, sides in zip((2, 3), maps.sides, strict=True)]
+            if ranks:
+                return
+    if not takes_any:
+        raise ValueError("no map that it takes was found")
 
 
 def _difference(

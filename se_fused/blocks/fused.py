@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from ..memory import PLAIN_TYPES
 from ..options import ACTIVATIONS, FUNCTIONS, Options
-from ..swap import Parameter, compute, is_of_one_dtype, parameters_of, read_weights
+from ..recognised import Recognised
+from ..swap import compute
+from ..weights import NormVectors, WeightReader, reader_of_norm
 from .cost import decide, folds_norm
 from .inline import Inline
 from .neighbours import Neighbours, Norm
@@ -27,14 +29,14 @@ _CONVOLVE: dict[int, Callable[..., Tensor]] = {3: F.conv1d, 4: F.conv2d, 5: F.co
 class How:
     """How joined calls are run.
 
-    kernels: `CPU.unchecked`, whose functions csrc/fast_path.h describes, or the same functions for a GPU. parameters:
-    of each SE layer, by the path of its w2. way: how to compute the convolutions (cost.py); None: the fastest.
+    kernels: `CPU.unchecked`, whose functions csrc/fast_path.h describes, or the same functions for a GPU. weights: of
+    each SE layer, by its path and formula. way: how to compute the convolutions (cost.py); None: the fastest.
     on_convolution: is told the path of each and how it is computed. inplace: whether inline SE layers may overwrite
     their maps.
     """
 
     kernels: Any
-    parameters: dict[str, list[Parameter]]
+    weights: dict[tuple[str, Recognised], WeightReader]
     way: str | None = None
     on_convolution: Callable[[str, str], None] | None = None
     inplace: bool = False
@@ -44,7 +46,7 @@ class How:
         """root: a module that fits `program`, whose parameters are as they were when it was traced."""
         calls = (call.target for call in program.calls)
         layers = [call for call in calls if isinstance(call, (Neighbours, Inline))]
-        of_layers = {_key(call): parameters_of(root.get_submodule(_path(call)), call.recognised) for call in layers}
+        of_layers = {_key(call): WeightReader(root.get_submodule(_path(call)), call.recognised) for call in layers}
         return cls(kernels, of_layers, way)
 
     def choose(self, path: str, u: Tensor, weight: Tensor, usual: bool) -> str:
@@ -66,8 +68,8 @@ def _path(call: Neighbours | Inline) -> str:
     return "" if isinstance(call, Inline) else call.layer
 
 
-def _key(call: Neighbours | Inline) -> str:
-    return f"{_path(call)}.{call.recognised.w2}"
+def _key(call: Neighbours | Inline) -> tuple[str, Recognised]:
+    return _path(call), call.recognised
 
 
 def bind(call: Neighbours | Norm | Inline, root: nn.Module, how: How) -> Callable[..., Tensor]:
@@ -79,21 +81,7 @@ def bind(call: Neighbours | Norm | Inline, root: nn.Module, how: How) -> Callabl
     return _bind_norm(call, root, how) if call.conv is None else _bind_convolution(call.conv, call, root, how)
 
 
-def _reader_of(norm: nn.Module) -> Callable[[], tuple[Any, ...]]:
-    """The function that reads `norm` as csrc/fast_path.h takes it."""
-
-    def read() -> tuple[Any, ...]:
-        attributes = vars(norm)  # this dict, and the two in it, may be replaced
-        parameters, buffers = attributes["_parameters"], attributes["_buffers"]
-        return (
-            *(parameters["weight"], parameters["bias"], buffers["running_mean"], buffers["running_var"]),
-            attributes["eps"],
-        )
-
-    return read
-
-
-def _normalised(x: Tensor, norm: tuple[Any, ...]) -> Tensor:
+def _normalised(x: Tensor, norm: NormVectors) -> Tensor:
     weight, bias, mean, variance, eps = norm
     return F.batch_norm(x, mean, variance, weight, bias, training=mean is None and variance is None, eps=eps)
 
@@ -103,7 +91,7 @@ def _sum(y: Tensor, residual: Tensor, residual_first: bool) -> Tensor:
 
 
 def _bind_norm(call: Norm, root: nn.Module, how: How) -> Callable[..., Tensor]:
-    kernels, read = how.kernels, _reader_of(root.get_submodule(call.norm))
+    kernels, read = how.kernels, reader_of_norm(root.get_submodule(call.norm))
     act, activate, owns_x = list(ACTIVATIONS).index(call.act), ACTIVATIONS[call.act], call.owns_x
 
     def run(x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -130,7 +118,7 @@ def _bind_convolution(
     read_norm = None
     # What follows the batch norm would need a pass over y, which the two can share.
     if norm is not None and not norm.residual and norm.act == "identity":
-        read_norm = _reader_of(root.get_submodule(norm.norm))
+        read_norm = reader_of_norm(root.get_submodule(norm.norm))
 
     def run(x: Tensor, *residual: Tensor) -> Tensor:
         parameters = vars(conv)["_parameters"]
@@ -157,13 +145,15 @@ def _bind_convolution(
 
 
 def _bind_inline(call: Inline, root: nn.Module, how: How) -> Callable[[Tensor], Tensor]:
-    recognised, parameters, attributes = call.recognised, how.parameters[_key(call)], vars(root)
+    recognised, read, attributes = call.recognised, how.weights[_key(call)], vars(root)
     options, original = recognised.options(), call.program.bind(root, partial(bind, root=root, how=how))
 
     def run(u: Tensor) -> Tensor:
         if type(u) in PLAIN_TYPES and u.dim() in recognised.dims:
-            weights = read_weights(parameters, attributes)
-            if weights is not None and is_of_one_dtype(u, weights):
+            weights = read(attributes)
+            if weights is not None:
+                weights = read.fold(weights, u.numel()) if read.accepts(u, weights) else None
+            if weights is not None:
                 return compute(u, weights, recognised, options, how.inplace)
         return original(u)  # type: ignore[no-any-return]
 
@@ -172,7 +162,7 @@ def _bind_inline(call: Inline, root: nn.Module, how: How) -> Callable[[Tensor], 
 
 def _bind_layer(call: Neighbours, root: nn.Module, how: How) -> Callable[..., Tensor]:
     kernels, owns_x = how.kernels, call.owns_x
-    recognised, parameters = call.recognised, how.parameters[_key(call)]
+    recognised, read = call.recognised, how.weights[_key(call)]
     attributes = vars(root.get_submodule(call.layer))  # not root itself, which would be a cycle
     if call.inline is None:
         layer: Callable[..., Any] = root.get_submodule(call.layer)
@@ -183,12 +173,14 @@ def _bind_layer(call: Neighbours, root: nn.Module, how: How) -> Callable[..., Te
         call.post_act if call.conv is None else "identity",
     )  # fmt: skip
     pre_act, post_act = FUNCTIONS[options.pre_act], FUNCTIONS[options.post_act]
-    read_norm = None if call.norm is None else _reader_of(root.get_submodule(call.norm))
+    read_norm = None if call.norm is None else reader_of_norm(root.get_submodule(call.norm))
 
     def forward(x: Tensor, residual: Tensor | None, s: Tensor | None) -> Tensor | None:
         """What the kernel returns."""
-        weights = read_weights(parameters, attributes)
-        if weights is None or weights[2].dtype is not x.dtype:
+        weights = read(attributes)
+        if weights is not None:
+            weights = read.fold(weights, x.numel()) if weights[2].dtype is x.dtype else None
+        if weights is None:
             return None
         norm = None if read_norm is None else read_norm()
         return kernels.forward(x, *weights, residual, owns_x, *options, None, None, norm, s)  # type: ignore[no-any-return]

@@ -113,7 +113,8 @@ def join_norms(program: Program, root: nn.Module) -> Program:
 def _join_layer(
     calls: Calls, layer: Call, path: str, recognised: Recognised, inline: Inline | None
 ) -> tuple[Program, Neighbours] | None:
-    if recognised.residual:  # it would be that of u, which the kernels do not add
+    # The residual would be that of u, which the kernels do not add.
+    if recognised.residual or recognised.channels_last or recognised.is_doubled:
         return None
     uses = sum(call.kind == "module" and call.target == path for call in calls.program.calls)
     if uses > 1 or layer.kwargs or len(layer.args) != 1 or not isinstance(layer.args[0], Value):

@@ -13,9 +13,7 @@ from ..arguments import check
 from ..backends import Backend
 from ..memory import PLAIN_TYPES, is_channels_last
 from ..options import SQUEEZES
-
-# Weight, bias, mean, variance and epsilon of an eval-mode batch norm; weight and bias may be None.
-NormVectors = tuple["Tensor | None", "Tensor | None", Tensor, Tensor, float]
+from ..weights import NormVectors
 
 
 class Operators:

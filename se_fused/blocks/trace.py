@@ -9,7 +9,9 @@ It must hold for every x of one rank. What a forward asks while it is traced wou
     grad mode, autocast, checkpoints, changed inside         refused by _Tracer
     random numbers, tensors of others, devices               refused by `trace`
     dtype, grad mode, inference mode, autocast, as found     compared by `read` of examine.py
-    modes of modules inside, and arguments                   compared by forwards.py
+    modes of modules inside                                  refused by _Unreadable
+    grad mode and autocast, by name                          refused by `obstacle` of examine.py
+    arguments                                                compared by forwards.py
 """
 
 from __future__ import annotations
@@ -149,12 +151,14 @@ def trace(
     leaves: Collection[nn.Module],
     extras: Mapping[str, Any] = MappingProxyType({}),
     sample: Tensor | None = None,
+    modeless: Collection[nn.Module] = (),
 ) -> Program:
     """Read the forward of `module` off, for one argument x. Modules in `leaves` are called whole, and so are functions
     that torch.fx cannot follow.
 
     extras: further arguments by name, of which a `Number` becomes a value of the program; the others have defaults.
-    sample: an x; the forward may ask for the ranks of maps, for which calls are run on it.
+    sample: an x; the forward may ask for the ranks of maps, for which calls are run on it. modeless: modules whose
+    modes the forward may not read.
 
     Raises:
         Exception: whatever torch.fx or the forward raises where the calls depend on the numbers or sizes of x.
@@ -174,7 +178,7 @@ def trace(
         states = random_states()
         try:
             with calling_whole(whole), calling_functions_of_autograd_whole():
-                calls, result = _calls(_graph(module, _Tracer(leaves, ranks), extras))
+                calls, result = _calls(_graph(module, _Tracer(leaves, ranks), extras, modeless))
         except _AsksRank as asked:
             if sample is None:
                 raise
@@ -200,7 +204,20 @@ def trace(
     return Program(calls, result, len(numbers))
 
 
-def _graph(module: nn.Module, tracer: _Tracer, extras: Mapping[str, Any]) -> fx.Graph:
+class _Unreadable:
+    """A mode that a forward may not ask for."""
+
+    def __bool__(self) -> bool:
+        raise ValueError("its forward reads the mode of a module inside")
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self)
+
+    def __hash__(self) -> int:
+        return int(bool(self))
+
+
+def _graph(module: nn.Module, tracer: _Tracer, extras: Mapping[str, Any], modeless: Collection[nn.Module]) -> fx.Graph:
     original = type(module)
 
     def forward(self: nn.Module, x: fx.Proxy) -> Any:
@@ -208,10 +225,15 @@ def _graph(module: nn.Module, tracer: _Tracer, extras: Mapping[str, Any]) -> fx.
 
     # fx traces the forward of the class. This one has a single argument, so that fx keeps the defaults of the others.
     module.__class__ = type(original.__name__, (original,), {"forward": forward})
+    modes = [(vars(each), each.training) for each in modeless]
+    for attributes, _ in modes:
+        attributes["training"] = _Unreadable()
     try:
         with _NoTensors():  # type: ignore[no-untyped-call]
             return tracer.trace(module)
     finally:
+        for attributes, training in modes:
+            attributes["training"] = training
         module.__class__ = original
 
 

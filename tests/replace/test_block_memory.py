@@ -18,7 +18,7 @@ from se_fused import replace
 from se_fused.backends import CPU
 from se_fused.blocks import fused
 from se_fused.blocks.cost import WAYS
-from se_fused.swap import parameters_of
+from se_fused.weights import WeightReader
 
 pytestmark = pytest.mark.skipif(not can_measure(), reason="the peak memory of a process cannot be measured here")
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -60,9 +60,9 @@ def test_the_measure(elsewhere: Callable[..., Any]) -> None:
 def of_a_fold(n: int, layout: str, way: str | None) -> tuple[int, int]:
     model = drawn(Narrow())
     ((neighbours,),) = replace(model, level="block").blocks.values()
-    parameters = parameters_of(model.get_submodule(neighbours.layer), neighbours.recognised)
+    weights = WeightReader(model.get_submodule(neighbours.layer), neighbours.recognised)
     run = fused.bind(
-        neighbours, model, fused.How(CPU.unchecked, {f"{neighbours.layer}.{neighbours.recognised.w2}": parameters}, way)
+        neighbours, model, fused.How(CPU.unchecked, {(neighbours.layer, neighbours.recognised): weights}, way)
     )
     u = torch.randn(n, C, 512, 512).contiguous(memory_format=LAYOUTS[layout])
     with torch.inference_mode():

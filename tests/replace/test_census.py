@@ -69,8 +69,13 @@ def compare(original: nn.Module, layer: nn.Module, found: Recognised) -> None:
         generator = torch.Generator().manual_seed(1)
         for p in each.parameters():
             p.data.normal_(generator=generator).mul_(1 / math.sqrt(max(p.shape[1:], default=1)))
+        for buffer in each.buffers():  # those of batch norms
+            buffer.copy_(torch.rand(buffer.shape, generator=generator).add(0.5))
     side = round((_ELEMENTS / found.channels) ** (1 / (found.dims[0] - 2)))
-    x = torch.randn(1, found.channels, *(side + i for i in range(found.dims[0] - 2)), dtype=torch.float64)
+    # Batch norms in train mode take no batch of 1.
+    x = torch.randn(
+        2 if found.norms else 1, found.channels, *(side + i for i in range(found.dims[0] - 2)), dtype=torch.float64
+    )
     g = torch.randn_like(x)
     for mode in (True, False):
         results = []

@@ -21,6 +21,9 @@ from examples import zoo
 from se_fused import replace, restore
 from se_fused.blocks import FusedBlock
 
+zoo.import_torchvision()
+from timm.layers import SEModule  # noqa: E402
+
 LOGGER = logging.getLogger("a library")
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -70,6 +73,58 @@ def test_whole_networks_train(build: str) -> None:
     for a, b in zip(*gradients, strict=True):
         assert float((a - b).abs().max()) <= 1e-7 * float(b.abs().max().clamp_min(1e-6 * largest))
     assert calls_in(model, x) >= 16
+
+
+class Sharing(Block):
+    """Two SE with the same weights and batch norms of their own."""
+
+    def around(self) -> dict[str, nn.Module]:
+        return {**super().around(), "bn1": nn.BatchNorm1d(C), "bn2": nn.BatchNorm1d(C)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = self.conv(x)
+        for bn in (self.bn1, self.bn2):
+            u = self.product(u, torch.sigmoid(bn(self.layers(self.squeeze(u)))))
+        return u
+
+
+def test_layers_that_share_their_weights() -> None:
+    block = drawn(Sharing())
+    original = copy.deepcopy(block)
+    assert len(replace(block).inline[""]) == 2
+    assert calls_in(block, image()) == 2
+    assert difference(block, original) is None
+
+
+class Beside(Block):
+    """An SE layer as a module, and another one in the forward."""
+
+    def around(self) -> dict[str, nn.Module]:
+        return {**super().around(), "inner": SEModule(C)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.inner(self.conv(x)))
+
+
+@pytest.mark.parametrize("level", ["layer", "block"])
+@pytest.mark.parametrize("depth", [0, 1])
+def test_beside_an_se_layer(level: str, depth: int) -> None:
+    """The layer is a child of the block, or deeper inside it."""
+    block = drawn(Beside())
+    if depth:
+        block.inner = nn.Sequential(block.inner, nn.Conv2d(C, C, 1))
+    original, model = copy.deepcopy(block), nn.Sequential(block)
+    report = replace(model, level=level)
+    assert list(report.replaced) == ["0.inner" + ".0" * depth]
+    if depth == 0:
+        assert list(report.inline) == ["0"]
+        assert calls_in(block, image()) == 2
+    assert difference(block, original) is None
+
+
+def test_beside_an_excluded_se_layer() -> None:
+    report = replace(nn.Sequential(Beside()), exclude="*.inner")
+    assert report.skipped == dict.fromkeys(("0", "0.inner"), "excluded by '*.inner'")
 
 
 def test_other_arguments_compute_as_before() -> None:
@@ -283,6 +338,13 @@ OUTSIDE = {
     "ends autocast on GPUs": without_autocast,
     "names a device": lambda m, x: m.se(m.conv(x.to(torch.device("cpu")))),
     "reads the mode of a child": lambda m, x: F.dropout(m.se(m.conv(x)), 0.5, m.fc1.training),
+    "compares the modes of children": lambda m, x: m.se(m.conv(x)) * (3 if m.fc1.training != m.fc2.training else 1),
+    "asks for autocast without gradients": lambda m, x: (
+        m.se(m.conv(x)) * (3 if torch.is_autocast_enabled("cpu") and not torch.is_grad_enabled() else 1)
+    ),
+    "asks for inference mode and a mode": lambda m, x: (
+        m.se(m.conv(x)) * (3 if torch.is_inference_mode_enabled() and not m.fc1.training else 1)
+    ),
 }
 
 

@@ -189,6 +189,35 @@ class FixedWindow(nn.Module):
         return x * self.up(self.down(self.pool(x)).relu()).sigmoid()
 
 
+class TwoMaps(SEBasicBlock):
+    """Its residual comes from outside."""
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        return super().forward(x) + skip
+
+
+class Wrapped(nn.Module):
+    """A layer below a name of its own, as in speechbrain."""
+
+    def __init__(self, *widths: int) -> None:
+        super().__init__()
+        self.w = nn.Linear(*widths)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w(x)
+
+
+class InWrappers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(nn.Conv1d(32, 32, 1), nn.BatchNorm1d(32))
+        self.bottleneck = nn.Sequential(Wrapped(32, 8), nn.ReLU(), Wrapped(8, 32), nn.Sigmoid())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return x * self.bottleneck(x.mean(2))[..., None]
+
+
 def parametrized_block() -> nn.Module:
     block = SEBasicBlock()
     parametrizations.weight_norm(block.fc[0])
@@ -227,6 +256,14 @@ NAMED = {
     "tuple": (WithDetail, "its result is not one map of the shape of x"),
     "window of a fixed size": (partial(FixedWindow, 56), "it pools windows of a fixed size"),
     "window that covers a part": (partial(FixedWindow, 28), "it pools windows of a fixed size"),
+    "block of two maps": (
+        TwoMaps,
+        BLOCK + "two fully connected layers [R=8, C=32] on a pooled map, then a product; it needs 2 inputs",
+    ),
+    "layers in wrappers": (
+        InWrappers,
+        BLOCK + "two fully connected layers [R=8, C=32] on a pooled map, then a product",
+    ),
     "reparametrised block": (
         parametrized_block,
         BLOCK + "two fully connected layers [R=8, C=32] on a pooled map, then a product",

@@ -381,7 +381,7 @@ def test_what_has_an_outcome_is_not_asked_about() -> None:
     assert report.seen == {"EcaModule": f"{relatives.ECA}, 2 modules", "SpatialAttn": f"{relatives.SPATIAL}, 1 module"}
 
 
-def test_se_in_the_same_block_comes_first() -> None:
+def test_inside_a_block_with_se() -> None:
     class Both(Convolutional):
         """SE in a block with SimAM inside."""
 
@@ -394,7 +394,7 @@ def test_se_in_the_same_block_comes_first() -> None:
 
     report = replace(Both())
     assert list(report.inline) == [""]
-    assert report.seen == {}
+    assert report.seen == {"SimAM": f"{relatives.STATISTICS}, 1 module"}
 
 
 def test_one_class_with_two_names() -> None:

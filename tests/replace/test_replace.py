@@ -119,17 +119,10 @@ def test_model_keeps_its_numbers_its_state_and_comes_back(name: str) -> None:
     assert all(torch.equal(a, b) for key in wanted for a, b in zip(restored[key], wanted[key], strict=True))
 
 
-@pytest.mark.parametrize(
-    ("name", "reason"), [("timm:rexnet_100", "buffers"), ("timm:repvgg_a0", None), ("timm:ecaresnet26t", None)]
-)
-def test_models_with_nothing_to_replace(name: str, reason: str | None) -> None:
-    model = zoo.build(name)
-    report = replace(model)
-    assert report.replaced == {}
-    layers = [key for key, module in model.named_modules() if isinstance(module, SEModule)]
-    assert list(report.skipped) == layers
-    assert bool(layers) == (reason is not None)
-    assert all(reason in why for why in report.skipped.values())
+@pytest.mark.parametrize("name", ["timm:repvgg_a0", "timm:ecaresnet26t"])
+def test_models_with_nothing_to_replace(name: str) -> None:
+    report = replace(zoo.build(name))
+    assert report.replaced == report.skipped == {}
 
 
 class Block(nn.Module):

@@ -20,7 +20,7 @@ def test_text_counts_and_groups() -> None:
     model = nn.ModuleDict(
         {
             "a": SEModule(32),
-            "b": SEModule(32, norm_layer=nn.BatchNorm2d),
+            "b": SEModule(32, act_layer=nn.PReLU),
             "c": Plus(SEModule(16)),
             "d": SEModule(32),
             "e": nn.Sequential(sca(), sca()),
@@ -34,7 +34,7 @@ def test_text_counts_and_groups() -> None:
         "  Plus: C=16, R=8, relu, sigmoid, residual",
         "      c",
         "skipped: 1",
-        "  it holds buffers, as a normalisation does: bn.running_mean, bn.running_var, bn.num_batches_tracked",
+        "  it uses parameters beside those of its layers: act.weight",
         "      b",
         "near misses: 2",
         "  it returns the gate only, its parent multiplies",

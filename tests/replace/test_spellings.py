@@ -72,12 +72,13 @@ def maps_of(model: nn.Module, size: tuple[int, ...], count: int, dtype: torch.dt
     """Random maps, of which the first sample of three has channels of zeros, where all positions are the maximum."""
     n, *spatial = size
     shape = (n, C, *spatial[: getattr(model, "dims", 4) - 2])
+    is_last = getattr(model, "is_last", False)
     drawn = torch.Generator().manual_seed(n)
     offsets = torch.randn(*shape[:2], *(1 for _ in shape[2:]), generator=drawn)
     maps = [(torch.randn(shape, generator=drawn) + offsets).to(dtype) for _ in range(count)]
     for x in maps if n == 3 else ():
         x[0, ::2] = 0
-    return maps
+    return [x.movedim(1, -1).contiguous() for x in maps] if is_last else maps
 
 
 def attributes(model: nn.Module) -> dict[str, Any]:
@@ -172,7 +173,7 @@ def examined(make: Callable[[], nn.Module], name: str) -> tuple[nn.Module, nn.Mo
     for module in model.modules():
         # In training on one map, the mean over all positions after a batch norm is its bias: zero at first, so that
         # gradients are nothing but rounding.
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
             nn.init.normal_(module.weight), nn.init.normal_(module.bias)
     original = copy.deepcopy(model)
     return model, original, se_fused.replace(model)

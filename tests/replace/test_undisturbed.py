@@ -160,3 +160,14 @@ def test_near_misses_leave_nothing_behind_either():
     report = se_fused.replace(nn.Sequential(Block(), nn.ReLU()), dry_run=True)
     assert list(report.near) == ["0"]
     assert KEPT == []
+
+
+def test_any_generator_of_numpy() -> None:
+    before = numpy.random.get_bit_generator()
+    try:
+        numpy.random.set_bit_generator(numpy.random.PCG64(1))
+        state = numpy.random.get_bit_generator().state
+        assert len(se_fused.replace(Plus(Convolutional())).replaced) == 1
+        assert numpy.random.get_bit_generator().state == state
+    finally:
+        numpy.random.set_bit_generator(before)
