@@ -168,11 +168,16 @@ def settled_with(model: nn.Module, shape: tuple[int, ...] | None) -> Tensor:
     return x
 
 
-def run(model: nn.Module, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """The outputs in eval mode, and the gradients of a weighted sum of them."""
+def outputs_of(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """The outputs in eval mode that depend on x or the parameters."""
     model.train().eval()  # empties what some networks keep between calls
-    x = x.clone().requires_grad_()
-    outputs = [y for y in tree_leaves(model(x)) if isinstance(y, Tensor) and y.requires_grad]
+    return [y for y in tree_leaves(model(x.requires_grad_())) if isinstance(y, Tensor) and y.requires_grad]
+
+
+def run(model: nn.Module, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """The outputs, and the gradients of a weighted sum of them."""
+    x = x.clone()
+    outputs = outputs_of(model, x)
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(y.shape, generator=generator).to(y) for y in outputs]
     inputs = [x, *(p for p in model.parameters() if p.requires_grad)]
@@ -204,11 +209,11 @@ def _examine(network: Network, line: Line) -> None:
     if line["replaced"] == line["inline"] == "0":
         return
     x = settled_with(model, models(network.library)[network.model].shape)
-    got, _ = run(model, x)
+    got = [y.detach() for y in outputs_of(model, x.clone())]
     # Gradients in float64: in float32 a number next to zero may get another sign, and a ReLU then another gradient.
     _, got_gradients = run(model.double(), x.double())
     truth, wanted_gradients = run(se_fused.restore(model), x.double())
-    wanted, _ = run(model.float(), x)
+    wanted = [y.detach() for y in outputs_of(model.float(), x.clone())]
     line["output_difference"] = f"{difference(got, wanted):.1e}"
     line["original_error"] = f"{difference(wanted, truth):.1e}"
     line["replaced_error"] = f"{difference(got, truth):.1e}"

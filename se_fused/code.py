@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 from collections.abc import Iterator
 from types import CodeType, FunctionType
 from typing import Any
@@ -12,27 +12,36 @@ _MODES = {
     *("is_grad_enabled", "is_inference_mode_enabled", "is_inference", "is_autocast_enabled", "is_autocast_cpu_enabled"),
     *("get_autocast_dtype", "get_autocast_gpu_dtype", "get_autocast_cpu_dtype"),
 }
+# Of functions that are not read.
+_OWN = ("torch.", f"{__package__}.")
 
 
 def functions_of(cls: type[Any]) -> Iterator[tuple[FunctionType, list[CodeType]]]:
-    """The forward of a class, the methods and functions that it names, and so on, each with the code of the functions
-    inside it. PyTorch's own are left out."""
-    names, todo, seen = ["forward"], list[FunctionType](), set[Any]()
+    """The forward of a class and of the classes that it inherits from, the methods, properties and functions that they
+    name, and so on, each with the code of the functions inside it. Those of PyTorch and of se_fused are left out."""
+    names, todo, seen = ["forward"], list[Any](), set[Any]()
     while names or todo:
-        function = getattr(cls, names.pop(), None) if names else todo.pop()
-        if not isinstance(function, FunctionType) or function in seen or function.__module__.startswith("torch."):
+        if names:
+            name = names.pop()
+            todo += [vars(base)[name] for base in cls.__mro__ if name in vars(base)]
+            continue
+        function = todo.pop()
+        if isinstance(function, (property, staticmethod, classmethod)):
+            function = function.fget if isinstance(function, property) else function.__func__
+        if not isinstance(function, FunctionType) or function in seen or function.__module__.startswith(_OWN):
             continue
         seen.add(function)
         codes = [function.__code__]
         for code in codes:  # grows by the functions inside
             codes += [each for each in code.co_consts if isinstance(each, CodeType)]
             names += code.co_names
-            named = map(function.__globals__.get, code.co_names)
-            todo += [each for each in named if isinstance(each, FunctionType)]
+            todo += map(function.__globals__.get, code.co_names)
+        for cell in function.__closure__ or ():  # as that of a decorator
+            with contextlib.suppress(ValueError):  # it is empty
+                todo.append(cell.cell_contents)
         yield function, codes
 
 
-@functools.cache
 def asks_for_modes(cls: type[Any]) -> str | None:
     """The first question for grad mode, inference mode or autocast in the code of a forward; None if there is none."""
     names = (name for _, codes in functions_of(cls) for code in codes for name in code.co_names)

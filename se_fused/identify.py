@@ -117,7 +117,8 @@ def identify(bare: nn.Module, trace: tracing.Trace, norms: Steps, squeeze: str, 
     if others:
         return beside + ", ".join(sorted(others))
     if found_gate is None:
-        return f"its output is not x * s or x * (1 + s) with a gate s that is one of {', '.join(GATES)}, 2 * sigmoid"
+        gates = ", ".join(GATES)
+        return f"its output is not x * s or x * (1 + s) with a gate s that is one of {gates}, or x * 2 * sigmoid"
     (gate, residual, is_doubled), step = found_gate
     b2, norm_of_p2 = (step, "") if step in biases else (last.bias, step)
     apart = tuple(bias for bias, call in ((b1, first), (b2, last)) if bias is not None and bias != call.bias)
@@ -150,6 +151,8 @@ def _act_of(p1: Tensor, h: Tensor, before: Steps, after: Steps) -> tuple[str, st
 
 def _name_of_other_act(p1: Tensor, h: Tensor) -> str | None:
     p1, h = p1.reshape(-1), h.reshape(-1)
+    if p1.shape != h.shape:
+        return None
     slope = float((h / p1)[p1 < 0].median())
     if same(h, F.leaky_relu(p1, slope)):
         return f"a leaky ReLU of slope {_nearest_fraction(slope):.4g}"

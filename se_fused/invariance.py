@@ -39,7 +39,7 @@ def violation(layer: nn.Module, recognised: Recognised, dims: int) -> str | None
             for each in (layer, *others):
                 tracing.set_mode(each, training)
             first = _Run(layer, shapes[0], grad)
-            # All sizes as in training and as in inference.
+            # All sizes in the two usual cases: training with gradients, inference without.
             runs = [(layer, shape) for shape in (shapes if training == grad else shapes[-2:])]
             runs += [(other, shapes[1]) for other in others]
             found = next(filter(None, (_difference(_Run(*run, grad), first) for run in runs)), None)

@@ -156,7 +156,8 @@ class _Examination:
         """Find SE that is written into the forward of `module`, beside an SE layer that is a child of it."""
         if isinstance(module, nn.Sequential) or self.outcome.keys().isdisjoint(module.children()):
             return
-        known = [inner for inner in module.modules() if inner in self.outcome or inner in near]
+        found_before = self.outcome.keys() | self.inline.keys() | near.keys()
+        known = [inner for inner in module.modules() if inner in found_before]
         reason = near_miss(module, known)
         if reason is not None:
             found = find_inline(module, known)

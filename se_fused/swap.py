@@ -100,8 +100,10 @@ class LayerSwap(Swap):
         self._axis = -1 if recognised.channels_last else 1
 
     def weights(self, layer: nn.Module, x: Tensor) -> Any:
-        """[w1, b1, w2, b2] as they are now; None if x has another dtype or number of channels, if a batch norm is in
-        training, or if the check does not hold any more, which is logged once."""
+        """[w1, b1, w2, b2] as the operation takes them; None if the layer must compute x as it did before.
+
+        It is logged once if the reason is that the check does not hold any more.
+        """
         if x.shape[self._axis] != self.recognised.channels:
             return None
         if self._inside.unchanged(layer):
@@ -120,18 +122,16 @@ class LayerSwap(Swap):
 
 def compute(x: Tensor, weights: list[Any], recognised: Recognised, options: Options, inplace: bool) -> Tensor:
     """What an SE layer with these weights computes; inplace: it may overwrite x."""
-    x = recognised.as_map(x)
+    x, y = recognised.as_map(x), None
     given = (x, *weights, x if recognised.residual else None, options)
     if inplace and not (torch.is_grad_enabled() or x.requires_grad or under_transform()):
         # ValueError, raised before anything is written: x overlaps itself or a weight, or is an inference tensor.
         # Then the call is not made in place.
         with contextlib.suppress(ValueError):
-            return _result(ops.call(*given, inplace=True), recognised)  # type: ignore[misc]
-    return _result(ops.call(*given), recognised)
-
-
-def _result(y: Tensor, recognised: Recognised) -> Tensor:
-    if recognised.is_doubled:  # in a pass of its own, which is exact; no gradient needs y
+            y = ops.call(*given, inplace=True)  # type: ignore[misc]
+    if y is None:
+        y = ops.call(*given)
+    if recognised.is_doubled:  # in a pass of its own, which is exact
         y = y * 2 if y.requires_grad else y.mul_(2)
     return recognised.of_layer(y)
 

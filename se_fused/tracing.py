@@ -82,7 +82,7 @@ def weight_shapes(layer: nn.Module) -> list[tuple[int, ...]] | None:
         if parameters and (isinstance(module, parametrize.ParametrizationList) or "weight_v" in module._parameters):
             parameters = [max(parameters, key=Tensor.numel)]
         shapes += [tuple(p.shape) for p in parameters if p.dim() > 1]
-        # A bias may have the shape [1, C, 1, 1].
+        # A bias may have the shape [1, C, 1, 1]. So has a weight if R is 1.
         shapes = [shape for shape in shapes if math.prod(shape) > max(shape)] or shapes
         if len(shapes) > 2 or any(len(shape) > 5 or math.prod(shape[2:]) != 1 or 0 in shape for shape in shapes):
             return None
@@ -161,7 +161,7 @@ def _random(p: Tensor) -> nn.Parameter:
 
 
 def _randomise(norm: _BatchNorm) -> None:
-    """Give `norm` statistics, and factors away from 0, which would leave of the grid only its middle."""
+    """Give `norm` statistics, and factors away from 0: they would map the whole grid to its middle."""
     for name in ("weight", "bias", "running_mean", "running_var"):
         t = getattr(norm, name)
         if isinstance(t, Tensor):

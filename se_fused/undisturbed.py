@@ -26,7 +26,8 @@ def undisturbed(model: nn.Module) -> Iterator[list[str]]:
 
     Yields a list to which the end of the block adds the names of what it had to restore. Inside the block, global
     module hooks are not called, and PyTorch uses one thread, because a process forked later would hang in an OpenMP
-    pool that was started here. TorchScript functions are not optimised: its fuser fails on the meta device.
+    pool that was started here. TorchScript functions are not optimised, because TorchScript's fuser fails on the meta
+    device.
     """
     classes = {cls: dict(vars(cls)) for module in model.modules() for cls in type(module).__mro__}
     containers = {id(each): (name, each, _contents(each)) for name, each in _reachable(classes)}

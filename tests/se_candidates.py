@@ -137,6 +137,11 @@ ACCEPTED = {
 }
 
 
+class AsksForAutocast(Convolutional):
+    def forward(self, x):
+        return super().forward(x) * (3 if torch.is_autocast_enabled("cpu") else 1)
+
+
 SQUEEZE = r"its squeeze is not the mean.* over all positions of a map \[N, C, \*spatial\]"
 ACT = "its activation is none of"
 OUTPUT = "its output is not"
@@ -181,6 +186,21 @@ REFUSED = {
     "asks for inference mode": (
         partial(varied, gate=lambda v: v.sigmoid() * (3 if torch.is_inference_mode_enabled() else 1)),
         "a forward in it asks for is_inference_mode_enabled",
+    ),
+    "asks for autocast, below super().forward": (
+        lambda: type("Own", (AsksForAutocast,), {"forward": lambda m, x: super(type(m), m).forward(x)})(),
+        "a forward in it asks for is_autocast_enabled",
+    ),
+    "asks for autocast in a property": (
+        lambda: type(
+            "Own",
+            (Convolutional,),
+            {
+                "factor": property(lambda m: 3 if torch.is_autocast_enabled("cpu") else 1),
+                "squeeze": lambda m, x: x.mean((2, 3), keepdim=True) * m.factor,
+            },
+        )(),
+        "a forward in it asks for is_autocast_enabled",
     ),
     "float32 in training": (
         lambda: type(

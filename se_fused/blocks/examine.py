@@ -81,7 +81,7 @@ def _acts_outside(cls: type[Any]) -> str | None:
                 value = function.__globals__.get(name)
                 if not isinstance(value, (ModuleType, type)) and _is_opaque(value, ()):
                     return f"uses a global object whose changes cannot be noticed, {name}"
-    mode = asks_for_modes(cls)  # type: ignore[arg-type]
+    mode = asks_for_modes(cls)
     return f"asks for {mode}" if mode else None
 
 
@@ -122,8 +122,8 @@ def read(
         Exception: as `trace` does.
         ValueError: if they depend on dtype, grad mode, inference mode, autocast or the mode of one of `modeless`.
     """
-    # Two readings in which everything differs. What depends on two of these at once asks for one of them by name, which
-    # `obstacle` has refused.
+    # Two readings in which everything differs. They miss what depends on two of these at once, so `obstacle` refuses a
+    # forward that asks for one of the modes by name.
     with torch.enable_grad(), torch.autocast("cpu"), _autocast_on_gpus():
         program = trace(bare, leaves, extras, sample)
     bare.float().requires_grad_(False)

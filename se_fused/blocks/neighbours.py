@@ -113,7 +113,7 @@ def join_norms(program: Program, root: nn.Module) -> Program:
 def _join_layer(
     calls: Calls, layer: Call, path: str, recognised: Recognised, inline: Inline | None
 ) -> tuple[Program, Neighbours] | None:
-    # The residual would be that of u, which the kernels do not add.
+    # The kernels add no residual u, take no maps with the channels last, and have no gate 2 * sigmoid.
     if recognised.residual or recognised.channels_last or recognised.is_doubled:
         return None
     uses = sum(call.kind == "module" and call.target == path for call in calls.program.calls)

@@ -134,6 +134,16 @@ def test_half_precision_is_no_worse_than_the_layer(dtype: torch.dtype, norms: di
     assert (layer(x).double() - wanted).abs().max() <= 1.5 * (eager.double() - wanted).abs().max()
 
 
+def test_weights_that_are_much_larger_than_the_map_are_not_folded() -> None:
+    layer = normed(p1=True)
+    original = copy.deepcopy(layer)
+    se_fused.replace(layer)
+    for side, fused in ((1, False), (4, True)):
+        x = torch.randn(1, C, 1, side)
+        assert is_fused(layer, x) == fused
+        torch.testing.assert_close(layer(x), original(x))
+
+
 def test_training_is_that_of_the_layer() -> None:
     torch.manual_seed(0)
     layer = normed(p1=True, p2=True)

@@ -116,10 +116,32 @@ def test_beside_an_se_layer(level: str, depth: int) -> None:
     original, model = copy.deepcopy(block), nn.Sequential(block)
     report = replace(model, level=level)
     assert list(report.replaced) == ["0.inner" + ".0" * depth]
-    if depth == 0:
-        assert list(report.inline) == ["0"]
-        assert calls_in(block, image()) == 2
+    # Beside a layer that is deeper inside, the other one is not looked for.
+    assert list(report.inline) == ["0"] * (depth == 0)
+    assert calls_in(block, image()) == 2 - depth
     assert difference(block, original) is None
+
+
+def test_beside_a_replaced_se_layer() -> None:
+    block = drawn(Beside())
+    original = copy.deepcopy(block)
+    replace(block.inner)
+    assert list(replace(block).inline) == [""]
+    assert calls_in(block, image()) == 2
+    assert difference(block, original) is None
+
+
+def test_around_an_se_layer_and_an_inline_one() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.se, self.block = SEModule(C), MBConv()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block(self.se(x))
+
+    report = replace(drawn(Net()))
+    assert (list(report.replaced), list(report.inline), report.near) == (["se"], ["block"], {})
 
 
 def test_beside_an_excluded_se_layer() -> None:
