@@ -98,7 +98,7 @@ def in_training(effect):
 
 
 def with_gradients(effect):
-    return lambda self, s: effect(self, s) if torch.is_grad_enabled() else None
+    return lambda self, s: effect(self, s) if s.requires_grad else None
 
 
 def counting_by_default(self, p2, calls=[]):  # noqa: B006 (it is what is tested)
