@@ -169,14 +169,13 @@ def settled_with(model: nn.Module, shape: tuple[int, ...] | None) -> Tensor:
 
 
 def outputs_of(model: nn.Module, x: Tensor) -> list[Tensor]:
-    """The outputs in eval mode that depend on x or the parameters."""
+    """The outputs in eval mode that depend on x, which requires a gradient, or on parameters."""
     model.train().eval()  # empties what some networks keep between calls
-    return [y for y in tree_leaves(model(x.requires_grad_())) if isinstance(y, Tensor) and y.requires_grad]
+    return [y for y in tree_leaves(model(x)) if isinstance(y, Tensor) and y.requires_grad]
 
 
 def run(model: nn.Module, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """The outputs, and the gradients of a weighted sum of them."""
-    x = x.clone()
     outputs = outputs_of(model, x)
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(y.shape, generator=generator).to(y) for y in outputs]
@@ -208,12 +207,13 @@ def _examine(network: Network, line: Line) -> None:
     line |= counts(report)
     if line["replaced"] == line["inline"] == "0":
         return
-    x = settled_with(model, models(network.library)[network.model].shape)
-    got = [y.detach() for y in outputs_of(model, x.clone())]
+    x = settled_with(model, models(network.library)[network.model].shape).requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    got = [y.detach() for y in outputs_of(model, x)]
     # Gradients in float64: in float32 a number next to zero may get another sign, and a ReLU then another gradient.
-    _, got_gradients = run(model.double(), x.double())
-    truth, wanted_gradients = run(se_fused.restore(model), x.double())
-    wanted = [y.detach() for y in outputs_of(model.float(), x.clone())]
+    _, got_gradients = run(model.double(), exact)
+    truth, wanted_gradients = run(se_fused.restore(model), exact)
+    wanted = [y.detach() for y in outputs_of(model.float(), x)]
     line["output_difference"] = f"{difference(got, wanted):.1e}"
     line["original_error"] = f"{difference(wanted, truth):.1e}"
     line["replaced_error"] = f"{difference(got, truth):.1e}"

@@ -178,17 +178,17 @@ def near_miss(module: nn.Module, known: Collection[nn.Module] = ()) -> str | Non
     if flow.gate is None:
         return _gate_alone(flow, x, y)
     layers = flow.gate.layers
-    what = _described(layers)
+    what, arity = _described(layers), tracing.arity(module)
+    inputs = f"it needs {arity} inputs" if arity > 1 else ""
     if flow.in_block:
-        inputs = "" if tracing.arity(module) == 1 else f"; it needs {tracing.arity(module)} inputs"
-        return f"SE written into the block: {what} on a pooled map, then a product{inputs}"
+        return "; ".join(filter(None, (f"SE written into the block: {what} on a pooled map, then a product", inputs)))
     unusual = len(layers) > 2 or any(layer.groups > 1 for layer in layers)
     reasons = [
         "it has a spatial gate beside the channel gate (scSE)" if flow.spatial_gate else "",
         what if unusual else "",
         _WINDOWS if flow.windows else note,
         "" if isinstance(y, Tensor) and y.shape == x.shape else "its result is not one map of the shape of x",
-        "" if tracing.arity(module) == 1 else f"it needs {tracing.arity(module)} inputs",
+        inputs,
     ]
     stated = [reason for reason in reasons if reason]
     return "; ".join(stated) or float64_refusal(module) or f"it is not only {what}, a gate and a product"

@@ -97,15 +97,12 @@ class LayerSwap(Swap):
         self.recognised, self.inplace, self.options = recognised, inplace, recognised.options()
         self.dims = recognised.dims
         self._reader = WeightReader(layer, recognised)
-        self._axis = -1 if recognised.channels_last else 1
 
     def weights(self, layer: nn.Module, x: Tensor) -> Any:
         """[w1, b1, w2, b2] as the operation takes them; None if the layer must compute x as it did before.
 
         It is logged once if the reason is that the check does not hold any more.
         """
-        if x.shape[self._axis] != self.recognised.channels:
-            return None
         if self._inside.unchanged(layer):
             weights = self._reader(vars(layer))
             if weights is not None:

@@ -37,12 +37,10 @@ def undisturbed(model: nn.Module) -> Iterator[list[str]]:
     for each in GLOBAL_HOOKS:
         each.clear()
     torch.set_num_threads(1)
-    optimises = torch._C._get_graph_executor_optimize()
-    torch._C._set_graph_executor_optimize(False)
     try:
-        yield changed
+        with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
+            yield changed
     finally:
-        torch._C._set_graph_executor_optimize(optimises)
         torch.set_num_threads(threads)
         for each, contents in hooks:
             _restore_container(each, contents)

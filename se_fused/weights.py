@@ -40,8 +40,11 @@ class WeightReader:
         names = (recognised.w1, recognised.b1, recognised.w2, recognised.b2)
         self._parameters = [_parameter(layer, name) for name in names]
         self._norms = [layer.get_submodule(path) for _, path in recognised.norms]
-        places = [place for place, _ in recognised.norms]
-        self._readers = [(place, reader_of_norm(norm)) for place, norm in zip(places, self._norms, strict=True)]
+        self._folds: list[tuple[int, int, Callable[[], NormVectors]]] = []  # which weight, along which axis, of what
+        for (place, _), norm in zip(recognised.norms, self._norms, strict=True):
+            i = 0 if place in ("z", "p1") and recognised.w1 is not None else 2
+            self._folds.append((i, 0 if place in ("p1", "p2") else 1, reader_of_norm(norm)))
+        self._channels, self._axis = recognised.channels, -1 if recognised.channels_last else 1
         # A bias that is added apart could be one of another shape, which a sum broadcasts.
         self._apart = [(names.index(name), layer.get_parameter(name).shape) for name in recognised.apart]
 
@@ -56,7 +59,10 @@ class WeightReader:
         return weights
 
     def accepts(self, x: Tensor, weights: list[Any]) -> bool:
-        """Whether casts in the original, which a check in one dtype cannot detect, would change nothing."""
+        """Whether x has the channels of the layer, and a dtype in which casts of the original, which a check in one
+        dtype cannot detect, would change nothing."""
+        if x.shape[self._axis] != self._channels:
+            return False
         dtypes = {w.dtype for w in weights if w is not None}
         if dtypes == {x.dtype}:
             return True
@@ -82,26 +88,18 @@ class WeightReader:
             weights[i] = weights[i].flatten()
         if any(vars(norm)["training"] for norm in self._norms):
             return None
-        folded = sum(weights[_weight_at(place, weights)].numel() for place, _ in self._readers)
-        if folded > _MOST_PER_NUMBER * numbers:
+        if sum(weights[i].numel() for i, _, _ in self._folds) > _MOST_PER_NUMBER * numbers:
             return None
         dtype = weights[2].dtype
-        for place, read in self._readers:
+        for i, axis, read in self._folds:
             norm = read()
-            i = _weight_at(place, weights)
-            if not _fits(norm, weights[i].shape[0 if place in ("p1", "p2") else 1], dtype):
+            if not _fits(norm, weights[i].shape[axis], dtype):
                 return None
-            fold = _fold_after if place in ("p1", "p2") else _fold_before
-            weights[i : i + 2] = fold(weights[i], weights[i + 1], norm)
+            weights[i : i + 2] = (_fold_after, _fold_before)[axis](weights[i], weights[i + 1], norm)
         if dtype in (torch.float16, torch.bfloat16) and self._norms:
             # Where terms cancel, half precision would lose more than the layer does; the operation takes float32 too.
             weights = [None if w is None else w.float() for w in weights]
         return weights
-
-
-def _weight_at(place: str, weights: list[Any]) -> int:
-    """Which of `weights` takes a batch norm at `place`: w1 or w2."""
-    return 0 if place in ("z", "p1") and weights[0] is not None else 2
 
 
 def _parameter(layer: nn.Module, name: str | None) -> _Parameter:

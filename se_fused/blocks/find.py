@@ -19,7 +19,7 @@ from ..undisturbed import are_equal, random_states, undisturbed_inference
 from . import fused
 from .calls import CONVOLUTIONS
 from .cost import WAYS
-from .examine import bare_copy, maps_of, obstacle, read
+from .examine import maps_of, obstacle, read
 from .forwards import InlineBlock, Kind, arguments_for
 from .neighbours import Neighbours, join, join_norms
 from .program import Program
@@ -134,7 +134,7 @@ def _examine(
     whole = [each for each in inside if each in replaced or isinstance(each, Replaced)]
     with undisturbed_inference(module) as put_back:
         try:
-            bare = bare_copy(module)
+            bare = tracing.bare_copy(module)
             kind = Kind.of(False, {}, arguments_for(type(module)))[0]
             of_bare = dict(zip(module.modules(), bare.modules(), strict=True))
             program = read(bare, [of_bare[each] for each in whole])
@@ -157,7 +157,7 @@ def _join_inline(block: InlineBlock) -> Block | str:
     joined: dict[Kind, Program] = {}
     neighbours: list[Neighbours] = []
     with undisturbed_inference(block.module):
-        bare = bare_copy(block.module)
+        bare = tracing.bare_copy(block.module)
         for kind, inline in block.forwards.items():
             if kind.training:
                 continue

@@ -22,7 +22,7 @@ from ..swap import is_same
 from ..undisturbed import undisturbed_inference
 from . import fused
 from .calls import CONVOLUTIONS
-from .examine import bare_copy, maps_of, obstacle, read
+from .examine import maps_of, obstacle, read
 from .inline import Parts
 from .program import Number, Program
 
@@ -95,7 +95,7 @@ def find_inline(module: nn.Module, known: Collection[nn.Module] = ()) -> InlineB
         return reason
     with undisturbed_inference(module) as put_back:
         try:
-            bare = bare_copy(module)
+            bare = tracing.bare_copy(module)
             pairs = zip(module.modules(), bare.modules(), strict=True)
             leaves = [own for each, own in list(pairs)[1:] if isinstance(each, Replaced) or each in known]
             found = None
