@@ -16,11 +16,11 @@ bool connect(uintptr_t forward, uintptr_t batch_norm, const pybind11::tuple& typ
 // CPU, and for arguments that are not valid. `norm` is an eval-mode batch norm: the tuple (weight or None, bias or
 // None, mean, variance, epsilon).
 
-// y, the result of a call of se_fused.squeeze_excite. norm: None, or in place of scale and shift. s: that of
-// BlockForward (se.h), or None.
+// y, the result of a call of se_fused.squeeze_excite. out: x (in place), a map apart from all inputs, or None for a new
+// one. norm: None, or in place of scale and shift. s: that of BlockForward (se.h), or None.
 pybind11::object forward(pybind11::handle x, pybind11::handle w1, pybind11::handle b1, pybind11::handle w2,
-                         pybind11::handle b2, pybind11::handle residual, bool inplace, int64_t act, int64_t gate,
-                         double slope, double offset, int64_t squeeze, int64_t pre_act, int64_t post_act,
+                         pybind11::handle b2, pybind11::handle residual, pybind11::handle out, int64_t act,
+                         int64_t gate, double slope, double offset, int64_t squeeze, int64_t pre_act, int64_t post_act,
                          pybind11::handle scale, pybind11::handle shift, const pybind11::object& norm,
                          pybind11::handle s);
 

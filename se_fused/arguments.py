@@ -100,9 +100,10 @@ def _check_kinds(
 
 
 def check(
-    x: Any, w1: Any, b1: Any, w2: Any, b2: Any, residual: Any, scale: Any, shift: Any, squeeze: str, inplace: Any
-) -> None:
-    """Check the tensors and `inplace` of a call of `se_fused.squeeze_excite`.
+    x: Any, w1: Any, b1: Any, w2: Any, b2: Any, residual: Any, scale: Any, shift: Any, squeeze: str,
+    inplace: Any = False, out: Any = None,
+) -> None:  # fmt: skip
+    """Check the tensors, `inplace` and `out` of a call of `se_fused.squeeze_excite`.
 
     Raises:
         TypeError, ValueError: for the first argument that the call does not take, naming it.
@@ -124,25 +125,52 @@ def check(
                 got = f"{_describe(t)}, whose storage was freed"
                 refuse(ValueError, _TENSORS[i], got, "a tensor that has its memory")
     if inplace:
-        _check_inplace(tensors, has_addresses)
+        if out is not None:
+            refuse(TypeError, "out", _describe(out), "None, because inplace is True")
+        if needs_grad(*tensors):
+            refuse(ValueError, "inplace", "True", "False, because an input requires grad: backward needs x as it was")
+        _check_written("x", x, tensors, has_addresses)
+    elif out is not None:
+        _check_out(out, tensors, has_addresses)
 
 
-def _check_inplace(tensors: tuple[Tensor | None, ...], has_addresses: bool) -> None:
-    """Refuse what PyTorch's `out=` refuses: writing x in place must not change a value that is read afterwards."""
+def _check_out(out: Any, tensors: tuple[Tensor | None, ...], has_addresses: bool) -> None:
     x = tensors[0]
     assert x is not None
-    if needs_grad(*tensors):
-        refuse(ValueError, "inplace", "True", "False, because an input requires grad: backward needs x as it was")
-    if has_addresses and is_locked_inference_tensor(x):
-        refuse(ValueError, "x", "an inference tensor outside inference mode", "a tensor that may be written to")
-    if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)) or (
-        has_addresses and memory.overlaps_itself(x)
+    wanted = f"the shape, dtype and device of x: {_describe(x)}"
+    if not isinstance(out, Tensor) or out.is_nested or out.layout is not torch.strided or out.dtype != x.dtype:
+        refuse(TypeError, "out", _describe(out), wanted)
+    if out.shape != x.shape or out.device != x.device:
+        refuse(ValueError, "out", _describe(out), wanted)
+    if needs_grad(*tensors, out):
+        refuse(ValueError, "out", _describe(out), "None, because an input or out requires grad")
+    if has_addresses and type(out) in memory.PLAIN_TYPES and memory.is_freed(out):
+        refuse(ValueError, "out", f"{_describe(out)}, whose storage was freed", "a tensor that has its memory")
+    _check_written("out", out, tensors, has_addresses)
+
+
+def _check_written(written: str, y: Tensor, tensors: tuple[Tensor | None, ...], has_addresses: bool) -> None:
+    """Refuse what PyTorch's `out=` refuses: writing y must not change a value that is read afterwards.
+
+    written: the argument that is y. It may be x, and then also the residual, because both are read element by element
+    before y is written there.
+    """
+    if has_addresses and is_locked_inference_tensor(y):
+        refuse(ValueError, written, "an inference tensor outside inference mode", "a tensor that may be written to")
+    if any(stride == 0 and size > 1 for stride, size in zip(y.stride(), y.shape, strict=True)) or (
+        has_addresses and memory.overlaps_itself(y)
     ):
-        refuse(ValueError, "x", "a tensor that overlaps itself", "memory of its own for each element, to write to")
-    for name, t in zip(_TENSORS[1:], tensors[1:], strict=True) if has_addresses else ():
-        if t is not None and not (name == "residual" and memory.same_elements(t, x)) and memory.overlap(t, x):
-            wanted = "memory apart from x, which is written in place"
-            refuse(ValueError, name, "in the memory of x", wanted + (", or x itself" if name == "residual" else ""))
+        refuse(ValueError, written, "a tensor that overlaps itself", "memory of its own for each element, to write to")
+    if not has_addresses:
+        return
+    x = tensors[0]
+    assert x is not None
+    is_x = memory.same_elements(x, y)
+    for name, t in zip(_TENSORS, tensors, strict=True):
+        may_be_y = name == "x" or (name == "residual" and is_x)
+        if t is not None and not (may_be_y and memory.same_elements(t, y)) and memory.overlap(t, y):
+            wanted = f"memory apart from {written}, which is written" + (f", or {written} itself" if may_be_y else "")
+            refuse(ValueError, name, f"in the memory of {written}", wanted)
 
 
 def is_locked_inference_tensor(x: Tensor) -> bool:

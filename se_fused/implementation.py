@@ -25,9 +25,11 @@ def dense(t: Tensor | None, channels_last: bool = False) -> Tensor | None:
 
 
 def _dense_out(t: Tensor, channels_last: bool) -> Tensor:
-    """A tensor that a backend can fill: `t` itself, or if `t` is dense in a third order (a transposed map), a
-    contiguous buffer, from which the caller copies."""
-    return t if channels_last or t.is_contiguous() else torch.empty_like(t, memory_format=torch.contiguous_format)
+    """A tensor that a backend can fill: `t` itself, or if `t` has other strides (a transposed map), a contiguous
+    buffer, from which the caller copies."""
+    if (channels_last or t.is_contiguous()) and not (t.is_neg() or t._is_zerotensor()):
+        return t
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
 def _accumulated(t: Tensor | None, x: Tensor) -> Tensor | None:
@@ -39,15 +41,21 @@ def forward(
     backend: Backend,
     x: Tensor, w1: Tensor | None, b1: Tensor | None, w2: Tensor, b2: Tensor | None, residual: Tensor | None,
     scale: Tensor | None, shift: Tensor | None, *options: Any, saved: tuple[Tensor | None, ...] = (None, None, None),
+    out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    y = torch.empty_like(x)  # has the strides that eager PyTorch's result has
+    y = torch.empty_like(x) if out is None else out  # new: with the strides that eager PyTorch's result has
     channels_last = is_channels_last(y)
-    out = _dense_out(y, channels_last)
+    filled = _dense_out(y, channels_last)
     backend.forward_out(
         dense(x, channels_last), dense(w1), dense(b1), dense(w2), dense(b2), dense(residual, channels_last),
-        _accumulated(scale, x), _accumulated(shift, x), *options, channels_last, out, *saved,
+        _accumulated(scale, x), _accumulated(shift, x), *options, channels_last, filled, *saved,
     )  # fmt: skip
-    return y if out is y else y.copy_(out)
+    return y if filled is y else y.copy_(filled)
+
+
+def forward_out(backend: Backend, *args: Any) -> None:
+    *inputs, out = args
+    forward(backend, *inputs, out=out)
 
 
 def forward_inplace(

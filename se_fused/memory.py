@@ -72,6 +72,8 @@ def overlap(a: Tensor, b: Tensor) -> bool:
 
 def same_elements(a: Tensor, b: Tensor) -> bool:
     """Whether `a` and `b`, of the same shape and dtype, have each element at the same address."""
+    if not (_has_memory(a) and _has_memory(b)):
+        return False
     return a.data_ptr() == b.data_ptr() and all(
         size == 1 or of_a == of_b for size, of_a, of_b in zip(a.shape, a.stride(), b.stride(), strict=True)
     )

@@ -4,6 +4,7 @@
                                 the reference or one of
       torch.ops.se_fused.squeeze_excite            inference: y
       torch.ops.se_fused.squeeze_excite_           inference in place: y is written over x
+      torch.ops.se_fused.squeeze_excite_out        inference into `out`
       torch.ops.se_fused.squeeze_excite_train      y, and for backward z, p1 = W1 z + b1, p2 = W2 h + b2
       torch.ops.se_fused.squeeze_excite_backward   the gradients
         torch.ops.se_fused.forward_out, backward_out: kernels; they fill memory that was allocated here
@@ -41,6 +42,7 @@ _LIBRARY = torch.library.Library("se_fused", "DEF")
 for _schema in (
     f"squeeze_excite({_FORWARD}, {_OPTIONS}) -> Tensor",
     f"squeeze_excite_({_FORWARD.replace('Tensor x', 'Tensor(a!) x')}, {_OPTIONS}) -> ()",
+    f"squeeze_excite_out({_FORWARD}, {_OPTIONS}, Tensor(a!) out) -> ()",
     f"squeeze_excite_train({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
     # needs: which of dx, dw1, db1, dw2, db2, dresidual are wanted; each of the others is returned with no elements.
     # residual_is_x: dresidual is added to dx.
@@ -64,6 +66,7 @@ def _with_backend(function: Callable[..., Any]) -> Callable[..., Any]:
 
 _LIBRARY.impl("squeeze_excite", _with_backend(implementation.forward), "CompositeExplicitAutograd")
 _LIBRARY.impl("squeeze_excite_", _with_backend(implementation.forward_inplace), "CompositeExplicitAutograd")
+_LIBRARY.impl("squeeze_excite_out", _with_backend(implementation.forward_out), "CompositeExplicitAutograd")
 _LIBRARY.impl("squeeze_excite_train", _with_backend(implementation.forward_train), "CompositeExplicitAutograd")
 _LIBRARY.impl("squeeze_excite_backward", _with_backend(implementation.backward), "CompositeExplicitAutograd")
 
@@ -73,9 +76,11 @@ def _(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x)
 
 
-@torch.library.register_fake("se_fused::squeeze_excite_", lib=_LIBRARY)
-def _(x: Tensor, *_: Any) -> None:
-    return None
+for _name in ("squeeze_excite_", "squeeze_excite_out"):
+
+    @torch.library.register_fake(f"se_fused::{_name}", lib=_LIBRARY)
+    def _(x: Tensor, *_: Any) -> None:
+        return None
 
 
 @torch.library.register_fake("se_fused::squeeze_excite_train", lib=_LIBRARY)
@@ -165,16 +170,20 @@ for _name, _setup in (("squeeze_excite_train", _setup_train), ("squeeze_excite",
     torch.library.register_autograd(f"se_fused::{_name}", _backward, setup_context=_setup, lib=_LIBRARY)
 
 
-def _inplace_under_autograd(*args: Any) -> None:
-    if needs_grad(*args[:8]):
-        raise RuntimeError(
-            "se_fused: squeeze_excite_ writes over x, which its gradient would need; call squeeze_excite"
-        )
-    with _C._AutoDispatchBelowAutograd():
-        torch.ops.se_fused.squeeze_excite_.default(*args)
+def _without_gradients(name: str) -> Callable[..., None]:
+    """The autograd kernel of an operator that writes into an argument."""
+
+    def run(*args: Any) -> None:
+        if needs_grad(*(t for t in args if isinstance(t, Tensor))):
+            raise RuntimeError(f"se_fused: {name} writes into an argument, so it has no gradient; call squeeze_excite")
+        with _C._AutoDispatchBelowAutograd():
+            getattr(torch.ops.se_fused, name).default(*args)
+
+    return run
 
 
-_LIBRARY.impl("squeeze_excite_", _inplace_under_autograd, "Autograd")
+for _name in ("squeeze_excite_", "squeeze_excite_out"):
+    _LIBRARY.impl(_name, _without_gradients(_name), "Autograd")
 
 
 class _Train(torch.autograd.Function):
@@ -221,6 +230,7 @@ def squeeze_excite(
     residual: Tensor | None = None,
     post_act: str | None = None,
     inplace: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Squeeze-and-Excitation as one operation: `post_act(u * s + residual)` with `u = pre_act(scale * x + shift)` and
     the gate `s = gate(w2 @ act(w1 @ squeeze(u) + b1) + b2)`.
@@ -246,6 +256,9 @@ def squeeze_excite(
             gives x * (1 + s).
         post_act: an activation of the sum, with the names of `act`, or None.
         inplace: write the result over `x` and return `x`. Allowed only while autograd does not record the call.
+        out: write the result into this tensor, and return it: of the shape, dtype and device of `x`, any strides; those
+            of `x` are fastest. It is `x`, which is the same as `inplace=True`, or has no memory in common with any
+            input. Allowed only while autograd does not record the call.
 
     Returns:
         y, with the shape, dtype and memory format of `x`.
@@ -255,16 +268,17 @@ def squeeze_excite(
         BackendUnavailable: if a backend is forced that cannot run the call.
     """
     codes = encode("squeeze_excite", act, gate, squeeze, pre_act, post_act)
-    return call(x, w1, b1, w2, b2, residual, codes, inplace, scale, shift)
+    return call(x, w1, b1, w2, b2, residual, codes, inplace, scale, shift, out)
 
 
 def call(
     x: Tensor, w1: Tensor | None, b1: Tensor | None, w2: Tensor, b2: Tensor | None, residual: Tensor | None,
     codes: Codes, inplace: bool = False, scale: Tensor | None = None, shift: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`squeeze_excite` with encoded options: `Options`, which a layer makes once, or a plain tuple."""
     fast_path = _CPU.fast_path if _C._len_torch_function_stack() == 0 else _CPU.fast_path_under_mode
-    y = fast_path(x, w1, b1, w2, b2, residual, *codes, inplace=inplace, scale=scale, shift=shift)
+    y = fast_path(x, w1, b1, w2, b2, residual, *codes, inplace=inplace, scale=scale, shift=shift, out=out)
     if y is not None:
         return y
     options = Options(*codes)
@@ -272,14 +286,15 @@ def call(
     if needs_autocast(x, w2, residual, scale, shift):
         tensors = autocast(*tensors)
         x = tensors[0]
-    _check(*tensors, SQUEEZES[options.squeeze], inplace)
+    _check(*tensors, SQUEEZES[options.squeeze], inplace, out)
+    target = x if inplace else out
     if recorded() and decomposes(x.device, forcing.current().name != "auto"):
-        return reference.compute(*tensors, options=options, inplace=inplace)
+        return reference.compute(*tensors, options=options, out=target)
     backend = backends.select(x.device)
     # An empty map needs no speed, and the reference defines its mean and maximum.
     if backend is backends.REFERENCE or under_transform() or x.numel() == 0:
-        return reference.compute(*tensors, options=options, inplace=inplace)
-    bypass = unobserved(*tensors)  # the dispatcher
+        return reference.compute(*tensors, options=options, out=target)
+    bypass = unobserved(*tensors, target)  # the dispatcher
     if needs_grad(*tensors):
         *tensors, scale, shift = tensors
         if scale is not None:
@@ -289,22 +304,27 @@ def call(
         return torch.ops.se_fused.squeeze_excite_train.default(*tensors, *options)[0]  # type: ignore[no-any-return]
     # A profiler or a torch function mode must see the operator.
     bypass = bypass and not (profiler._is_profiler_enabled or _C._len_torch_function_stack() > 0)
-    if not inplace and bypass:
-        return implementation.forward(backend, *tensors, *options)
-    if not inplace:
+    if target is None:
+        if bypass:
+            return implementation.forward(backend, *tensors, *options)
         return torch.ops.se_fused.squeeze_excite.default(*tensors, *options)  # type: ignore[no-any-return]
-    if bypass:
-        implementation.forward_inplace(backend, *tensors, *options)
+    if target is x:
+        if bypass:
+            implementation.forward_inplace(backend, *tensors, *options)
+        else:
+            torch.ops.se_fused.squeeze_excite_.default(*tensors, *options)
+    elif bypass:
+        implementation.forward_out(backend, *tensors, *options, target)
     else:
-        torch.ops.se_fused.squeeze_excite_.default(*tensors, *options)
-    torch.autograd.graph.increment_version(x)
-    return x
+        torch.ops.se_fused.squeeze_excite_out.default(*tensors, *options, target)
+    torch.autograd.graph.increment_version(target)
+    return target
 
 
 def explain(
     x: Tensor, w1: Tensor | None, b1: Tensor | None, w2: Tensor, b2: Tensor | None,
     *, scale: Tensor | None = None, shift: Tensor | None = None, residual: Tensor | None = None, inplace: bool = False,
-    **options: Unpack[OptionNames],
+    out: Tensor | None = None, **options: Unpack[OptionNames],
 ) -> backends.Explanation:  # fmt: skip
     """Which backend would run `squeeze_excite` with these arguments, and why each of the others would not.
 
@@ -314,7 +334,7 @@ def explain(
         TypeError, ValueError, BackendUnavailable: as the call itself would.
     """
     chosen = Options.of(**options)
-    check(x, w1, b1, w2, b2, residual, scale, shift, SQUEEZES[chosen.squeeze], inplace)
+    check(x, w1, b1, w2, b2, residual, scale, shift, SQUEEZES[chosen.squeeze], inplace, out)
 
     def plan(backend: backends.Backend) -> str | None:
         r = 0 if w1 is None else w1.shape[0]

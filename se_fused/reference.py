@@ -58,7 +58,7 @@ def _linear(v: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
 def squeeze_excite(
     x: Tensor, w1: Tensor | None, b1: Tensor | None, w2: Tensor, b2: Tensor | None,
     *, scale: Tensor | None = None, shift: Tensor | None = None, residual: Tensor | None = None, inplace: bool = False,
-    **options: Unpack[OptionNames],
+    out: Tensor | None = None, **options: Unpack[OptionNames],
 ) -> Tensor:  # fmt: skip
     """Compute `se_fused.squeeze_excite` in plain PyTorch; see there for the arguments, their shapes and dtypes.
 
@@ -67,14 +67,15 @@ def squeeze_excite(
     Raises:
         ValueError: for an option with an unknown name.
     """
-    return compute(x, w1, b1, w2, b2, residual, scale, shift, options=Options.of(**options), inplace=inplace)
+    target = x if inplace else out
+    return compute(x, w1, b1, w2, b2, residual, scale, shift, options=Options.of(**options), out=target)
 
 
 def compute(
     x: Tensor, w1: Tensor | None, b1: Tensor | None, w2: Tensor, b2: Tensor | None, residual: Tensor | None,
-    scale: Tensor | None = None, shift: Tensor | None = None, *, options: Options, inplace: bool = False,
+    scale: Tensor | None = None, shift: Tensor | None = None, *, options: Options, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """`squeeze_excite` with its options already encoded as `Options`."""
+    """`squeeze_excite` with its options already encoded as `Options`. out: where the result is written; may be x."""
     device = x.device.type
     # Without this condition, every traced graph would contain the context.
     casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
@@ -85,4 +86,4 @@ def compute(
         if residual is not None:
             v = v + residual
         y = FUNCTIONS[options.post_act](v).to(x.dtype)
-    return x.copy_(y) if inplace else y
+    return y if out is None else out.copy_(y)

@@ -58,6 +58,7 @@ class Cpu(Compiled):
     def fast_path(
         self, x: Tensor, w1: Tensor | None, b1: Tensor | None, w2: Tensor, b2: Tensor | None, residual: Tensor | None,
         *options: Any, inplace: bool, scale: Tensor | None = None, shift: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> Tensor | None:  # fmt: skip
         """Run inference on dense CPU tensors without Python checks and dispatcher, and return y.
 
@@ -72,7 +73,7 @@ class Cpu(Compiled):
         if self.unchecked is None or type(x) is not Tensor or type(inplace) is not bool:
             return None
         try:
-            if needs_grad(x, w1, b1, w2, b2, residual, scale, shift):
+            if needs_grad(x, w1, b1, w2, b2, residual, scale, shift, out):
                 return None
         except AttributeError:
             return None  # not a tensor
@@ -80,13 +81,15 @@ class Cpu(Compiled):
             return None
         if not forcing.idle and not forcing.current().allows(self):
             return None
-        if inplace and x.is_inference() and is_locked_inference_tensor(x):
+        if inplace:
+            if out is not None:
+                return None
+            out = x
+        if out is not None and is_locked_inference_tensor(out):
             return None
-        y: Tensor | None = self.unchecked.forward(
-            x, w1, b1, w2, b2, residual, inplace, *options, scale, shift, None, None
-        )
-        if inplace and y is not None:
-            torch.autograd.graph.increment_version(x)
+        y: Tensor | None = self.unchecked.forward(x, w1, b1, w2, b2, residual, out, *options, scale, shift, None, None)
+        if out is not None and y is not None:
+            torch.autograd.graph.increment_version(out)
         return y
 
     def fast_path_under_mode(self, *args: Any, **more: Any) -> Tensor | None:

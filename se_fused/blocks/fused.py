@@ -183,7 +183,7 @@ def _bind_layer(call: Neighbours, root: nn.Module, how: How) -> Callable[..., Te
         if weights is None:
             return None
         norm = None if read_norm is None else read_norm()
-        return kernels.forward(x, *weights, residual, owns_x, *options, None, None, norm, s)  # type: ignore[no-any-return]
+        return kernels.forward(x, *weights, residual, x if owns_x else None, *options, None, None, norm, s)  # type: ignore[no-any-return]
 
     def scaled(x: Tensor, residual: Tensor | None = None) -> Tensor:
         y = forward(x, residual, None)

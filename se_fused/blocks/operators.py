@@ -25,24 +25,22 @@ class Operators:
 
     def forward(
         self, x: Tensor, w1: Tensor | None, b1: Tensor | None, w2: Tensor, b2: Tensor | None, residual: Tensor | None,
-        inplace: bool, act: int, gate: int, slope: float, offset: float, squeeze: int, pre_act: int, post_act: int,
+        out: Tensor | None, act: int, gate: int, slope: float, offset: float, squeeze: int, pre_act: int, post_act: int,
         scale: Tensor | None, shift: Tensor | None, norm: NormVectors | None, s: Tensor | None,
     ) -> Tensor | None:  # fmt: skip
         if s is not None or not _are_maps(x, residual) or not (norm is None or _is_norm_of(x, norm)):
             return None
         try:
-            # inplace: x is known to have its memory for itself.
-            check(x, w1, b1, w2, b2, residual, scale, shift, SQUEEZES[squeeze], inplace=False)
+            # Not out: it is None, or x, which is known to have its memory for itself.
+            check(x, w1, b1, w2, b2, residual, scale, shift, SQUEEZES[squeeze])
         except (TypeError, ValueError):  # such as for a weight of another shape, which the layer itself judges
             return None
         if norm is not None:
             dtype = torch.promote_types(norm[2].dtype, torch.float32)
             scale, shift = (torch.empty_like(norm[2], dtype=dtype) for _ in range(2))
             self.backend.scale_shift_out(*norm, scale, shift)
-        run: Any = implementation.forward_inplace if inplace else implementation.forward
         options = act, gate, slope, offset, squeeze, pre_act, post_act
-        y = run(self.backend, x, w1, b1, w2, b2, residual, scale, shift, *options)
-        return x if inplace else y
+        return implementation.forward(self.backend, x, w1, b1, w2, b2, residual, scale, shift, *options, out=out)
 
     def batch_norm(
         self, x: Tensor, residual: Tensor | None, inplace: bool, act: int, norm: NormVectors

@@ -167,6 +167,7 @@ def test_opcheck(dtype, layout, r):
     for vectors in ((scale, shift), (None, None)):
         opcheck(ops.squeeze_excite.default, (*training, *vectors, *options))
         opcheck(ops.squeeze_excite_.default, (*training, *vectors, *options))
+        opcheck(ops.squeeze_excite_out.default, (*training, *vectors, *options, torch.empty_like(tensors["x"])))
     for tensor in tensors.values():
         if tensor is not None:
             tensor.requires_grad_()
@@ -314,12 +315,13 @@ def peak_bytes(function) -> int:
     return peak
 
 
-def test_in_place_inference_allocates_nothing_of_the_maps_size():
+def test_inference_allocates_nothing_of_the_maps_size_where_it_is_told_where_to_write():
     tensors = Case(n=4, c=64, r=4, spatial=(56, 56)).tensors()
-    bytes_of_map = tensors["x"].numel() * 4
+    bytes_of_map, out = tensors["x"].numel() * 4, torch.empty_like(tensors["x"])
     with torch.inference_mode():
         assert peak_bytes(lambda: call(se_fused.squeeze_excite, tensors, {})) >= bytes_of_map
         assert peak_bytes(lambda: call(se_fused.squeeze_excite, tensors, {}, inplace=True)) < bytes_of_map / 100
+        assert peak_bytes(lambda: call(se_fused.squeeze_excite, tensors, {}, out=out)) < bytes_of_map / 100
 
 
 def test_backends_explain_themselves():

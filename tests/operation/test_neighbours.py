@@ -36,7 +36,7 @@ def test_layer(
     added = None if residual is None or gates else x if residual == "x" else torch.randn_like(x)
     before, exact_residual = x.clone(), None if added is None else added.double().clone()
     s = torch.full((n, c), torch.nan, dtype=torch.promote_types(dtype, torch.float32)) if gates else None
-    y = CPU.unchecked.forward(x, *weights, added, inplace, *options, None, None, norm, s)
+    y = CPU.unchecked.forward(x, *weights, added, x if inplace else None, *options, None, None, norm, s)
     assert y is not None
     assert (y is x) == inplace
     assert inplace or torch.equal(x, before)
@@ -101,11 +101,11 @@ def test_what_the_kernels_refuse() -> None:
         (one, one, torch.ones(16)[::2], one, 1e-5), (one, one, one, one.to("meta"), 1e-5),
     ]  # fmt: skip
     for norm in norms:
-        assert CPU.unchecked.forward(x, w1, None, w2, None, None, False, *options, None, None, norm, None) is None
+        assert CPU.unchecked.forward(x, w1, None, w2, None, None, None, *options, None, None, norm, None) is None
         assert CPU.unchecked.batch_norm(x, None, False, 0, norm) is None
         assert CPU.unchecked.fold(torch.randn(8, 8, 1, 1), None, norm) is None
     for s in (torch.empty(8, 2), torch.empty(2, 8, dtype=torch.float64)):
-        assert CPU.unchecked.forward(x, w1, None, w2, None, None, False, *options, None, None, None, s) is None
+        assert CPU.unchecked.forward(x, w1, None, w2, None, None, None, *options, None, None, None, s) is None
     norm = (one, one, one, one, 1e-5)
     assert CPU.unchecked.batch_norm(x, None, False, 0, norm) is not None
     for other in (x[..., ::2], x[0], x[:0], None):

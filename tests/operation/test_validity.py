@@ -57,7 +57,7 @@ CHANGES = {
 
 @st.composite
 def calls(draw):
-    """The tensors NAMES of a valid call, of which up to two are changed; whether it is in place."""
+    """The tensors NAMES of a valid call, of which up to two are changed; its options; and `out`."""
     case = Case(
         n=draw(st.integers(1, 2)), c=draw(st.integers(1, 4)), r=draw(st.sampled_from([None, 1, 3])),
         spatial=draw(st.sampled_from([(1,), (3,), (2, 2), (1, 3), (2, 1, 2)])),
@@ -75,25 +75,44 @@ def calls(draw):
         if tensors[i] is not None and 0 < tensors[i].numel() <= flat.numel():  # the weight lies in x
             tensors[i] = flat[: tensors[i].numel()].view(tensors[i].shape)
     options = Options.of(squeeze=draw(st.sampled_from(SQUEEZES)))
-    return tensors, options, draw(st.booleans())
+    return tensors, options, draw(outputs(tensors))
 
 
-def is_checked(tensors, options, inplace):
+@st.composite
+def outputs(draw, tensors):
+    """None, x, or another tensor to write to, which may be changed or lie in the memory of an input."""
+    x = tensors[0]
+    kind = draw(st.sampled_from(["none", "x", "new", "changed", "in an input"]))
+    if x is None or kind == "none":
+        return None
+    if kind == "x":
+        return x
+    t = draw(st.sampled_from(tensors)) if kind == "in an input" else None
+    if t is None:
+        out = torch.empty_like(x)
+        return CHANGES[draw(st.sampled_from(sorted(CHANGES)))](out) if kind == "changed" and x.numel() > 0 else out
+    steps = draw(st.sampled_from([x.stride(), torch.empty_like(x).stride()]))
+    flat = t.flatten()
+    room = flat.numel() - 1 - sum((size - 1) * step for size, step in zip(x.shape, steps, strict=True))
+    return flat.as_strided(x.shape, steps, draw(st.integers(0, room))) if x.numel() > 0 and room >= 0 else None
+
+
+def is_checked(tensors, options, out):
     """Whether se_fused/arguments.py takes the call."""
     try:
-        arguments.check(*tensors, SQUEEZES[options.squeeze], inplace)
+        arguments.check(*tensors, SQUEEZES[options.squeeze], False, out)
     except (TypeError, ValueError):
         return False
     return True
 
 
-def is_dense(tensors):
+def is_dense(tensors, out=None):
     """Whether the tensors of a valid call are as backends read them."""
     x, *weights, residual, scale, shift = tensors
     wide = torch.promote_types(x.dtype, torch.float32)
     if any(t is not None and t.dtype is not wide for t in (scale, shift)):
         return False
-    maps, last = [t for t in (x, residual) if t is not None], not x.is_contiguous()
+    maps, last = [t for t in (x, residual, out) if t is not None], not x.is_contiguous()
     if last:
         maps = [t.movedim(1, -1) for t in maps]
     return x.numel() > 0 and all(t.is_contiguous() for t in (*maps, *weights, scale, shift) if t is not None)
@@ -114,18 +133,18 @@ def operator_takes(tensors, options):
 @given(calls())
 @settings(max_examples=1000)
 def test_both_languages_take_the_same_calls(call):
-    tensors, options, inplace = call
-    takes = is_checked(*call) and is_dense(tensors)
+    tensors, options, out = call
+    takes = is_checked(*call) and is_dense(tensors, out)
     *plain, scale, shift = tensors
-    y = native.load_extension().forward(*plain, inplace, *options, scale, shift, None, None)
+    y = native.load_extension().forward(*plain, out, *options, scale, shift, None, None)
     assert (y is not None) == takes
-    if tensors[0] is not None and tensors[3] is not None and not inplace:
+    if tensors[0] is not None and tensors[3] is not None and out is None:
         assert operator_takes(tensors, options) == takes
 
 
 @pytest.mark.parametrize("change", ["none", "every second", "turned", "float64", "one less in the first dimension"])
 def test_the_changes_make_a_call_invalid_or_not_dense(change):
     tensors = [Case().tensors().get(name) for name in NAMES]
-    assert is_checked(tensors, Options.of(), False)
+    assert is_checked(tensors, Options.of(), None)
     tensors[3] = CHANGES[change](tensors[3])
-    assert not (is_checked(tensors, Options.of(), False) and is_dense(tensors))
+    assert not (is_checked(tensors, Options.of(), None) and is_dense(tensors))
