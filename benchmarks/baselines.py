@@ -6,16 +6,17 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import FunctionType
 
 import torch
 from torch import Tensor, nn
 
 import se_fused
 from se_fused.cases import LAYOUTS, TOLERANCE
+from se_fused.timing import Variant
 
 from . import engines
 from .shapes import Shape
-from .timing import Variant
 
 MEMORY_FORMATS = ("contiguous", "channels_last")
 
@@ -93,9 +94,28 @@ def _eager(i: Inputs, threads: int) -> Variant:
     return Variant("eager", functools.partial(ClassicSE(*i.weights), i.x))
 
 
-def _compile(i: Inputs, threads: int) -> Variant:
-    torch._dynamo.reset()
-    return Variant("compile", functools.partial(torch.compile(ClassicSE(*i.weights), dynamic=False), i.x))
+def _fused_out(i: Inputs, threads: int) -> Variant:
+    y = torch.full_like(i.x, math.nan)
+    call = functools.partial(se_fused.squeeze_excite, i.x, *i.weights, out=y)
+    return Variant("fused_out", call, outputs=(y,))
+
+
+# As users call it; with the weights as constants; with a wrapper in C++ in place of Python; and, which PyTorch calls
+# unsafe, without the guards, which check in each call that what was compiled still applies.
+_COMPILE_OPTIONS: dict[str, dict[str, object]] = {
+    "compile": {},
+    "compile_freezing": {"freezing": True},
+    "compile_cpp": {"cpp_wrapper": True},
+    "compile_unguarded": {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe},
+}
+
+
+def _compile(name: str, i: Inputs, threads: int) -> Variant:
+    # PyTorch keeps what it compiled by code object, and looks through all of it in each call: each variant has its own.
+    code = ClassicSE.forward.__code__.replace(co_name=name)
+    layer = type(name, (ClassicSE,), {"forward": FunctionType(code, globals())})(*i.weights)
+    call = torch.compile(layer, dynamic=False, options=_COMPILE_OPTIONS[name])
+    return Variant(name, functools.partial(call, i.x))
 
 
 @functools.lru_cache(maxsize=1)
@@ -108,17 +128,25 @@ def _engine(name: str, i: Inputs, threads: int) -> Variant:
     return Variant(name, engines.ENGINES[name](_onnx_model(i), i.x, y, threads), outputs=(y,))
 
 
-FUSED: dict[str, Callable[[Inputs, int], Variant]] = {"fused": _fused, "fused_inplace": _fused_inplace}
+FUSED: dict[str, Callable[[Inputs, int], Variant]] = {
+    "fused": _fused,
+    "fused_out": _fused_out,
+    "fused_inplace": _fused_inplace,
+}
 BASELINES: dict[str, Callable[[Inputs, int], Variant]] = {
     "eager": _eager,
-    "compile": _compile,
+    **{name: functools.partial(_compile, name) for name in _COMPILE_OPTIONS if name != "compile_unguarded"},
     **{name: functools.partial(_engine, name) for name in engines.ENGINES},
 }
 
 
+# They explain the cost of a call, and are no way to run a layer.
+OF_A_CALL = {"compile_unguarded": functools.partial(_compile, "compile_unguarded")}
+
+
 def forward(name: str, i: Inputs, threads: int) -> Variant:
     """Variant `name` of the forward pass, for inference mode; `threads` is for those that do not use torch's number."""
-    return {**FUSED, **BASELINES}[name](i, threads)
+    return {**FUSED, **BASELINES, **OF_A_CALL}[name](i, threads)
 
 
 def backward(name: str, i: Inputs, *, with_forward: bool) -> Variant:

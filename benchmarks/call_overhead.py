@@ -16,8 +16,10 @@ from typing import Annotated
 
 import typer
 
-from . import ROOT, layer_cpu, timing
-from .layer_cpu_report import markdown
+from se_fused import timing
+
+from . import ROOT, layer_cpu
+from .text import markdown
 
 RECORD = layer_cpu.RECORD.with_name("call_overhead.csv")
 # Where code and memory of a process lie is decided at its start and changes its times, so several pairs take part.

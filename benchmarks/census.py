@@ -29,8 +29,8 @@ from examples import zoo
 
 from . import layer_cpu
 from .coverage import ROUNDING, Line, Network, difference, smallest, start_process, total
-from .layer_cpu_report import markdown
 from .libraries import build, build_bare, wake
+from .text import markdown
 
 RECORD = layer_cpu.RECORD.with_name("census.csv")
 N, SIDE = 2, 128

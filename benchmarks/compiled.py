@@ -26,7 +26,6 @@ from se_fused import ops
 from se_fused.recognised import Recognised
 
 from . import layer_cpu, networks
-from .layer_cpu_report import markdown, ratio_text
 from .networks import Line
 
 RECORD = layer_cpu.RECORD.with_name("compiled.csv")
@@ -70,9 +69,10 @@ def compiled(model: nn.Module, variant: str, x: Tensor) -> Callable[[], Tensor]:
 def contest(network: str, n: int, seconds: float) -> Iterator[Line]:
     model, x = networks.build(network, n)
     calls = {variant: compiled(model, variant, x) for variant in VARIANTS}
+    layers = str(len(se_fused.replace(model, dry_run=True).replaced))
     found = networks.measure(model, x, calls, seconds)
     for variant in VARIANTS:
-        yield {"variant": variant} | networks.columns(found, variant, "original")
+        yield {"se_layers": layers, "variant": variant} | networks.columns(found, variant, "original")
 
 
 def main(
@@ -84,16 +84,7 @@ def main(
 
 
 def table(lines: Iterable[Line]) -> str:
-    """The CSV as a table of the ratios original / variant."""
-    lines = list(lines)
-    cells = {(line["network"], line["n"], line["variant"]): line for line in lines}
-    rows = []
-    for network, n in dict.fromkeys((line["network"], line["n"]) for line in lines):
-        ratios = [float(cells[network, n, variant]["original_by_this"]) for variant in VARIANTS[1:]]
-        original = networks.milliseconds(cells[network, n, "original"])
-        rows.append([network.split(":")[1], n, original, *map(ratio_text, ratios)])
-    header = ["network", "N", "original ms (p20 to p80)", *(f"original / {name}" for name in VARIANTS[1:])]
-    return f"{markdown(header, rows)}\n{networks.machine(lines)}"
+    return networks.table(lines, VARIANTS[1:])
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ the first way, PyTorch's convolution, the median over the rounds.
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -23,12 +22,13 @@ from rich.progress import track
 from torch import Tensor, nn
 
 import se_fused
+from se_fused import timing
 from se_fused.blocks import fused
 from se_fused.blocks.cost import WAYS, Decision, decide
 from se_fused.blocks.neighbours import Neighbours, Norm
 
-from . import layer_cpu, models, networks, timing
-from .layer_cpu_report import markdown
+from . import layer_cpu, models, networks
+from .text import markdown
 
 Line = dict[str, str]
 
@@ -99,14 +99,14 @@ def contest(one: Joined, n: int, seconds: float) -> Iterator[Line]:
 
         variants.append(timing.Variant(way, call, restore=restore))
     with torch.inference_mode():
-        times = timing.measure(variants, seconds)
-    for way in times:
-        p20, p50, p80 = (f"{us:.1f}" for us in timing.spread(times[way]))
+        found = timing.measure(variants, seconds)
+    for way, times in found.times.items():
+        p20, p50, p80 = (f"{us:.1f}" for us in timing.spread(times))
         yield {
             "n": str(n), "cin": str(one.cin), "sides": "x".join(map(str, one.sides)), "cout": str(len(one.weight)),
-            "gates": str(int(one.has_gates)), "way": way,
-            "rounds": str(len(times[way])), "p20_us": p20, "p50_us": p50, "p80_us": p80,
-            "this_by_convolution": f"{timing.ratio(times, way, WAYS[0]):.3f}",
+            "gates": str(int(one.has_gates)), "way": way, "others": f"{found.others:.3f}",
+            "dropped": str(found.dropped), "rounds": str(len(times)), "p20_us": p20, "p50_us": p50, "p80_us": p80,
+            "this_by_convolution": f"{timing.ratio(found.times, way, WAYS[0]):.3f}",
         }  # fmt: skip
 
 
@@ -117,8 +117,7 @@ def main(
 ) -> None:
     torch.set_num_threads(threads)
     conditions = layer_cpu.conditions(threads)
-    facts = {key: str(conditions[key]) for key in ("date", "commit", "cpu", "threads", "torch")}
-    facts["load"] = f"{os.getloadavg()[0]:.2f}"
+    facts = {key: conditions[key] for key in ("date", "commit", "cpu", "threads", "torch")}
     calls = [(one, n) for one in joined_calls() for n in BATCHES]
     lines = [facts | line for one, n in track(calls, "timing") for line in contest(one, n, seconds)]
     networks.write(out, lines)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from .coverage import COUNTS, ROUNDING, Line, total
-from .layer_cpu_report import markdown
+from .text import markdown
 
 _MODELS_IN_FULL = 5
 

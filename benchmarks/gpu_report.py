@@ -14,7 +14,7 @@ from typing import Any
 
 from .gpu.layer import LAYOUTS
 from .gpu.runner import rows_of
-from .layer_cpu_report import markdown, ratio_text
+from .text import markdown, ratio_text
 
 Line = dict[str, str]
 DIRECTIONS = {"forward": "forward", "both": "forward + backward"}

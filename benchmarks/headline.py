@@ -5,21 +5,25 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 
-from . import coverage, coverage_report, engines, gpu_report, models, shapes
+from . import baselines, coverage, coverage_report, engines, gpu_report, shapes
 from .layer_cpu_report import Line, mean
+from .networks import ratios
 
-_BASELINES = ("compile", "onnxruntime", "openvino")
+_BASELINES = [name for name in baselines.BASELINES if name != "eager"]
 _GPU_NETWORKS = [("original", "graph"), ("original", "calls")]
 TEXT = """
-* **One SE layer** on a CPU runs at {layer_eager} times eager speed, and at {layer_best} times that of the fastest of
-  torch.compile, ONNX Runtime and OpenVINO. In place, where the result overwrites the input: {in_place_eager} and
-  {in_place_best} times. These are geometric means of {layer_shapes} shapes (float32, {threads} threads).
-* **Training** one layer, forward and backward, runs at {training_eager} times eager speed, on the same shapes.
-* **Whole networks** on a CPU run at {models_replaced} times eager speed after `replace`, in place {models_in_place}
-  ({models} networks of {models_libraries}, batch {models_batches}). After `replace(model, level="block")`, which
-  computes SE layers together with the layers around them, they run at {models_block}, {models_block_mean} on
-  average; without their SE layers they would run at {models_without}. Under torch.compile ({models_compiled}) nothing
-  changes. Exported to ONNX Runtime and OpenVINO, the originals run at {models_engines}.
+* **Whole networks** on a CPU run at {models_block} times eager speed after
+  `replace(model, level="block")`, on average at {models_block_mean}. It computes SE layers together with the
+  layers around them. After plain `replace(model)` they run at {models_replaced}. Without any SE layer they would
+  run at {models_without}. These are {models} networks of {models_libraries}, with batches of {models_batches}.
+* **Training steps** of whole networks run at {training_networks} times eager speed.
+* **One SE layer** on a CPU runs at {layer_eager} times eager speed, in place at {in_place_eager}, and forward with
+  backward at {training_eager}. The fastest of torch.compile, ONNX Runtime and OpenVINO takes {layer_best} times as
+  long, and {layer_out_best} times as long as a layer that writes into memory that is there already (`out=`), as the two
+  engines do. These are geometric means of {layer_shapes} shapes (float32, {threads} threads).
+* **Other ways to run a network.** Under torch.compile `replace` changes nothing ({models_compiled}). Exported to
+  ONNX Runtime and OpenVINO, the originals run at {models_engines} times eager speed: for inference alone, look
+  there first.
 * **`replace`** fuses {coverage_fused} of {coverage_layers} SE layers in {coverage_kinds} kinds of models, which stand
   for {coverage_architectures} architectures of {coverage_libraries} libraries. It says why it keeps the others
   ([list](docs/coverage.md)).
@@ -45,6 +49,7 @@ def numbers(
     layer: Sequence[Line],
     networks: Sequence[Line],
     compiled: Sequence[Line],
+    training: Sequence[Line],
     covered: Sequence[Line],
     gpu: gpu_report.Results,
 ) -> dict[str, str]:
@@ -60,18 +65,18 @@ def numbers(
         "layer_eager": f"{mean(layer, 'forward', ['eager']):.1f}",
         "layer_best": f"{mean(layer, 'forward', _BASELINES):.1f}",
         "in_place_eager": f"{mean(layer, 'forward', ['eager'], 'fused_inplace'):.1f}",
-        "in_place_best": f"{mean(layer, 'forward', _BASELINES, 'fused_inplace'):.1f}",
+        "layer_out_best": f"{mean(layer, 'forward', _BASELINES, 'fused_out'):.1f}",
+        "training_networks": _range(ratios(training, "replaced")),
         "training_eager": f"{mean(layer, 'forward_backward', ['eager']):.1f}",
         "models": str(len({line["network"] for line in networks})),
         "models_libraries": _listed(list(dict.fromkeys(line["network"].partition(":")[0] for line in networks))),
         "models_batches": _listed(list(dict.fromkeys(line["n"] for line in networks))),
-        "models_replaced": _range(models.ratios(networks, "replaced")),
-        "models_in_place": _range(models.ratios(networks, "in place")),
-        "models_block": _range(models.ratios(networks, "block")),
-        "models_block_mean": f"{statistics.geometric_mean(models.ratios(networks, 'block')):.2f}",
-        "models_without": _range(models.ratios(networks, "without SE")),
-        "models_engines": _range(value for name in engines.ENGINES for value in models.ratios(networks, name)),
-        "models_compiled": _range(models.ratios(compiled, "replaced")),
+        "models_replaced": _range(ratios(networks, "replaced")),
+        "models_block": _range(ratios(networks, "block")),
+        "models_block_mean": f"{statistics.geometric_mean(ratios(networks, 'block')):.2f}",
+        "models_without": _range(ratios(networks, "without SE")),
+        "models_engines": _range(value for name in engines.ENGINES for value in ratios(networks, name)),
+        "models_compiled": _range(ratios(compiled, "replaced")),
         "coverage_kinds": str(len(with_layers)),
         "coverage_libraries": str(len(coverage_report.libraries(covered))),
         "coverage_architectures": str(coverage.total(with_layers, "architectures")),

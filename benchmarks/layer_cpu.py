@@ -16,11 +16,11 @@ import platform
 import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, TextIO
 
 import torch
 import typer
@@ -28,12 +28,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import se_fused
+from se_fused import timing
 
-from . import ROOT, baselines, shapes, timing
+from . import ROOT, baselines, engines, shapes
 from .shapes import Shape
 
 RECORD = ROOT / "benchmarks" / "results" / "layer_cpu.csv"
 DIRECTIONS = ("forward", "backward", "forward_backward")
+Line = dict[str, str]
 DTYPES = ("float32", "bfloat16")
 # How many maps must move. Forward: x in, y out. Backward: x and g in, dx out. Both: the sum.
 MAPS_MOVED = {"forward": 2, "backward": 3, "forward_backward": 5}
@@ -54,37 +56,6 @@ class Contest:
         return ("copy", "multiply") if "fused_inplace" in self.variants else ("copy",)
 
 
-@dataclass(frozen=True)
-class Row:
-    """A line of the CSV. Times are microseconds per call; a ratio is the variant's time over that of its base.
-
-    `copy_us` is how long the maps that must move (MAPS_MOVED) take at the speed of the copy in the same contest.
-    """
-
-    date: str
-    commit: str
-    cpu: str
-    threads: int
-    torch: str
-    onnxruntime: str
-    openvino: str
-    backend: str
-    shape: str
-    r: int
-    dtype: str
-    layout: str
-    direction: str
-    variant: str
-    rounds: int
-    p20_us: str
-    p50_us: str
-    p80_us: str
-    ratio_to_fused: str
-    ratio_to_fused_inplace: str
-    copy_us: str
-    bytes: int
-
-
 def contests(
     chosen: tuple[Shape, ...], names: tuple[str, ...], dtypes: tuple[str, ...], directions: tuple[str, ...]
 ) -> list[Contest]:
@@ -92,7 +63,8 @@ def contests(
     found = []
     beside_torch = ("fused", "fused_inplace", *(n for n in ("eager", "compile") if n in names))
     if "forward" in directions and "float32" in dtypes and "eager" in names:
-        found.append(Contest(shapes.CALL, "float32", "contiguous", "forward", ("fused", "eager")))
+        calls = ("fused", *(name for name in names if name not in engines.ENGINES), *baselines.OF_A_CALL)
+        found.append(Contest(shapes.CALL, "float32", "contiguous", "forward", calls))
     for direction in directions:
         for dtype, layout in ((d, m) for d in dtypes for m in baselines.MEMORY_FORMATS):
             plain = (dtype, layout) == ("float32", "contiguous")
@@ -106,8 +78,9 @@ def contests(
     return found
 
 
-def run_contest(contest: Contest, threads: int, until: float) -> timing.Times:
+def run_contest(contest: Contest, threads: int, until: float) -> timing.Measured:
     """Build, check and time the variants of `contest`, until about `until` on `time.monotonic`."""
+    torch._dynamo.reset()
     inputs = baselines.draw(contest.shape, getattr(torch, contest.dtype), contest.layout)
     is_forward = contest.direction == "forward"
     want = baselines.truth(inputs, gradients=not is_forward)
@@ -125,21 +98,25 @@ def run_contest(contest: Contest, threads: int, until: float) -> timing.Times:
         return timing.measure(variants, until - time.monotonic())
 
 
-def rows(contest: Contest, times: timing.Times, conditions: dict[str, Any]) -> Iterator[Row]:
-    """The lines of one contest."""
-    shape = contest.shape
+def rows(contest: Contest, found: timing.Measured, conditions: dict[str, str]) -> Iterator[Line]:
+    """The lines of one contest. Times are microseconds per call; a ratio is the variant's time over that of its base.
+
+    `copy_us` is how long the maps that must move (MAPS_MOVED) take at the speed of the copy in the same contest.
+    """
+    shape, times = contest.shape, found.times
     map_bytes = shape.n * shape.c * shape.h * shape.w * getattr(torch, contest.dtype).itemsize
     maps = MAPS_MOVED[contest.direction]
-    copy = timing.spread(times["copy"]).p50 * maps / 2
+    call = {"shape": str(shape), "r": str(shape.r), "dtype": contest.dtype, "layout": contest.layout}
+    quiet = {"others": f"{found.others:.3f}", "dropped": str(found.dropped)}
+    copy = {"copy_us": f"{timing.spread(times['copy']).p50 * maps / 2:.2f}"}
     for name in times:
+        line = {"direction": contest.direction, "variant": name, "rounds": str(len(times[name]))}
+        line |= {f"{p}_us": f"{t:.2f}" for p, t in timing.spread(times[name])._asdict().items()}
+        for base in baselines.FUSED:
+            known = timing.ratio_spread(times, name, base)._asdict() if base in times else {}
+            line |= {f"ratio_to_{base}_{p}": f"{known[p]:.3f}" if known else "" for p in timing.Spread._fields}
         moved = 2 if name in contest.passes else maps
-        p20, p50, p80 = (f"{t:.2f}" for t in timing.spread(times[name]))
-        ratios = [f"{timing.ratio(times, name, base):.3f}" if base in times else "" for base in baselines.FUSED]
-        yield Row(
-            **conditions, shape=str(shape), r=shape.r, dtype=contest.dtype, layout=contest.layout,
-            direction=contest.direction, variant=name, rounds=len(times[name]), p20_us=p20, p50_us=p50, p80_us=p80,
-            ratio_to_fused=ratios[0], ratio_to_fused_inplace=ratios[1], copy_us=f"{copy:.2f}", bytes=moved * map_bytes,
-        )  # fmt: skip
+        yield conditions | call | line | quiet | copy | {"bytes": str(moved * map_bytes)}
 
 
 def cpu_name() -> str:
@@ -171,14 +148,14 @@ def installed(package: str) -> str:
         return ""
 
 
-def conditions(threads: int) -> dict[str, Any]:
+def conditions(threads: int) -> Line:
     """The columns that are the same in every row of a run."""
     x, w = torch.ones(1, 1, 1), torch.ones(1, 1)
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "commit": commit(),
         "cpu": cpu_name(),
-        "threads": threads,
+        "threads": str(threads),
         "torch": torch.__version__,
         "onnxruntime": installed("onnxruntime"),
         "openvino": installed("openvino"),
@@ -190,11 +167,7 @@ def run(planned: list[Contest], file: TextIO, threads: int, minutes: float, cons
     """Measure `planned`, each with an equal part of the time left, building included, and write the CSV to `file`."""
     torch.set_num_threads(threads)
     facts = conditions(threads)
-    # If another process runs on the cores of a parallel region, the region waits for a time slice: milliseconds.
-    if (load := os.getloadavg()[0]) > 0.5:
-        console.print(f"load average {load:.1f}: another process may be taking part in this measurement")
-    writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
-    writer.writeheader()
+    writer: csv.DictWriter[str] | None = None
     end = time.monotonic() + 60 * minutes
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     # Automatic refresh would run in a thread of its own, on the cores that are measured.
@@ -204,12 +177,15 @@ def run(planned: list[Contest], file: TextIO, threads: int, minutes: float, cons
             what = f"{contest.shape} {contest.dtype} {contest.layout} {contest.direction}"
             progress.update(bar, description=what, refresh=True)
             now = time.monotonic()
-            times = run_contest(contest, threads, now + (end - now) / (len(planned) - index))
-            for row in rows(contest, times, facts):
-                writer.writerow(asdict(row))
+            found = run_contest(contest, threads, now + (end - now) / (len(planned) - index))
+            for line in rows(contest, found, facts):
+                if writer is None:
+                    writer = csv.DictWriter(file, list(line), lineterminator="\n")
+                    writer.writeheader()
+                writer.writerow(line)
             file.flush()
-            found = ", ".join(f"{name} {timing.spread(t).p50:.1f}" for name, t in times.items())
-            progress.console.print(f"{what}: {found} us", highlight=False, soft_wrap=True)
+            text = ", ".join(f"{name} {timing.spread(t).p50:.1f}" for name, t in found.times.items())
+            progress.console.print(f"{what}: {text} us", highlight=False, soft_wrap=True)
             progress.update(bar, advance=1, refresh=True)
 
 
@@ -223,9 +199,9 @@ def _choose(text: str, offered: tuple[str, ...], option: str) -> tuple[str, ...]
 
 def main(
     out: Annotated[Path, typer.Option(help="The CSV to write.")] = RECORD,
-    quick: Annotated[bool, typer.Option("--quick", help="Three shapes in about a minute.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Three shapes in about two minutes.")] = False,
     threads: Annotated[int, typer.Option(min=1, help="Threads of every variant.")] = min(2, os.cpu_count() or 1),
-    minutes: Annotated[float | None, typer.Option(help="Time for all; 8, or 1 with --quick.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Time for all; 15, or 2 with --quick.")] = None,
     shape_names: Annotated[str, typer.Option("--shapes", help="Comma-separated, as 1x72x28x28.")] = "",
     baseline_names: Annotated[str, typer.Option("--baselines", help="Comma-separated.")] = ",".join(
         baselines.BASELINES
@@ -246,7 +222,7 @@ def main(
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w", newline="") as file:
-        run(planned, file, threads, minutes or (1 if quick else 8), Console())
+        run(planned, file, threads, minutes or (2 if quick else 15), Console())
 
 
 if __name__ == "__main__":

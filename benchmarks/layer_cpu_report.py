@@ -5,7 +5,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
+from se_fused import timing
+
 from . import baselines, layer_cpu, shapes
+from .contradictions import refuse
+from .text import gain, markdown, ratio_text, spread_of
 
 Line = dict[str, str]
 Cell = dict[str, Line]  # by variant
@@ -17,9 +21,13 @@ SHAPE_LISTS = {
 }
 LABELS = {
     "fused": "fused",
+    "fused_out": "fused, out=",
     "fused_inplace": "fused, in place",
     "eager": "eager",
     "compile": "torch.compile",
+    "compile_freezing": "torch.compile with freezing",
+    "compile_cpp": "torch.compile with a C++ wrapper",
+    "compile_unguarded": "torch.compile without guards",
     "onnxruntime": "ONNX Runtime",
     "openvino": "OpenVINO",
 }
@@ -34,27 +42,18 @@ def select(lines: Iterable[Line], dtype: str, layout: str, direction: str) -> di
     return cells
 
 
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table whose first column is text and whose others are numbers."""
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows)) + "\n"
-
-
 def _us(line: Line) -> str:
-    t = float(line["p50_us"])
-    return f"{t:.1f}" if t < 100 else f"{t:,.0f}"
+    return timing.text(spread_of(line, "{}_us"), int(line["rounds"]))
 
 
-def ratio_text(value: float | None) -> str:
-    """A ratio as text: a loss, which is below 1, is bold."""
-    if value is None:
-        return ""
-    return f"{value:.2f}" if value >= 1 else f"**{value:.2f}**"
+def _ratio(line: Line, base: str) -> str:
+    """The time of the line over that of `base`, with its spread: the speed of `base`."""
+    return gain(spread_of(line, f"ratio_to_{base}_{{}}"), int(line["rounds"]))
 
 
 def ratio(cell: Cell, names: Iterable[str], base: str = "fused") -> float | None:
     """The smallest ratio of `names` to `base`, which the fastest has. None if none was measured."""
-    found = [cell[n][f"ratio_to_{base}"] for n in names if n in cell]
+    found = [cell[n][f"ratio_to_{base}_p50"] for n in names if n in cell]
     return min((float(text) for text in found if text), default=None)
 
 
@@ -79,16 +78,16 @@ def mean(
     return statistics.geometric_mean(known)
 
 
-def means(columns: Mapping[str, Sequence[float | None]]) -> dict[str, list[float | None]]:
-    """The geometric mean of each column, for each list of shapes that was measured whole. `columns` are by shape."""
-    found: dict[str, list[float | None]] = {}
+def _means(columns: Mapping[str, Sequence[float | None]], blank: int = 0) -> list[list[str]]:
+    """Rows with the geometric mean of each column, for each list of shapes that was measured whole, behind `blank`
+    empty cells. `columns` are by shape."""
+    rows = []
     for label, members in SHAPE_LISTS.items():
         if all(str(m) in columns for m in members):
             by_column = zip(*(columns[str(m)] for m in members), strict=True)
-            found[label] = [
-                statistics.geometric_mean(known) if (known := _known(column)) else None for column in by_column
-            ]
-    return found
+            known = [statistics.geometric_mean(k) if (k := _known(column)) else None for column in by_column]
+            rows.append([f"geometric mean, {label}", *[""] * blank, *map(ratio_text, known)])
+    return rows
 
 
 def _copy_fraction(line: Line) -> str:
@@ -103,22 +102,23 @@ def _forward_cells(lines: list[Line]) -> dict[str, tuple[Cell, str]]:
         cell = cells.get(shape, {})
         measured = [name for name in baselines.BASELINES if name in cell]
         if measured:
-            found[shape] = cell, min(measured, key=lambda name: float(cell[name]["ratio_to_fused"]))
+            found[shape] = cell, min(measured, key=lambda name: float(cell[name]["ratio_to_fused_p50"]))
     return found
 
 
 def _forward(lines: list[Line]) -> str:
+    """Out of place, into new memory (fused) and into memory that is there (out=)."""
     rows, ratios = [], {}
     for shape, (cell, best) in _forward_cells(lines).items():
-        ratios[shape] = [ratio(cell, [best]), ratio(cell, ["eager"])]
+        ratios[shape] = [ratio(cell, ["eager"]), ratio(cell, [best]), ratio(cell, [best], "fused_out")]
+        gains = [_ratio(cell["eager"], "fused"), _ratio(cell[best], "fused"), _ratio(cell[best], "fused_out")]
         fused = cell["fused"]
         rows.append([
-            shape, _us(fused), f"{_us(cell[best])} ({LABELS[best]})", *map(ratio_text, ratios[shape]),
-            f"{float(fused['copy_us']):,.1f}", _copy_fraction(fused),
+            shape, _us(fused), _us(cell["fused_out"]), *gains, LABELS[best], _us(cell["copy"]), _copy_fraction(fused),
         ])  # fmt: skip
-    rows += [[f"geometric mean, {label}", "", "", *map(ratio_text, m), "", ""] for label, m in means(ratios).items()]
-    header = ["x", "fused µs", "best baseline µs", "best baseline / fused", "eager / fused", "copy µs", "copy / fused"]
-    return markdown(header, rows) if rows else ""
+    rows += [[*row, "", "", ""] for row in _means(ratios, blank=2)]
+    header = ["x", "fused µs", "out= µs", "eager / fused", "best / fused", "best / out=", "best baseline", "copy µs"]
+    return markdown([*header, "copy / fused"], rows) if rows else ""
 
 
 def _in_place(lines: list[Line]) -> str:
@@ -127,17 +127,25 @@ def _in_place(lines: list[Line]) -> str:
         baseline, multiply = (ratio(cell, [name], "fused_inplace") for name in (best, "multiply"))
         if baseline is None or multiply is None:
             continue
-        ratios[shape] = [baseline, baseline / multiply]
-        rows.append([
-            shape, _us(cell["fused_inplace"]), ratio_text(baseline), _us(cell["multiply"]), f"{multiply:.0%}",
-            ratio_text(baseline / multiply),
-        ])  # fmt: skip
-    rows += [
-        [f"geometric mean, {label}", "", ratio_text(found[0]), "", "", ratio_text(found[1])]
-        for label, found in means(ratios).items()
-    ]
-    header = ["x", "in place µs", "best baseline / in place", "multiply µs", "multiply / in place"]
-    header.append("best baseline / multiply")
+        ratios[shape] = [ratio(cell, ["eager"], "fused_inplace"), baseline]
+        gains = [_ratio(cell[name], "fused_inplace") for name in ("eager", best)]
+        rows.append([shape, _us(cell["fused_inplace"]), *gains, _us(cell["multiply"]), f"{multiply:.0%}"])
+    rows += [[*row, "", ""] for row in _means(ratios, blank=1)]
+    header = ["x", "in place µs", "eager / in place", "best / in place", "multiply µs", "multiply / in place"]
+    return markdown(header, rows) if rows else ""
+
+
+def _compiled(lines: list[Line]) -> str:
+    names = [name for name in baselines.BASELINES if name.startswith("compile")]
+    cells = {shape: cell for shape, (cell, _) in _forward_cells(lines).items() if all(n in cell for n in names)}
+    ratios, rows = {}, []
+    for shape, cell in cells.items():
+        eager = float(cell["eager"]["ratio_to_fused_p50"])
+        ratios[shape] = [eager / float(cell[name]["ratio_to_fused_p50"]) for name in names]
+        rows.append([shape, _us(cell["eager"]), *(_us(cell[name]) for name in names), *map(ratio_text, ratios[shape])])
+    rows += _means(ratios, blank=1 + len(names))
+    titles = [LABELS[name] for name in names]
+    header = ["x", "eager µs", *(f"{title} µs" for title in titles), *(f"eager / {title}" for title in titles)]
     return markdown(header, rows) if rows else ""
 
 
@@ -149,53 +157,54 @@ def _other_formats(lines: list[Line]) -> str:
     columns = [
         (f, table, baseline) for f, table in zip(formats, tables, strict=True) for baseline in ("eager", "compile")
     ]
-    ratios = {
-        s: [ratio(table.get(s, {}), [baseline]) for _, table, baseline in columns] for s in map(str, shapes.LAYER)
-    }
-    ratios = {s: row for s, row in ratios.items() if any(row)}
-    rows = [[label, *map(ratio_text, row)] for label, row in ratios.items()]
-    rows += [[f"geometric mean, {label}", *map(ratio_text, row)] for label, row in means(ratios).items()]
+    names = [s for s in map(str, shapes.LAYER) if all(s in table for table in tables)]
+    ratios = {s: [ratio(table[s], [baseline]) for _, table, baseline in columns] for s in names}
+    rows = [[s, *(_ratio(table[s][baseline], "fused") for _, table, baseline in columns)] for s in names]
+    rows += _means(ratios)
     header = ["x", *(f"{dtype} {layout}: {LABELS[baseline]} / fused" for (dtype, layout), _, baseline in columns)]
-    return markdown(header, rows) if rows else ""
+    return markdown(header, rows) if names else ""
 
 
 def _gradients(lines: list[Line], direction: str) -> str:
     cells = select(lines, "float32", "contiguous", direction)
     ratios = {s: [ratio(cells[s], ["eager"])] for s in map(str, shapes.LAYER) if s in cells}
     rows = []
-    for shape, row in ratios.items():
+    for shape in ratios:
         fused, eager = cells[shape]["fused"], cells[shape]["eager"]
         copy = f"{float(fused['copy_us']):,.1f}"
-        rows.append([shape, _us(fused), _us(eager), *map(ratio_text, row), copy, _copy_fraction(fused)])
-    rows += [
-        [f"geometric mean, {label}", "", "", *map(ratio_text, row), "", ""] for label, row in means(ratios).items()
-    ]
-    header = ["x", "fused µs", "eager µs", "eager / fused", "copy µs", "copy / fused"]
+        rows.append([shape, _us(fused), _us(eager), _ratio(eager, "fused"), copy, _copy_fraction(fused)])
+    rows += [[*row, "", ""] for row in _means(ratios, blank=2)]
+    header = ["x", "fused µs", "eager µs", "eager / fused", "copies µs", "copies / fused"]
     return markdown(header, rows) if rows else ""
 
 
+def _of_a_call(lines: list[Line]) -> str:
+    cell = select(lines, "float32", "contiguous", "forward").get(str(shapes.CALL), {})
+    rows = [[LABELS[name], _us(line)] for name, line in cell.items() if name in LABELS]
+    return markdown([f"x of {shapes.CALL}", "µs"], rows) if rows else ""
+
+
 def table(lines: list[Line]) -> str:
-    """The Markdown of a run, without what was not measured."""
+    """The Markdown of a run, without what was not measured. Raises ValueError if its lines contradict each other."""
+    refuse(lines)
     sections = {
-        "Forward, float32, contiguous:": _forward(lines),
+        "Forward, float32, contiguous. Best: the fastest of eager, torch.compile with and without freezing and a C++ "
+        "wrapper, ONNX Runtime and OpenVINO:": _forward(lines),
         "Forward in place, float32, contiguous:": _in_place(lines),
+        "torch.compile by its options, forward, float32, contiguous:": _compiled(lines),
         "Forward, other formats:": _other_formats(lines),
         "Backward alone, float32, contiguous:": _gradients(lines, "backward"),
         "Forward and backward, float32, contiguous:": _gradients(lines, "forward_backward"),
+        "A call with nothing to compute:": _of_a_call(lines),
     }
     parts = [f"{title}\n\n{body}" for title, body in sections.items() if body]
-    call = select(lines, "float32", "contiguous", "forward").get(str(shapes.CALL))
-    if call:
-        parts.append(
-            f"A call with nothing to compute ({shapes.CALL}, inference mode): fused {_us(call['fused'])} µs, "
-            f"eager {_us(call['eager'])} µs, eager / fused {ratio_text(ratio(call, ['eager']))}.\n"
-        )
     run = lines[0]
     parts.append(
         f"{run['cpu']}, {run['threads']} threads for all, PyTorch {run['torch']}, ONNX Runtime {run['onnxruntime']}, "
-        f"OpenVINO {run['openvino']}, backend {run['backend']}, commit {run['commit']}, {run['date']}. Forward runs "
-        "in inference mode. The best baseline is the fastest of eager, torch.compile, ONNX Runtime and OpenVINO. Copy "
-        "is the time that the bytes that must move take at the speed of a copy measured between the same calls; "
-        "multiply is one multiplication of the map by 1, in place.\n"
+        f"OpenVINO {run['openvino']}, backend {run['backend']}, commit {run['commit']}, {run['date']}. Forward runs in "
+        "inference mode. Medians (20th to 80th percentile) over interleaved rounds, with the digits that the spread "
+        f"allows; other processes used {max(float(line['others']) for line in lines):.0%} of the CPU or less, and "
+        f"{sum(int(line['dropped']) for line in lines if line['variant'] == 'fused')} rounds were left out because of "
+        "others. Bold: slower in 80 % of the rounds.\n"
     )
     return "\n".join(parts)

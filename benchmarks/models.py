@@ -11,7 +11,6 @@ else: it shows what the layers cost.
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -24,8 +23,9 @@ from torch import Tensor, nn
 import se_fused
 
 from . import engines, layer_cpu, networks
-from .layer_cpu_report import markdown, ratio_text
+from .contradictions import refuse
 from .networks import Line
+from .text import markdown
 
 RECORD = layer_cpu.RECORD.with_name("models.csv")
 NETWORKS = (
@@ -76,24 +76,32 @@ def main(
     networks.record(out, threads, network, BATCHES, partial(contest, seconds=seconds))
 
 
-def ratios(lines: Iterable[Line], variant: str) -> list[float]:
-    """original / variant of each network and batch."""
-    return [float(line["original_by_this"]) for line in lines if line["variant"] == variant]
-
-
 def table(lines: Iterable[Line]) -> str:
-    """The CSV as a table of the ratios original / variant."""
+    return networks.table(lines, VARIANTS[1:])
+
+
+def short_table(lines: Iterable[Line]) -> str:
+    """One row per network: milliseconds of the original, and how many times as fast the others are, per batch."""
     lines = list(lines)
+    refuse(lines)
     cells = {(line["network"], line["n"], line["variant"]): line for line in lines}
-    rows = []
-    for network, n in dict.fromkeys((line["network"], line["n"]) for line in lines):
-        original = cells[network, n, "original"]
-        row = [f"{network} ({original['se_layers']} SE layers)", n, networks.milliseconds(original)]
-        rows.append(row + [ratio_text(float(cells[network, n, name]["original_by_this"])) for name in VARIANTS[1:]])
-    mean = [f"{statistics.geometric_mean(ratios(lines, name)):.2f}" for name in VARIANTS[1:]]
-    rows.append(["geometric mean", "", "", *mean])
-    header = ["network", "N", "original ms (p20 to p80)", *(f"original / {name}" for name in VARIANTS[1:])]
-    return f"{markdown(header, rows)}\n{networks.machine(lines)}"
+    batches, columns = list(dict.fromkeys(line["n"] for line in lines)), ("replaced", "block")
+    rows = [
+        [
+            network,
+            *(
+                text
+                for n in batches
+                for text in (
+                    networks.milliseconds(cells[network, n, "original"]).partition(" ")[0],
+                    *(networks.ratio(cells[network, n, name]) for name in columns),
+                )
+            ),
+        ]
+        for network in dict.fromkeys(line["network"] for line in lines)
+    ]
+    header = [f"N = {n}: {text}" for n in batches for text in ("eager ms", "`replace`", '`level="block"`')]
+    return markdown(["network", *header], rows)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import csv
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,8 +14,11 @@ from torch import Tensor, nn
 
 import se_fused
 from examples import zoo
+from se_fused import timing
 
-from . import layer_cpu, timing
+from . import layer_cpu
+from .contradictions import refuse
+from .text import gain, markdown, ratio_text, spread_of
 
 Line = dict[str, str]
 SIDE = 224
@@ -44,7 +47,7 @@ def build_variant(model: nn.Module, name: str) -> nn.Module:
     return model
 
 
-def measure(model: nn.Module, x: Tensor, calls: Mapping[str, Callable[[], Tensor]], seconds: float) -> timing.Times:
+def measure(model: nn.Module, x: Tensor, calls: Mapping[str, Callable[[], Tensor]], seconds: float) -> timing.Measured:
     """Microseconds per call, by rounds. Raises AssertionError if an output is not that of `model`, run eagerly."""
     with torch.inference_mode():
         wanted = model(x)
@@ -55,12 +58,13 @@ def measure(model: nn.Module, x: Tensor, calls: Mapping[str, Callable[[], Tensor
         return timing.measure([timing.Variant(name, call) for name, call in calls.items()], seconds)
 
 
-def columns(times: timing.Times, name: str, original: str) -> Line:
+def columns(found: timing.Measured, name: str, original: str) -> Line:
     """The columns of variant `name`: its milliseconds, and the ratio of the time of `original` to its own."""
-    p20, p50, p80 = (f"{t / 1e3:.3f}" for t in timing.spread(times[name]))
-    ratio = f"{timing.ratio(times, original, name):.3f}"
-    rounds = str(len(times[name]))
-    return {"rounds": rounds, "p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "original_by_this": ratio}
+    times = found.times[name]
+    facts = {"others": f"{found.others:.3f}", "dropped": str(found.dropped), "rounds": str(len(times))}
+    milliseconds = {f"{p}_ms": f"{t / 1e3:.3f}" for p, t in timing.spread(times)._asdict().items()}
+    ratios = timing.ratio_spread(found.times, original, name)._asdict().items()
+    return facts | milliseconds | {f"ratio_{p}": f"{ratio:.3f}" for p, ratio in ratios}
 
 
 def record(
@@ -73,16 +77,16 @@ def record(
     """Write the lines that `contest` gives for each network and batch."""
     torch.set_num_threads(threads)
     conditions = layer_cpu.conditions(threads)
-    facts = {key: str(conditions[key]) for key in ("date", "commit", "cpu", "threads", "torch")}
+    facts = {key: conditions[key] for key in ("date", "commit", "cpu", "threads", "torch")}
     lines = []
     for network in networks:
         for n in batches:
             torch._dynamo.reset()
-            where = {"load": f"{os.getloadavg()[0]:.2f}", "network": network, "n": str(n)}
+            where = {"network": network, "n": str(n)}
             for line in contest(network, n):
                 lines.append(facts | where | line)
                 variant = " ".join(line[key] for key in ("mode", "variant") if key in line)
-                typer.echo(f"{network} N={n} {variant}: {line['p50_ms']} ms, {line['original_by_this']}")
+                typer.echo(f"{network} N={n} {variant}: {line['p50_ms']} ms, {line['ratio_p50']}")
     write(out, lines)
 
 
@@ -94,7 +98,33 @@ def write(out: Path, lines: Sequence[Line]) -> None:
 
 
 def milliseconds(line: Line) -> str:
-    return f"{float(line['p50_ms']):.1f} ({float(line['p20_ms']):.1f} to {float(line['p80_ms']):.1f})"
+    return timing.text(spread_of(line, "{}_ms"), int(line["rounds"]))
+
+
+def ratio(line: Line) -> str:
+    """original / this, with its spread."""
+    return gain(spread_of(line, "ratio_{}"), int(line["rounds"]))
+
+
+def ratios(lines: Iterable[Line], variant: str) -> list[float]:
+    """original / variant of each network and batch."""
+    return [float(line["ratio_p50"]) for line in lines if line["variant"] == variant]
+
+
+def table(lines: Iterable[Line], variants: Sequence[str]) -> str:
+    """The ratios original / variant. Raises ValueError if the lines contradict each other."""
+    lines = list(lines)
+    refuse(lines)
+    cells = {(line["network"], line["n"], line["variant"]): line for line in lines}
+    rows = []
+    for network, n in dict.fromkeys((line["network"], line["n"]) for line in lines):
+        original = cells[network, n, "original"]
+        name = f"{network} ({original['se_layers']} SE layers)"
+        rows.append([name, n, milliseconds(original), *(ratio(cells[network, n, variant]) for variant in variants)])
+    means = [ratio_text(statistics.geometric_mean(ratios(lines, variant))) for variant in variants]
+    rows.append(["geometric mean", "", "", *means])
+    header = ["network", "N", "original ms", *(f"original / {variant}" for variant in variants)]
+    return f"{markdown(header, rows)}\n{machine(lines)}"
 
 
 def machine(lines: Sequence[Line]) -> str:
@@ -105,6 +135,7 @@ def machine(lines: Sequence[Line]) -> str:
 
     return (
         f"{each('cpu')}, {each('threads')} threads, PyTorch {each('torch')}, commit {each('commit')}, "
-        f"{each('date')}; medians of {min(int(each['rounds']) for each in lines)} or more interleaved rounds, "
-        f"load average {max(float(each['load']) for each in lines):.1f} or less before each.\n"
+        f"{each('date')}; medians (20th to 80th percentile) of {min(int(line['rounds']) for line in lines)} or more "
+        f"interleaved rounds, during which other processes used {max(float(line['others']) for line in lines):.0%} of "
+        "the CPU or less. Bold: slower in 80 % of the rounds.\n"
     )

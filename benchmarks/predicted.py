@@ -24,7 +24,7 @@ from se_fused import native
 
 from . import gpu_report
 from .gpu_report import DIRECTIONS, mean_and_range
-from .layer_cpu_report import markdown
+from .text import markdown
 
 GPUS = ("H200", "H100", "A100", "RTX 4090", "T4")
 # Channels, hidden units and side length of SE layers in ResNets, MobileNetV3 and EfficientNet.

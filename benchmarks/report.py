@@ -30,6 +30,7 @@ from . import (
     layer_cpu_report,
     models,
     predicted,
+    training,
 )
 
 Line = dict[str, str]
@@ -68,7 +69,7 @@ def read(file: Path) -> list[Line]:
 
 def read_headline(folder: Path) -> dict[str, str]:
     """The README's numbers by name."""
-    records = (layer_cpu.RECORD, models.RECORD, compiled.RECORD, coverage.RECORD)
+    records = (layer_cpu.RECORD, models.RECORD, compiled.RECORD, training.RECORD, coverage.RECORD)
     return headline.numbers(*(read(folder / file.name) for file in records), gpu_report.read(folder / "h200"))
 
 
@@ -77,9 +78,11 @@ RECORDS = {
     "headline": Record(RESULTS, read_headline, headline.text, README),
     "layer_cpu": Record(
         layer_cpu.RECORD, read, layer_cpu_report.table,
-        figures={DOCS / "speed.svg": figures.bars, DOCS / "layer_cpu.png": figures.by_shape},
+        figures={DOCS / "layers.svg": figures.bars, DOCS / "layer_cpu.png": figures.by_shape},
     ),
-    "models": Record(models.RECORD, read, models.table),
+    "models": Record(models.RECORD, read, models.table, figures={DOCS / "networks.svg": figures.networks}),
+    "networks": Record(models.RECORD, read, models.short_table, README),
+    "training": Record(training.RECORD, read, training.table),
     "compiled": Record(compiled.RECORD, read, compiled.table),
     "convolutions": Record(convolutions.RECORD, read, convolutions.table),
     "coverage": Record(coverage.RECORD, read, coverage_report.table, COVERAGE),

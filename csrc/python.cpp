@@ -125,9 +125,8 @@ PYBIND11_MODULE(_C, m) {
         "Make forward() and batch_norm() call the functions at these addresses, for tensors of these types. False if "
         "this torch has no DLPack exchange.");
   // csrc/fast_path.h describes these three.
-  m.def(
-      "forward", &se::fast_path::forward,
-      "squeeze_excite of x, w1, b1, w2, b2, residual, out, the options as numbers (se.h), scale, shift, norm, s.");
+  m.def("forward", &se::fast_path::forward,
+        "squeeze_excite of x, w1, b1, w2, b2, residual, out, the options as numbers (se.h), scale, shift, norm, s.");
   m.def("batch_norm", &se::fast_path::batch_norm, "act(norm(x) + residual) of x, residual, inplace, act, norm.");
   m.def("fold", &se::fast_path::fold, "Weight and bias of a convolution with `norm` after it: of weight, bias, norm.");
   m.def("same_items", &same_items,

@@ -12,7 +12,7 @@ from benchmarks.gpu import calls
 from benchmarks.gpu.calls import SIZES, Row
 from benchmarks.gpu.layer import BATCHES, LAYOUTS, shapes
 from benchmarks.gpu.worker import Rows, Worker, run_part
-from benchmarks.timing import Times, ratio, spread
+from se_fused.timing import Times, ratio, spread
 
 FIELDS = ("shape", "r", "dtype", "layout", "direction", "plan", "p20_us", "p50_us", "p80_us", "ratio_to_planner")
 THREADS = (256, 512)

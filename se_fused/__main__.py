@@ -1,29 +1,30 @@
-"""The command line: `python -m se_fused info | verify | plan | replace`."""
+"""The command line: `python -m se_fused info | verify | plan | replace | bench`."""
 
 from __future__ import annotations
 
-import ast
 import copy
-import importlib
+import importlib.util
 import json
 import math
 import sys
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import nn
 
 try:
+    import psutil  # noqa: F401 (se_fused/timing.py needs it)
     import typer
     from rich.console import Console
-    from rich.progress import track
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, track
     from rich.table import Table
 except ImportError as error:
-    sys.exit(f"error: the command line needs {error.name}: pip install typer rich")
+    sys.exit(f"error: the command line needs {error.name}: pip install typer rich psutil")
 
 import se_fused
-from se_fused import backends, cases, installed, measure, native
+from se_fused import backends, cases, given, installed, measure, native
+from se_fused import bench as benchmark
 from se_fused import verify as grid
 from se_fused.native import BuildError
 from se_fused.report import grouped
@@ -31,11 +32,6 @@ from se_fused.report import grouped
 _INT64_MAX = 2**63 - 1
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 console = Console(markup=False, emoji=False)
-
-
-def _fail(message: str) -> NoReturn:
-    typer.echo(f"error: {message}", err=True)
-    raise typer.Exit(2)
 
 
 @app.command()
@@ -57,7 +53,7 @@ def verify(
         backend = backends.select(torch.device(device)).name
         results = list(track(grid.run(device), "verifying", total=len(cases.grid()), console=console))
     except (RuntimeError, AssertionError) as error:
-        _fail(f"cannot verify on {device}: {str(error).splitlines()[0]}")
+        given.fail(f"cannot verify on {device}: {str(error).splitlines()[0]}")
     table = Table(title=f"squeeze_excite on {device}, run by the {backend} backend, against the formula in float64")
     for column in ("maps", "cases", "largest error", "in", "tolerance", "verdict"):
         table.add_column(column)
@@ -78,37 +74,6 @@ def verify(
         raise typer.Exit(1)
 
 
-def _model(spec: str, given: list[str]) -> nn.Module:
-    module, colon, name = spec.partition(":")
-    if not colon or not module or not name:
-        _fail(f"SPEC is {spec!r}; wanted module:callable, such as torchvision.models:mobilenet_v3_large")
-    positional, named = _arguments(given)
-    try:
-        model = getattr(importlib.import_module(module), name)(*positional, **named)
-    except Exception as error:  # the user's code may raise anything; the message passes it on
-        _fail(f"{spec} raised {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-    if not isinstance(model, nn.Module):
-        _fail(f"{spec}() gave a {type(model).__name__}; wanted a torch.nn.Module")
-    return model
-
-
-def _arguments(given: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """Parse texts as positional arguments, and name=value as keyword arguments. A value that reads as a number, True,
-    False or None becomes that."""
-    positional, named = [], {}
-    for text in given:
-        name, equals, value = text.partition("=")
-        if equals and name.isidentifier():
-            try:
-                literal = ast.literal_eval(value)
-            except (ValueError, SyntaxError):
-                literal = value
-            named[name] = literal if literal is None or isinstance(literal, (int, float)) else value
-        else:
-            positional.append(text)
-    return positional, named
-
-
 @app.command()
 def plan(
     shape: Annotated[str, typer.Argument(help="Shape of x: 32x256x56x56, with 1 to 3 spatial sizes.")],
@@ -121,17 +86,17 @@ def plan(
 ) -> None:
     """Print the kernels that a call would launch on some GPU, and the bytes that they would move; needs no GPU."""
     try:
-        sizes = _sizes(shape)
+        sizes = given.sizes(shape)
     except ValueError:
         sizes = []
     if not 3 <= len(sizes) <= 5:
-        _fail(f"SHAPE is {shape!r}; wanted three to five sizes joined by x, such as 32x256x56x56")
+        given.fail(f"SHAPE is {shape!r}; wanted three to five sizes joined by x, such as 32x256x56x56")
     n, c, *spatial = sizes
     for name, size in [("SHAPE", n), ("SHAPE", c), ("SHAPE", math.prod(spatial)), ("--hidden", hidden)]:
         if size > _INT64_MAX:
-            _fail(f"{name} gives {size}; wanted at most 2^63 - 1, the product of the spatial sizes too")
+            given.fail(f"{name} gives {size}; wanted at most 2^63 - 1, the product of the spatial sizes too")
     if min(spatial) < 1:
-        _fail(f"SHAPE is {shape!r}; wanted sizes of 1 or more")
+        given.fail(f"SHAPE is {shape!r}; wanted sizes of 1 or more")
     try:
         extension = native.load_extension()
         chosen = extension.plan(
@@ -139,39 +104,8 @@ def plan(
             channels_last=channels_last, backward=backward, forced=forced,
         )  # fmt: skip
     except (ValueError, BuildError) as error:
-        _fail(str(error))
+        given.fail(str(error))
     typer.echo(str(chosen))
-
-
-def _sizes(shape: str) -> list[int]:
-    return [int(size) for size in shape.split("x")]
-
-
-def _input(shape: str) -> torch.Tensor:
-    try:
-        return torch.randn(_sizes(shape), generator=torch.Generator().manual_seed(0))
-    except (ValueError, RuntimeError):
-        _fail(f"--input is {shape!r}; wanted sizes joined by x, such as 1x3x224x224")
-
-
-def _placed(
-    model: nn.Module, x: torch.Tensor, device: str, dtype: str | None, channels_last: bool
-) -> tuple[nn.Module, torch.Tensor]:
-    if dtype is not None and dtype not in measure.EPSILONS_ALLOWED:
-        _fail(f"--dtype is {dtype!r}; wanted one of {', '.join(measure.EPSILONS_ALLOWED)}")
-    try:
-        where = torch.device(device)
-        kind = getattr(torch, dtype) if dtype else next((p.dtype for p in model.parameters()), torch.float32)
-        x = x.to(where, kind)
-        model = model.to(where, kind if dtype else None)
-    except (RuntimeError, AssertionError) as error:
-        _fail(f"--device is {device!r}: {str(error).splitlines()[0]}")
-    if channels_last:
-        if x.dim() not in (4, 5):
-            _fail(f"--channels-last wants an input of 4 or 5 dimensions, not {x.dim()}")
-        order = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-        x, model = x.to(memory_format=order), model.to(memory_format=order)  # type: ignore[call-overload]
-    return model, x
 
 
 @app.command()
@@ -192,7 +126,8 @@ def replace(
 
     Fails if nothing is replaced, a pattern matches no module, or the outputs differ by more than rounding.
     """
-    before, x = _placed(_model(spec, arg or []).eval(), _input(shape), device, dtype, channels_last)
+    built, x = given.model(spec, arg or []).eval(), given.random_input(shape)
+    before, x = given.placed(built, x, device, dtype, channels_last)
     report = se_fused.replace(copy.deepcopy(before), level=level, include=include, exclude=exclude)
     facts: dict[str, Any] = {
         "model": spec,
@@ -236,25 +171,98 @@ def _patterns_without_match(model: nn.Module, options: dict[str, list[str] | Non
     ]
 
 
-def _measured(spec: str, before: nn.Module, after: nn.Module, x: torch.Tensor, repeats: int) -> dict[str, Any]:
+def _measured(name: str, before: nn.Module, after: nn.Module, x: torch.Tensor, repeats: int) -> dict[str, Any]:
     def run(model: nn.Module) -> object:
-        y = model(x)
+        y = given.run(name, model, x)
         if x.device.type != "cpu":
             torch.accelerator.synchronize(x.device)
         return y
 
     with torch.inference_mode():
-        try:
-            wanted, got = run(before), run(after)
-        except Exception as error:
-            text = str(error).splitlines()[0] if str(error) else ""
-            _fail(f"{spec} on a random input of {'x'.join(map(str, x.shape))} raised {type(error).__name__}: {text}")
+        wanted, got = run(before), run(after)
         try:
             found = measure.compared(got, wanted)
         except ValueError as error:
-            _fail(str(error))
+            given.fail(str(error))
         calls = {"before": lambda: run(before), "after": lambda: run(after)}
         return found | {"seconds": measure.interleaved(calls, repeats)}
+
+
+@app.command()
+def bench(
+    spec: Annotated[
+        str | None,
+        typer.Argument(help="module:callable that builds the model; else EfficientNet-B0 of timm or torchvision."),
+    ] = None,
+    arg: Annotated[list[str] | None, typer.Option(help="Goes to the callable; text or name=value; repeatable.")] = None,
+    shape: Annotated[
+        str,
+        typer.Option("--input", help="Shape of the random input; the first size, the batch, is not used."),
+    ] = "1x3x224x224",
+    batch: Annotated[int, typer.Option(min=1, help="The batch size that is measured beside 1.")] = 8,
+    seconds: Annotated[float, typer.Option(min=0, help="Time for all rounds; more, if five rounds take longer.")] = 30,
+    device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, ...")] = "cpu",
+    dtype: Annotated[str | None, typer.Option(help="float32, float64, float16 or bfloat16; else the model's.")] = None,
+    channels_last: Annotated[bool, typer.Option("--channels-last", help="The order of model and input.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure what se_fused.replace brings for a model on this machine, in inference.
+
+    Fails if nothing is replaced, or if the output of a variant differs by more than rounding.
+    """
+    if spec is None:
+        spec, arg = _example()
+    sample = given.random_input(shape)
+    if sample.dim() < 2 or sample.shape[0] < 1:
+        given.fail(f"--input is {shape!r}; wanted a batch and the sizes of a sample, such as 1x3x224x224")
+    x = sample[:1].expand(batch, *sample.shape[1:]).clone().normal_(generator=torch.Generator().manual_seed(0))
+    model, x = given.placed(given.model(spec, arg or []).eval(), x, device, dtype, channels_last)
+    with torch.inference_mode():
+        given.run(spec, model, x[:1])
+    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    # Automatic refresh would run in a thread of its own, on the cores that are measured.
+    with Progress(*columns, console=Console(stderr=True), auto_refresh=False) as progress:
+        bar = progress.add_task("replacing SE layers", total=1)
+
+        def show(done: float) -> None:
+            progress.update(bar, completed=done, refresh=True)
+
+        models, report = benchmark.variants(model, show)
+        if not (report.replaced or report.inline):
+            given.fail(f"nothing is replaced: {report}")
+        results: list[benchmark.Result] = []
+        batches = sorted({1, batch})
+        for n in batches:
+            progress.reset(bar, description=f"measuring batch {n}")
+            try:
+                results += benchmark.run(models, x[:n], seconds / len(batches), show)
+            except (ValueError, RuntimeError, TimeoutError) as error:
+                given.fail(f"{spec} at batch {n}: {str(error).splitlines()[0]}")
+    facts: dict[str, Any] = {
+        "model": " ".join([spec, *(arg or [])]), "device": device, "dtype": str(x.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(), "torch": torch.__version__, "se_fused": se_fused.__version__,
+    }  # fmt: skip
+    different = sorted({result.variant for result in results if not result.found["equal"]})
+    failures = [f"the output of {variant} differs from that of the model" for variant in different]
+    if as_json:
+        facts |= {"results": [result.as_dict() for result in results], "verdict": benchmark.verdict(results)}
+        typer.echo(json.dumps(facts | {"failures": failures}, indent=2))
+    else:
+        title = "{model} on {device}, {dtype}, {threads} threads, torch {torch}".format_map(facts)
+        console.print(benchmark.table(results, title))
+        console.print(benchmark.verdict(results), highlight=False)
+    for failure in failures:
+        typer.echo(f"error: {failure}", err=True)
+    if failures:
+        raise typer.Exit(1)
+
+
+def _example() -> tuple[str, list[str]]:
+    """The model that `bench` takes if none is named: of the first of these libraries that is installed."""
+    for spec, arguments in (("timm:create_model", ["efficientnet_b0"]), ("torchvision.models:efficientnet_b0", [])):
+        if importlib.util.find_spec(spec.partition(":")[0].partition(".")[0]) is not None:
+            return spec, arguments
+    given.fail("no SPEC was given, and neither timm nor torchvision is installed to take an example from")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import se_fused
 from se_fused import __main__ as cli
 from se_fused import cases, verify
+from se_fused import given as specified
 
 MODEL = """
 import torch
@@ -299,7 +300,7 @@ def test_replace_compares_outputs_of_several_tensors(models, kind):
 
 def test_replace_builds_with_arguments():
     given = ["mobilenetv3_large_100", "1000", "a=1", "b=1e-3", "c=None", "d=False", "e=relu", "f=[1]", "1x=2", "g="]
-    assert cli._arguments(given) == (
+    assert specified.arguments(given) == (
         ["mobilenetv3_large_100", "1000", "1x=2"],
         {"a": 1, "b": 1e-3, "c": None, "d": False, "e": "relu", "f": "[1]", "g": ""},
     )
@@ -310,7 +311,7 @@ def test_replace_takes_dtype_and_order(models):
     result = run("replace", f"{models}:net", *options)
     assert result.exit_code == 0, result.output
     assert "equal within rounding of bfloat16" in result.stdout
-    model, x = cli._placed(torch.nn.Conv2d(3, 4, 3), torch.zeros(2, 3, 5, 4), "cpu", "float64", True)
+    model, x = specified.placed(torch.nn.Conv2d(3, 4, 3), torch.zeros(2, 3, 5, 4), "cpu", "float64", True)
     assert x.dtype is model.weight.dtype is torch.float64
     assert x.is_contiguous(memory_format=torch.channels_last)
     assert model.weight.is_contiguous(memory_format=torch.channels_last)

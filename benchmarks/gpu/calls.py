@@ -17,9 +17,9 @@ from torch.nn import functional as F
 import se_fused
 from se_fused import cases
 from se_fused.measure import largest_difference
+from se_fused.timing import Times
 
 from ..shapes import Shape
-from ..timing import Times
 
 ROUNDS = 11
 SIZES = (1, 2, 4, 8, 16)  # of clusters, in blocks

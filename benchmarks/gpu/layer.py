@@ -9,9 +9,9 @@ from functools import partial
 import torch
 
 import se_fused
+from se_fused.timing import ratio, spread
 
 from ..shapes import HEADLINE, Shape
-from ..timing import ratio, spread
 from . import calls
 from .calls import Row
 from .worker import Rows, Worker, run_part

@@ -19,8 +19,8 @@ from torch.overrides import TorchFunctionMode
 import se_fused
 from examples import zoo
 from se_fused.measure import largest_difference
+from se_fused.timing import Times, ratio, spread
 
-from ..timing import Times, ratio, spread
 from . import calls
 from .worker import Rows, Worker, run_part
 

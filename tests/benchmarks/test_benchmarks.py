@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import baselines, compiled, layer_cpu, networks, shapes, timing
+from benchmarks import baselines, compiled, layer_cpu, networks, shapes, training
 from benchmarks.shapes import Shape
-from benchmarks.timing import Variant
 from examples import zoo
+from se_fused import timing
+from se_fused.timing import Variant
 
 TINY = Shape(2, 12, 5, 7, r=3)
 
@@ -37,7 +39,7 @@ class FakeClock:
 # Baselines.
 
 
-@pytest.mark.parametrize("name", [*baselines.FUSED, *baselines.BASELINES])
+@pytest.mark.parametrize("name", [*baselines.FUSED, *baselines.BASELINES, *baselines.OF_A_CALL])
 def test_every_variant_computes_the_layer(name: str) -> None:
     inputs = baselines.draw(TINY, torch.float32, "contiguous")
     with torch.inference_mode():
@@ -127,7 +129,9 @@ def test_rounds_are_interleaved_and_ratios_are_within_a_round() -> None:
         if next(rests) % 2 == 0:
             slowness[0] = next(speed)
 
-    times = timing.measure(variants, budget_s=1, clock=clock, rest=rest)
+    found = timing.measure(variants, budget_s=1, clock=clock, rest=rest, others=lambda: 0.01)
+    times = found.times
+    assert (found.others, found.dropped) == (0.01, 0)
     assert len(times["a"]) == len(times["b"]) > timing.MIN_ROUNDS
     assert timing.ratio(times, "b", "a") == pytest.approx(2)
     assert timing.ratio(times, "a", "b") == pytest.approx(1 / 2)
@@ -142,10 +146,68 @@ def test_rounds_are_interleaved_and_ratios_are_within_a_round() -> None:
 def test_a_batch_lasts_and_the_budget_ends() -> None:
     clock = FakeClock()
     fast = Variant("fast", clock.work(1_000))
-    assert timing.calls_per_batch(fast, clock) == timing.BATCH_NS // 1_000
-    assert timing.calls_per_batch(Variant("slow", clock.work(10**9)), clock) == 1
-    times = timing.measure([Variant("slow", clock.work(10**9))], budget_s=0, clock=clock, rest=lambda: None)
-    assert times == {"slow": [1e6] * timing.MIN_ROUNDS}
+    calls = timing.BATCH_NS // 1_000
+    assert timing.batch(fast, clock) == (calls // timing.WARM_UP, calls)
+    assert timing.batch(Variant("one", clock.work(2 * timing.BATCH_NS)), clock) == (1, 1)
+    slow = Variant("slow", clock.work(10**9))
+    assert timing.batch(slow, clock) == (0, 1)
+    found = timing.measure([slow], budget_s=0, clock=clock, rest=lambda: None, others=lambda: 0.0)
+    assert found.times == {"slow": [1e6] * timing.MIN_ROUNDS}
+
+
+def test_rounds_beside_other_processes_do_not_count() -> None:
+    """Windows of one round take turns: in every second one others use the CPU, and calls take three times as long."""
+    clock = FakeClock()
+    shares, share, done = itertools.cycle([0.2, 0.01]), [0.0], []
+
+    def others() -> float:
+        now, share[0] = share[0], next(shares) if len(done) % 2 == 0 else share[0]
+        done.append(None)
+        return now
+
+    def call() -> None:
+        clock.now += 10**9 * (3 if share[0] > timing.QUIET else 1)
+
+    variant = Variant("a", call)
+    found = timing.measure([variant], budget_s=20, clock=clock, rest=lambda: None, others=others)
+    assert set(found.times["a"]) == {1e6}
+    assert found.others == 0.01
+    assert found.dropped >= timing.MIN_ROUNDS
+    all_count = timing.measure([variant], 20, limit=1, clock=clock, rest=lambda: None, others=others)
+    assert set(all_count.times["a"]) == {1e6, 3e6}
+    assert (all_count.others, all_count.dropped) == (0.2, 0)
+
+
+def test_a_busy_machine_is_refused() -> None:
+    clock = FakeClock()
+    start = clock.now
+    with pytest.raises(timing.BusyMachine, match="other processes use 50% of the CPU; at most 5%"):
+        timing.measure(
+            [Variant("a", clock.work(10**9))], budget_s=5, clock=clock, rest=lambda: None, others=lambda: 0.5
+        )
+    assert clock.now - start < 2 * timing.PATIENCE * 5 * 10**9
+
+
+def test_the_share_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two cores for 10 s: this process used 8 s, others 3 and another virtual machine 1."""
+    cpu = SimpleNamespace(
+        user=0.0, nice=0.0, system=0.0, idle=0.0, iowait=0.0, irq=0.0, softirq=0.0, steal=0.0, guest=0.0
+    )
+    mine = [0.0]
+    monkeypatch.setattr("psutil.cpu_times", lambda: SimpleNamespace(**vars(cpu)))
+    monkeypatch.setattr(timing, "time", SimpleNamespace(process_time=lambda: mine[0]))
+    others = timing.Others()
+    cpu.user, cpu.system, cpu.idle, cpu.iowait, cpu.steal, mine[0] = 9.0, 2.0, 7.0, 1.0, 1.0, 8.0
+    assert others() == pytest.approx(4 / 20)
+    assert others() == 0
+
+
+def test_progress_is_told() -> None:
+    clock, told = FakeClock(), []
+    slow = Variant("slow", clock.work(10**9))
+    timing.measure([slow], 8, clock=clock, rest=lambda: None, others=lambda: 0.0, progress=told.append)
+    assert told == sorted(told)
+    assert 0 < told[0] < told[-1] == 1
 
 
 def test_restoring_is_not_timed() -> None:
@@ -189,6 +251,22 @@ def test_rest_ends_and_a_busy_process_is_an_error(monkeypatch: pytest.MonkeyPatc
     assert now[0] < 0.06
 
 
+@pytest.mark.parametrize(
+    ("found", "rounds", "text"),
+    [
+        ((1.2345, 1.2345, 1.2345), 5, "1.23 (1.2 to 1.2)"),
+        ((1.1, 1.234, 1.3), 400, "1.23 (1.1 to 1.3)"),
+        ((1.1, 1.234, 1.3), 9, "1.2 (1.1 to 1.3)"),
+        ((0.4, 0.974, 2.6), 5, "0.97 (0.40 to 2.6)"),
+        ((11_800, 12_953, 13_100), 9, "13,000 (12,000 to 13,000)"),
+        ((0.0, 0.0, 0.0), 5, "0.00 (0.00 to 0.00)"),
+    ],
+)
+def test_a_median_has_the_digits_that_its_spread_allows(found: tuple[float, ...], rounds: int, text: str) -> None:
+    p20, p50, p80 = found
+    assert re.sub(r"\b0\.0+\b", "0.00", timing.text(timing.Spread(p20, p50, p80), rounds)) == text
+
+
 # Networks.
 
 
@@ -206,7 +284,26 @@ def test_variants_compute_the_same_and_differ_in_what_they_call() -> None:
 
 
 def test_a_wrong_network_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "measure", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(networks.timing, "measure", lambda *_: pytest.fail("timed"))
     model, x = torch.nn.ReLU(), torch.randn(2, 3)
     with pytest.raises(AssertionError, match="wrong"):
         networks.measure(model, x, {"right": lambda: x.relu(), "wrong": lambda: x}, seconds=0)
+
+
+def test_a_wrong_gradient_is_not_timed() -> None:
+    model, x = zoo.build("timm:mobilenetv3_small_050").train(), torch.randn(2, 3, 64, 64)
+    labels = torch.randint(1000, (2,))
+    training.check(networks.build_variant(model, "replaced"), model, x, labels)
+    other = networks.build_variant(model, "original")
+    next(other.parameters()).data.mul_(1.5)
+    with pytest.raises(AssertionError, match="conv_stem"):
+        training.check(other, model, x, labels)
+
+
+def test_a_step_trains() -> None:
+    model, x = torch.nn.Linear(4, 1000), torch.randn(3, 4)
+    before = model.weight.detach().clone()
+    run = training.step(model, x, torch.tensor([1, 2, 3]))
+    run()
+    assert model.weight.grad is not None
+    torch.testing.assert_close(model.weight.detach(), before - 1e-3 * model.weight.grad)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from benchmarks import (
     call_overhead,
     census,
     compiled,
+    contradictions,
     coverage,
     coverage_report,
     engines,
@@ -30,15 +32,15 @@ from benchmarks import (
     networks,
     report,
     shapes,
-    timing,
 )
 from examples import zoo
+from se_fused import timing
 
 
 def test_the_bars_that_the_records_must_keep() -> None:
     """Compiled and replaced networks lose nothing, and a call with nothing to compute costs no more than before."""
     rows = {(row["network"], row["n"], row["variant"]): row for row in report.read(compiled.RECORD)}
-    replaced = {key: float(row["original_by_this"]) for key, row in rows.items() if key[2] in ("replaced", "block")}
+    replaced = {key: float(row["ratio_p50"]) for key, row in rows.items() if key[2] in ("replaced", "block")}
     assert len(replaced) == 8
     assert min(replaced.values()) >= 0.98, replaced
     calls = {row["call"]: row for row in report.read(call_overhead.RECORD)}
@@ -48,11 +50,12 @@ def test_the_bars_that_the_records_must_keep() -> None:
 
 @pytest.fixture
 def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A CSV of all contests with made-up times: copy and in place take 1 us, fused 2, eager 3, the others 4."""
-    microseconds = {"copy": 1.0, "multiply": 0.5, "fused_inplace": 1.0, "fused": 2.0, "eager": 3.0}
+    """A CSV of all contests with made-up times: copy and in place take 1 us, out= 1.5, fused 2, eager 3, others 4."""
+    microseconds = {"copy": 1.0, "multiply": 0.5, "fused_inplace": 1.0, "fused_out": 1.5, "fused": 2.0, "eager": 3.0}
 
-    def run_contest(contest: layer_cpu.Contest, threads: int, until: float) -> timing.Times:
-        return {name: [microseconds.get(name, 4.0)] * 5 for name in (*contest.variants, *contest.passes)}
+    def run_contest(contest: layer_cpu.Contest, threads: int, until: float) -> timing.Measured:
+        times = {name: [microseconds.get(name, 4.0)] * 5 for name in (*contest.variants, *contest.passes)}
+        return timing.Measured(times, others=0.02, dropped=1)
 
     monkeypatch.setattr(layer_cpu, "run_contest", run_contest)
     file = tmp_path / "layer_cpu.csv"
@@ -74,11 +77,11 @@ def edit(file: Path, change: Callable[[dict[str, str]], None]) -> None:
 
 def test_every_shape_is_measured_in_every_format(record: Path) -> None:
     lines = report.read(record)
-    assert list(lines[0]) == [field.name for field in dataclasses.fields(layer_cpu.Row)]
+    assert {(line["others"], line["dropped"]) for line in lines} == {("0.020", "1")}
     for dtype, layout, direction, variants in (
         ("float32", "contiguous", "forward", {*baselines.FUSED, *baselines.BASELINES, *baselines.PASSES}),
-        ("float32", "channels_last", "forward", {*baselines.FUSED, "eager", "compile", *baselines.PASSES}),
-        ("bfloat16", "contiguous", "forward", {*baselines.FUSED, "eager", "compile", *baselines.PASSES}),
+        ("float32", "channels_last", "forward", {"fused", "fused_inplace", "eager", "compile", *baselines.PASSES}),
+        ("bfloat16", "contiguous", "forward", {"fused", "fused_inplace", "eager", "compile", *baselines.PASSES}),
         ("float32", "contiguous", "backward", {"fused", "eager", "copy"}),
         ("float32", "contiguous", "forward_backward", {"fused", "eager", "copy"}),
     ):
@@ -95,20 +98,23 @@ def test_copy_and_bytes(record: Path) -> None:
 
 def test_the_table_is_a_function_of_the_csv(record: Path) -> None:
     text = layer_cpu_report.table(report.read(record))
-    assert "| 1x72x28x28 | 2.0 | 3.0 (eager) | 1.50 | 1.50 | 1.0 | 50% |" in text
-    assert "| geometric mean, batch 1 (6 shapes) |  |  | 1.50 | 1.50 |  |  |" in text
-    assert "| 1x72x28x28 | 1.0 | 3.00 | 0.5 | 50% | 6.00 |" in text
-    assert "| geometric mean, batch 1 (6 shapes) |  | 3.00 |  |  | 6.00 |" in text
-    assert "eager / fused 1.50." in text
-    assert "**" not in text
+    one, two, three = "1.00 (1.0 to 1.0)", "2.00 (2.0 to 2.0)", "3.00 (3.0 to 3.0)"
+    ratio = "1.50 (1.5 to 1.5)"
+    assert f"| 1x72x28x28 | {two} | {ratio} | {ratio} | {ratio} | {two} | eager | {one} | 50% |" in text
+    assert "| geometric mean, batch 1 (6 shapes) |  |  | 1.50 | 1.50 | 2.00 |  |  |  |" in text
+    assert f"| 1x72x28x28 | {one} | {three} | {three} | 0.500 (0.50 to 0.50) | 50% |" in text
+    assert "| geometric mean, batch 1 (6 shapes) |  | 3.00 | 3.00 |  |  |" in text
+    assert "| torch.compile without guards | 4.00 (4.0 to 4.0) |" in text
+    assert "| geometric mean, batch 1 (6 shapes) |  |  |  |  | **0.75** | **0.75** | **0.75** |" in text
+    assert "other processes used 2% of the CPU or less, and 67 rounds were left out" in text
 
     def slower_at_one_shape(line: dict[str, str]) -> None:
         if line["shape"] == "16x2048x7x7" and line["variant"] == "eager":
-            line["ratio_to_fused"] = "0.900"
+            line.update(ratio_to_fused_p20="0.80", ratio_to_fused_p50="0.900", ratio_to_fused_p80="0.95", p20_us="1.8")
 
     edit(record, slower_at_one_shape)
     text = layer_cpu_report.table(report.read(record))
-    assert "**0.90**" in text
+    assert "**0.90 (0.80 to 0.95)**" in text
     mean = (1.5**10 * 0.9) ** (1 / 11)
     assert f"| geometric mean, all 11 shapes |  |  | {mean:.2f} |" in text
 
@@ -161,7 +167,7 @@ def test_check_compares_a_document_with_the_csv(
 def test_the_figure_at_a_glance(record: Path, tmp_path: Path) -> None:
     lines = report.read(record)
     assert figures.speeds(lines, shapes.BATCH_1) == pytest.approx(
-        {"compile": 0.75, "openvino": 0.75, "onnxruntime": 0.75, "fused": 1.5, "fused_inplace": 3}
+        {"compile": 0.75, "openvino": 0.75, "onnxruntime": 0.75, "fused": 1.5, "fused_out": 2, "fused_inplace": 3}
     )
     first, second = tmp_path / "first.svg", tmp_path / "second.svg"
     for file in (first, second):
@@ -174,8 +180,8 @@ def networks_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A models.csv of two small layers and made-up times in microseconds."""
     microseconds = {"original": 3000.0, "replaced": 2000.0, "in place": 4000.0}
 
-    def measure(model: torch.nn.Module, x: torch.Tensor, calls: dict[str, object], seconds: float) -> timing.Times:
-        return {name: [microseconds.get(name, 1000.0)] * 5 for name in calls}
+    def measure(model: torch.nn.Module, x: torch.Tensor, calls: dict[str, object], seconds: float) -> timing.Measured:
+        return timing.Measured({name: [microseconds.get(name, 1000.0)] * 5 for name in calls}, 0.031, 0)
 
     layer = zoo.import_torchvision().ops.SqueezeExcitation
     monkeypatch.setattr(networks, "measure", measure)
@@ -199,9 +205,78 @@ def test_the_table_of_networks(networks_record: Path) -> None:
     for network in models.NETWORKS:
         for n in models.BATCHES:
             label = f"{network} (2 SE layers) | {n}"
-            assert f"| {label} | 3.0 (3.0 to 3.0) | 1.50 | **0.75** | 3.00 | 3.00 | 3.00 | 3.00 |" in text
-    assert "| geometric mean |  |  | 1.50 | 0.75 | 3.00 | 3.00 | 3.00 | 3.00 |" in text
-    assert "medians of 5 or more interleaved rounds" in text
+            loss = "**0.750 (0.75 to 0.75)**"
+            assert f"| {label} | 3.00 (3.0 to 3.0) | 1.50 (1.5 to 1.5) | {loss} | 3.00 (3.0 to 3.0) |" in text
+    assert "| geometric mean |  |  | 1.50 | **0.75** | 3.00 | 3.00 | 3.00 | 3.00 |" in text
+    assert "medians (20th to 80th percentile) of 5 or more interleaved rounds" in text
+    assert "other processes used 3% of the CPU or less" in text
+    short = models.short_table(report.read(networks_record))
+    cells = "3.00 | 1.50 (1.5 to 1.5) | 3.00 (3.0 to 3.0)"
+    assert f"| timm:efficientnet_b0 | {cells} | {cells} |" in short
+
+
+def test_the_figure_of_networks(networks_record: Path, tmp_path: Path) -> None:
+    lines = report.read(networks_record)
+    first, second = tmp_path / "first.svg", tmp_path / "second.svg"
+    for file in (first, second):
+        figures.networks(lines, file)
+    assert first.read_bytes() == second.read_bytes()
+
+
+# A change of the lines that it is told, and what the report then says.
+CONTRADICTIONS = {
+    "a ratio that is not that of the times": (
+        lambda line: line["variant"] == "eager" and line["direction"] == "backward",
+        {"ratio_to_fused_p50": "1.8"},
+        "1x72x28x28 float32 contiguous backward eager: ratio_to_fused_p50 1.8 is not that of the times",
+    ),
+    "backward that takes longer than forward and backward": (
+        lambda line: line["direction"] == "backward",
+        {"p20_us": "4.5", "p50_us": "4.6", "p80_us": "4.7"},
+        "1x72x28x28 float32 contiguous backward fused: took longer than forward and backward",
+    ),
+    "in place slower than out of place": (
+        lambda line: line["variant"] == "fused_inplace",
+        {"p20_us": "2.1", "p50_us": "2.2", "p80_us": "2.3"},
+        "1x72x28x28 float32 contiguous forward fused_inplace: took longer than into new memory",
+    ),
+    "a copy slower than the layer": (
+        lambda line: line["variant"] == "copy",
+        {"p20_us": "2.1", "p50_us": "2.2", "p80_us": "2.3"},
+        "1x72x28x28 float32 contiguous forward copy: took longer than the layer",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_lines_that_contradict_each_other_are_not_published(record: Path, name: str) -> None:
+    applies, change, message = CONTRADICTIONS[name]
+    contradictions.refuse(report.read(record))
+    edit(record, lambda line: line.update(change) if line["shape"] == "1x72x28x28" and applies(line) else None)
+    with pytest.raises(contradictions.Contradiction, match=re.escape(message)):
+        layer_cpu_report.table(report.read(record))
+
+
+def test_a_difference_within_the_spread_is_no_contradiction(record: Path) -> None:
+    def noisy(line: dict[str, str]) -> None:
+        if line["variant"] == "fused_inplace":
+            line.update(p20_us="1.9", p50_us="2.5", p80_us="3.0")
+
+    edit(record, noisy)
+    with pytest.raises(contradictions.Contradiction) as caught:  # of its ratios, but not of its time
+        contradictions.refuse(report.read(record))
+    assert "took longer" not in str(caught.value)
+
+
+def test_a_batch_that_takes_less_time_than_one_sample_is_not_published(networks_record: Path) -> None:
+    def faster(line: dict[str, str]) -> None:
+        if line["n"] == "16" and line["network"] == "timm:seresnet50":
+            line.update({f"{p}_ms": str(float(line[f"{p}_ms"]) / 2) for p in timing.Spread._fields})
+
+    edit(networks_record, faster)
+    for table in (models.table, models.short_table):
+        with pytest.raises(contradictions.Contradiction, match="seresnet50 original: N = 1 took longer than N = 16"):
+            table(report.read(networks_record))
 
 
 def test_the_table_of_what_replace_covers() -> None:
@@ -240,16 +315,16 @@ def test_the_table_of_what_is_joined() -> None:
 
 
 def test_the_headline_is_a_function_of_the_records(record: Path, networks_record: Path, tmp_path: Path) -> None:
-    for name in ("compiled.csv", "coverage.csv", "h200"):
+    for name in ("compiled.csv", "training.csv", "coverage.csv", "h200"):
         source = report.RESULTS / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
     found = report.read_headline(tmp_path)
     for name, wanted in {
-        "layer_eager": "1.5", "layer_best": "2.0", "in_place_eager": "3.0", "in_place_best": "4.0",
+        "layer_eager": "1.5", "layer_best": "2.0", "layer_out_best": "2.7", "in_place_eager": "3.0",
         "training_eager": "1.5", "models": "9", "models_batches": "1 and 16", "models_replaced": "1.50 to 1.50",
-        "models_in_place": "0.75 to 0.75", "coverage_libraries": "12",
+        "models_block": "3.00 to 3.00", "coverage_libraries": "12",
     }.items():  # fmt: skip
         assert found[name] == wanted, name
     text = headline.text(found)
-    assert "1.5 times eager speed, and at 2.0 times" in text
+    assert "runs at 1.5 times eager speed, in place at 3.0, and forward with" in text
     assert "{" not in text
