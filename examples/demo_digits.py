@@ -76,6 +76,14 @@ def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return train_images, torch.tensor(parts[2]), test_images, torch.tensor(parts[3])
 
 
+def batches(count: int, epochs: int) -> list[Tensor]:
+    """For each step the indices [BATCH] of its images, out of `count`; every epoch has an order of its own."""
+    generator = torch.Generator().manual_seed(SEED)
+    # Only whole batches, because batch norm on the three images left over would make the loss jump.
+    whole = count // BATCH * BATCH
+    return [b for _ in range(epochs) for b in torch.randperm(count, generator=generator)[:whole].split(BATCH)]
+
+
 def _start(network: str, squeeze: str, layer: str, steps: int) -> Run:
     torch.manual_seed(SEED)
     model = NETWORKS[network](partial(LAYERS[layer], reduction=4, squeeze=squeeze))
@@ -91,18 +99,15 @@ def _start(network: str, squeeze: str, layer: str, steps: int) -> Run:
 def train(epochs: int, console: Console) -> list[Run]:
     """Train all runs of all experiments, in the order of EXPERIMENTS and LAYERS, and test them on held-back digits."""
     images, labels, test_images, test_labels = digits()
-    generator = torch.Generator().manual_seed(SEED)
-    # Only whole batches, because batch norm on the three images left over would make the loss jump.
-    whole = len(images) // BATCH * BATCH
-    batches = [b for _ in range(epochs) for b in torch.randperm(len(images), generator=generator)[:whole].split(BATCH)]
-    runs = [_start(*experiment, layer, len(batches)) for experiment in EXPERIMENTS for layer in LAYERS]
+    steps = batches(len(images), epochs)
+    runs = [_start(*experiment, layer, len(steps)) for experiment in EXPERIMENTS for layer in LAYERS]
     # On maps this small a second thread gains a tenth (16 instead of 18 ms per step). Beside any other process it loses
     # more than that, because the two threads wait for each other.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         # Automatic refresh would run in a thread of its own, on the cores that are measured.
-        for i, batch in enumerate(track(batches, "training on digits", console=console, auto_refresh=False)):
+        for i, batch in enumerate(track(steps, "training on digits", console=console, auto_refresh=False)):
             # The run that comes second finds a warmer cache, so the order is reversed from step to step.
             for run in runs if i % 2 == 0 else reversed(runs):
                 run.step(images[batch], labels[batch])

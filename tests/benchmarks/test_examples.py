@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import io
+import os
+import re
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import matplotlib
 import pytest
@@ -158,3 +163,87 @@ def test_the_eight_are_crops_and_their_mirror_images():
     assert batch.shape == (8, 3, 32, 32)
     assert torch.equal(batch[4:], batch[:4].flip(-1))
     assert len(batch.flatten(1).unique(dim=0)) == 8
+
+
+def torchrun(folder, program):
+    """Run Python text in two processes, with the repository's root and its tests on the path."""
+    script = folder / "program.py"
+    script.write_text(program)
+    tests = Path(__file__).resolve().parents[1]
+    path = os.pathsep.join(map(str, (tests.parent, tests)))
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script],
+        env=os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+TRAIN = """
+import torch
+from examples import train_digits
+{fault}
+train_digits.main(train_digits.Strategy.{strategy}, epochs=1)
+"""
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_train_as_one(strategy, tmp_path):
+    run = torchrun(tmp_path, TRAIN.format(strategy=strategy, fault=""))
+    assert run.returncode == 0, run.stderr
+    assert f"{strategy}, 2 processes on cpu" in run.stdout
+    assert float(re.search(r"(.*)% of 450 test digits", run.stdout)[1]) > 50  # guessing gives 10, one epoch 84
+
+
+@pytest.mark.parametrize(
+    ("strategy", "fault"),
+    [
+        ("fsdp2", "train_digits.share = lambda batch, rank, world: batch[: len(batch) // world]"),
+        ("ddp", "train_digits.NORM = torch.nn.BatchNorm2d"),
+    ],
+    ids=["same images", "batch norms"],
+)
+def test_processes_that_train_another_network_fail(strategy, fault, tmp_path):
+    run = torchrun(tmp_path, TRAIN.format(strategy=strategy, fault=fault))
+    assert run.returncode != 0
+    assert "largest difference" in run.stdout, run.stderr
+
+
+REPLACED = """
+import copy
+import os
+
+import torch
+import torch.distributed as dist
+from se_layers import Classic
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import se_fused
+
+def sharded(model):
+    fully_shard(model[1])
+    return fully_shard(model)
+
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+original = nn.Sequential(nn.Conv2d(3, 32, 1), nn.Sequential(Classic(32), nn.Conv2d(32, 4, 3))).double()
+x = torch.randn(8, 3, 5, 5, dtype=torch.float64)
+original(x).square().mean().backward()
+for wrap in (DistributedDataParallel, sharded):
+    model = wrap(copy.deepcopy(original))
+    model.zero_grad()
+    se_fused.replace(model).raise_if_none()
+    with torch.profiler.profile() as profile:
+        model(x[dist.get_rank() :: 2]).square().mean().backward()
+    calls = {event.key for event in profile.key_averages()}
+    assert {"se_fused::forward_out", "se_fused::backward_out"} <= calls, wrap
+    for p, wanted in zip(model.parameters(), original.parameters(), strict=True):
+        grad = p.grad.full_tensor() if wrap is sharded else p.grad
+        torch.testing.assert_close(grad, wanted.grad, rtol=1e-10, atol=1e-12)
+os._exit(0)  # a usual exit aborts now and then, where a thread of gloo still holds the last tensors
+"""
+
+
+def test_replaced_layers_run_fused_under_ddp_and_fsdp2(tmp_path):
+    run = torchrun(tmp_path, REPLACED)
+    assert run.returncode == 0, run.stderr
