@@ -1,7 +1,7 @@
-"""The demonstration: `python -m se_fused demo`, or `python -m examples.demo`. Packages hold its data and networks.
+"""The demonstration: `make demo`, or `python -m examples.demo`. Its data and networks come with packages.
 
-Part "digits" trains two small networks with the reference and the fused SE layer; part "photographs" replaces the SE
-layers of three known networks.
+Part "digits" trains two small networks with the reference and the fused SE layer, and draws what the trained gates do.
+Part "photographs" replaces the SE layers of three known networks, and compares outputs and times.
 """
 
 from __future__ import annotations
@@ -25,26 +25,31 @@ class Part(str, Enum):
     photographs = "photographs"
 
 
-def digits(output: Path, epochs: int, console: Console) -> list[Path]:
+def digits(output: Path, epochs: int, console: Console) -> None:
     from examples import demo_digits
 
+    console.print(
+        "\n1. Digits. Two small networks learn handwritten digits, with SE in plain PyTorch (reference) and with the "
+        "fused layer. Both should learn the same: as nearly as the reference does from weights one rounding step away "
+        "(control)."
+    )
     runs = demo_digits.train(epochs, console)
     console.print(demo_digits.table(runs))
-    paths = [output / "digits_losses.png", output / "digits_gates.png"]
-    demo_digits.plot_losses(runs, paths[0])
-    demo_digits.plot_gates(next(run for run in runs if run.layer == "fused"), paths[1])
-    return paths
+    losses, gates = output / "digits_losses.png", output / "digits_gates.png"
+    demo_digits.plot_losses(runs, losses)
+    console.print(f"wrote {losses}: the losses with both layers")
+    demo_digits.plot_gates(next(run for run in runs if run.layer == "fused"), gates)
+    console.print(f"wrote {gates}: which channels each digit opens and closes, after training")
 
 
-def photographs(output: Path, repeats: int, console: Console) -> list[Path]:
+def photographs(repeats: int, console: Console) -> None:
     from examples import demo_photographs
 
-    found = demo_photographs.swaps(repeats, console)
-    console.print(demo_photographs.table(found))
-    console.print("Nothing is downloaded, so the weights are random: what counts is that the outputs agree.")
-    path = output / "photograph_gates.png"
-    demo_photographs.plot_gates(found[0], path)
-    return [path]
+    console.print(
+        "\n2. Photographs. se_fused.replace puts the fused layer into known networks. Nothing is downloaded, so the "
+        "weights are random: what counts is that the outputs agree, and how long they take."
+    )
+    console.print(demo_photographs.table(demo_photographs.swaps(repeats, console)))
 
 
 def main(
@@ -61,14 +66,11 @@ def main(
     output.mkdir(parents=True, exist_ok=True)
     backend = backends.select(torch.device("cpu")).name
     console.print(f"The fused layer runs on the {backend} backend.")
-    paths: list[Path] = []
     if not part or Part.digits in part:
-        paths += digits(output, epochs, console)
+        digits(output, epochs, console)
     if not part or Part.photographs in part:
-        paths += photographs(output, repeats, console)
-    for path in paths:
-        console.print(f"wrote {path}")
-    console.print(f"{time.perf_counter() - start:.0f} s")
+        photographs(repeats, console)
+    console.print(f"\n{time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":

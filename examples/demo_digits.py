@@ -18,6 +18,8 @@ from statistics import median
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
+from matplotlib.offsetbox import AnnotationBbox, OffsetImage
+from matplotlib.patches import Rectangle
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -183,40 +185,71 @@ def gate(layer: SqueezeExcite, x: Tensor) -> Tensor:
     return torch.sigmoid(F.linear(h, layer.w2, layer.b2))
 
 
-def gates_by_class(model: nn.Module, images: Tensor, labels: Tensor) -> list[Tensor]:
-    """For each SE layer of `model`, the gates averaged over the images of each class: [classes, C]."""
-    means: list[Tensor] = []
+def gates(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """The gates s [N, C] of each SE layer of `model`, from the first to the last."""
+    found: list[Tensor] = []
 
     def record(layer: SqueezeExcite, inputs: tuple[Tensor, ...], _: Tensor) -> None:
-        s = gate(layer, inputs[0])
-        means.append(torch.stack([s[labels == label].mean(0) for label in labels.unique()]))
+        found.append(gate(layer, inputs[0]))
 
     hooks = [m.register_forward_hook(record) for m in model.modules() if isinstance(m, SqueezeExcite)]
     with torch.inference_mode():
         model(images)
     for hook in hooks:
         hook.remove()
-    return means
+    return found
+
+
+def by_digit(s: Tensor, labels: Tensor) -> Tensor:
+    """Gates [N, C] averaged over the images of each digit, [10, C]; or other numbers that images have."""
+    return torch.stack([s[labels == digit].mean(0) for digit in range(10)])
+
+
+def recognised(s: Tensor, labels: Tensor, means: Tensor) -> float:
+    """The share of images whose gates s [N, C] are nearest, of all `means` [10, C], to those of their own digit."""
+    return (torch.cdist(s, means).argmin(1) == labels).float().mean().item()
 
 
 def plot_gates(run: Run, path: Path) -> None:
-    """Plot the mean gate of every channel for every digit, as figure 5 of the paper does for classes of ImageNet."""
-    _, _, images, labels = digits()
-    means = gates_by_class(run.model, images, labels)
-    figure, axes = plt.subplots(
-        1, len(means), figsize=(15, 3.8), width_ratios=[24 + s.shape[1] for s in means], layout="constrained"
-    )
-    low, high = min(float(s.min()) for s in means), max(float(s.max()) for s in means)
-    for i, (s, axis) in enumerate(zip(means, axes, strict=True)):
-        by_mean = s[:, s.mean(0).argsort()].numpy()
-        picture = axis.imshow(by_mean, vmin=low, vmax=high, cmap="viridis", aspect="auto", interpolation="nearest")
-        axis.set_title(f"SE layer {i + 1}\nspread between digits: {s.std(0).mean():.3f}")
-        axis.set(xlabel="channel, ordered by its mean gate", yticks=range(10))
-    axes[0].set_ylabel("digit")
-    figure.colorbar(picture, ax=axes, label="mean gate s", pad=0.01)
+    """Plot how far each digit opens every channel of every SE layer, as figure 5 of the paper does for ImageNet.
+
+    The test digits are drawn, but the training digits order the channels: sorted by themselves, even random numbers
+    would show a diagonal. An image is recognised by the nearest mean gates of the training digits.
+    """
+    images, labels, test_images, test_labels = digits()
+    layers = list(zip(gates(run.model, images), gates(run.model, test_images), strict=True))
+    drawn = [by_digit(test, test_labels) for _, test in layers]
+    changes = [means - means.mean(0) for means in drawn]
+    limit = max(float(change.abs().max()) for change in changes)
+
+    figure = plt.figure(figsize=(13, 8.5), layout="constrained")
+    *first, last = range(len(layers))
+    named = figure.subplot_mosaic([[last] * len(first), first], height_ratios=(5, 2))
+    axes = [named[i] for i in range(len(layers))]
+    for i, ((train, test), change, axis) in enumerate(zip(layers, changes, axes, strict=True)):
+        means = by_digit(train, labels)
+        strength, owner = (means - means.mean(0)).max(0)
+        order = sorted(range(len(owner)), key=lambda c: (owner[c], -strength[c]))
+        picture = axis.imshow(change[:, order].numpy(), vmin=-limit, vmax=limit, cmap="RdBu_r", aspect="auto")
+        counts = torch.bincount(owner, minlength=10)
+        for digit, (count, end) in enumerate(zip(counts.tolist(), counts.cumsum(0).tolist(), strict=True)):
+            if count:
+                axis.add_patch(Rectangle((end - count - 0.5, digit - 0.5), count, 1, fill=False, linewidth=1.5))
+        share = recognised(test, test_labels, means)
+        axis.set_title(f"SE layer {i + 1}: by its gates alone {share:.0%} of the digits are recognised", fontsize=12)
+        axis.set(xlabel=f"{len(owner)} channels, by the digit that opens them most (box)", xticks=[], yticks=range(10))
+        axis.tick_params(left=False, labelsize=13 if i == last else 7)
+
+    axes[last].tick_params(pad=36)
+    beside = {"xycoords": axes[last].get_yaxis_transform(), "xybox": (-20, 0), "boxcoords": "offset points"}
+    for digit, pixels in enumerate(by_digit(test_images.flatten(1), test_labels).unflatten(1, (8, 8))):
+        image = OffsetImage(pixels.numpy(), zoom=3.2, cmap="gray_r")
+        axes[last].add_artist(AnnotationBbox(image, (0, digit), pad=0, frameon=False, **beside))
+    figure.colorbar(picture, ax=axes, label="mean gate of the digit - mean gate of all digits", pad=0.01, aspect=40)
     figure.suptitle(
-        f"What the trained gates tell apart: {run}, {len(labels)} test digits "
-        "(spread: standard deviation of the mean gate, averaged over channels)"
+        "What trained SE gates do: a digit opens channels of its own (red) and closes others (blue)\n"
+        f"{run}: means over {len(test_labels)} test digits, channels ordered by the training digits",
+        fontsize=15,
     )
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -2,8 +2,8 @@
 
 Nothing is downloaded, so the weights are random, from a fixed seed. A fresh network would show little, because some
 blocks start with a batch norm of weight zero, whose SE layer sees only zeros. So such weights become one, and every
-batch norm takes its statistics from the photographs. The maps then have the scale of a trained network's, and the gates
-differ from channel to channel and from photograph to photograph; but which channels they let through has no meaning.
+batch norm takes its statistics from the photographs. The maps then have the scale of a trained network's. That is
+enough to compare outputs and times; what the gates let through has no meaning.
 """
 
 from __future__ import annotations
@@ -11,12 +11,9 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from matplotlib.colors import TwoSlopeNorm
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -33,15 +30,11 @@ MODELS = {
     "MobileNetV3-Large": "torchvision:mobilenet_v3_large",
     "EfficientNet-B0": "torchvision:efficientnet_b0",
 }
-# Layers early enough that their maps, a quarter of the photograph's size, still show it.
-PICTURED = "layer1.2.se"
 
 
-def photographs() -> tuple[list[str], Tensor]:
-    """Names and images [2, 3, 427, 640] in 0..1."""
-    found = load_sample_images()
-    names = [Path(name).stem for name in found.filenames]
-    return names, torch.stack([torch.tensor(image).permute(2, 0, 1) for image in found.images]).float() / 255
+def photographs() -> Tensor:
+    """Images [2, 3, 427, 640] in 0..1."""
+    return torch.stack([torch.tensor(image).permute(2, 0, 1) for image in load_sample_images().images]).float() / 255
 
 
 def normalised(images: Tensor) -> Tensor:
@@ -65,10 +58,9 @@ def build(spec: str, batch: Tensor) -> nn.Module:
 
 @dataclass
 class Swap:
-    """A network "before", "fused" and "fused in place", and the measurements of these three."""
+    """What was measured of one network "before", "fused" and "fused in place"; `seconds` by batch size."""
 
     name: str
-    models: dict[str, nn.Module]
     replaced: int
     skipped: int
     magnitude: float
@@ -90,11 +82,11 @@ def swap(name: str, spec: str, batch: Tensor, repeats: int) -> Swap:
             for n in (1, len(batch))
         }
     magnitude = float(wanted.abs().max())
-    return Swap(name, models, len(report.replaced), len(report.skipped), magnitude, differences, seconds)
+    return Swap(name, len(report.replaced), len(report.skipped), magnitude, differences, seconds)
 
 
 def swaps(repeats: int, console: Console, size: int = 224) -> list[Swap]:
-    batch = batch_of_eight(photographs()[1], size)
+    batch = batch_of_eight(photographs(), size)
     # Automatic refresh would run in a thread of its own, on the cores that are measured.
     progress = track(MODELS.items(), "swapping SE layers", console=console, auto_refresh=False)
     return [swap(name, spec, batch, repeats) for name, spec in progress]
@@ -111,61 +103,9 @@ def table(found: list[Swap]) -> Table:
         result.add_column(column, justify="right")
     for s in found:
         left = (s.name, f"outputs up to {s.magnitude:.2f}", "")
-        for text, side in zip(left, s.models, strict=True):
+        for text, side in zip(left, s.differences, strict=True):
             layers = s.replaced + s.skipped if side == "before" else s.replaced
             times = [f"{1e3 * times[side]:.1f}" for times in s.seconds.values()]
             result.add_row(text, f"{layers} {side}", "" if side == "before" else f"{s.differences[side]:.1e}", *times)
         result.add_section()
     return result
-
-
-def maps_and_gates(found: Swap, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """u [N, C, H, W] and s [N, C] of the pictured layer before replacing, and y of the fused layer."""
-    seen: dict[str, Tensor] = {}
-
-    def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, *, u: str = "", y: str = "") -> None:
-        # Copies, because the network adds the shortcut to y in place.
-        seen[u], seen[y] = inputs[0].clone(), output.clone()
-
-    before, after = found.models["before"], found.models["fused"]
-    hooks = [
-        before.get_submodule(PICTURED).register_forward_hook(partial(hook, u="u")),
-        before.get_submodule(f"{PICTURED}.gate").register_forward_hook(partial(hook, y="s")),
-        after.get_submodule(PICTURED).register_forward_hook(partial(hook, y="y")),
-    ]
-    with torch.inference_mode():
-        before(images)
-        after(images)
-    for handle in hooks:
-        handle.remove()
-    return seen["u"], seen["s"].flatten(1), seen["y"]
-
-
-def plot_gates(found: Swap, path: Path) -> None:
-    """Plot each photograph, and the channels let through most and least, before and after the layer, on one scale."""
-    names, images = photographs()
-    u, s, y = maps_and_gates(found, normalised(images))
-    figure, axes = plt.subplots(len(names), 5, figsize=(18, 5.6), layout="constrained")
-    for i, row in enumerate(axes):
-        row[0].imshow(images[i].permute(1, 2, 0).numpy())
-        row[0].set_title(names[i])
-        for channel, kind, left, right in (
-            (int(s[i].argmax()), "highest", row[1], row[2]),
-            (int(s[i].argmin()), "lowest", row[3], row[4]),
-        ):
-            # One pixel in a hundred lies beyond the scale; otherwise a few would set it for all.
-            limit = float(u[i, channel].abs().quantile(0.99))
-            norm = TwoSlopeNorm(0, -limit, limit)
-            left.imshow(u[i, channel].numpy(), cmap="RdBu_r", norm=norm)
-            picture = right.imshow(y[i, channel].numpy(), cmap="RdBu_r", norm=norm)
-            left.set_title(f"channel {channel}: u")
-            right.set_title(f"s · u, {kind} gate s = {s[i, channel]:.2f}")
-            figure.colorbar(picture, ax=[left, right], shrink=0.8, pad=0.01)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    figure.suptitle(
-        f"What the gates of one SE layer do: {found.name}, {PICTURED}, {s.shape[1]} channels. "
-        "The weights are random, not trained: what is let through has no meaning yet."
-    )
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
