@@ -72,7 +72,7 @@ $(VENV)/wheel: $(VENV)/python constraints.txt
 
 # torch comes first, so that no other version is fetched.
 $(VENV)/torch: $(VENV)/python constraints.txt
-	echo "Installing PyTorch: the largest download, which may take minutes."
+	echo "Installing PyTorch, which may take minutes."
 	$(PIP) torch setuptools ninja pybind11
 	touch $@
 

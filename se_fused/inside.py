@@ -33,7 +33,7 @@ _NOTES_IN_CLASS = {
     *("__slotnames__", "__doc__", "__annotations__", "__annotations_cache__", "__abstractmethods__", "_abc_impl"),
 }
 # Attributes by which libraries mark modules.
-_LIBRARY_MARKS = {"_is_hf_initialized", "_is_fsdp_managed_module"}
+_LIBRARY_MARKS = {"_is_hf_initialized", "_is_fsdp_managed_module", "_fsdp_use_orig_params"}
 # Attributes that are dicts of modules, parameters or tensors.
 _CONTENTS = ("_modules", "_parameters", "_buffers")
 _NAMES = {"_modules": "children"}

@@ -219,6 +219,7 @@ def test_processes_that_train_another_network_fail(strategy, fault, tmp_path):
 
 REPLACED = """
 import copy
+import itertools
 import os
 
 import torch
@@ -239,14 +240,17 @@ torch.manual_seed(0)
 original = nn.Sequential(nn.Conv2d(3, 32, 1), nn.Sequential(Classic(32), nn.Conv2d(32, 4, 3))).double()
 x = torch.randn(8, 3, 5, 5, dtype=torch.float64)
 original(x).square().mean().backward()
-for wrap in (DistributedDataParallel, sharded):
-    model = wrap(copy.deepcopy(original))
+for wrap, replaced_first in itertools.product((DistributedDataParallel, sharded), (False, True)):
+    model = copy.deepcopy(original)
     model.zero_grad()
-    se_fused.replace(model).raise_if_none()
+    if replaced_first:
+        model = wrap(se_fused.replace(model).raise_if_none().model)
+    else:
+        model = se_fused.replace(wrap(model)).raise_if_none().model
     with torch.profiler.profile() as profile:
         model(x[dist.get_rank() :: 2]).square().mean().backward()
     calls = {event.key for event in profile.key_averages()}
-    assert {"se_fused::forward_out", "se_fused::backward_out"} <= calls, wrap
+    assert {"se_fused::forward_out", "se_fused::backward_out"} <= calls, (wrap, replaced_first)
     for p, wanted in zip(model.parameters(), original.parameters(), strict=True):
         grad = p.grad.full_tensor() if wrap is sharded else p.grad
         torch.testing.assert_close(grad, wanted.grad, rtol=1e-10, atol=1e-12)
