@@ -12,8 +12,10 @@ import torch
 from typer.testing import CliRunner
 
 import se_fused
+from examples import zoo
 from se_fused import __main__ as cli
-from se_fused import cases, verify
+from se_fused import bench as benchmark
+from se_fused import cases, measure, timing, verify
 from se_fused import given as specified
 
 MODEL = """
@@ -357,4 +359,128 @@ def test_a_missing_package_is_named():
     code = "import sys; sys.modules['typer'] = None; import se_fused.__main__"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr == "error: the command line needs typer: pip install typer rich\n"
+    assert done.stderr == "error: the command line needs typer: pip install typer rich psutil\n"
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Makes `bench` quick: no round is timed, and every call takes 1 ms, that of a replaced model half of it."""
+
+    def measure(calls, seconds, *, limit, progress):
+        assert limit == 1
+        progress(1.0)
+        times = {v.name: [1000.0 if v.name == "original" else 500.0] * 5 for v in calls}
+        return timing.Measured(times, others=0.0, dropped=0)
+
+    monkeypatch.setattr(timing, "measure", measure)
+
+
+def test_bench_measures_each_way_to_replace(models):
+    """The one test whose rounds are timed: what they say depends on the machine, what is said of them does not."""
+    result = run("bench", f"{models}:net", "--input", "2x3x9x9", "--batch", "2", "--seconds", "0")
+    assert result.exit_code == 0, result.output
+    for batch in "12":
+        assert re.search(rf"│ {batch}\s+│ original │ [\d.]+ \([\d.]+ to [\d.]+\)\s+│\s+│\s+│", result.stdout)
+        for variant in ("layer", "in place", "block"):
+            numbers = r"[\d.]+ \([\d.]+ to [\d.]+\)\s+│ [\d.]+ \([\d.]+ to [\d.]+\)\s+│ equal"
+            assert re.search(rf"│ {batch}\s+│ {variant}\s+│ {numbers}", result.stdout)
+        assert re.search(rf"At batch {batch}, (no variant is|replace\(model)", " ".join(result.stdout.split()))
+
+
+def test_bench_prints_one_json_object(models, quick):
+    result = run("bench", f"{models}:make", "--arg", "tuple", "--input", "1x3x9x9", "--batch", "3", "--json")
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    assert facts["model"] == f"{models}:make tuple"
+    assert (facts["device"], facts["dtype"], facts["threads"]) == ("cpu", "float32", torch.get_num_threads())
+    assert [(r["batch"], r["variant"]) for r in facts["results"]] == [
+        (n, variant) for n in (1, 3) for variant in ("original", "layer", "in place", "block")
+    ]
+    assert all(r["equal"] for r in facts["results"])
+    assert facts["results"][1]["speed"] == {"p20": 2, "p50": 2, "p80": 2}
+    assert facts["results"][1]["milliseconds"] == {"p20": 0.5, "p50": 0.5, "p80": 0.5}
+    assert facts["verdict"].startswith("At batch 1, replace(model) makes the model 2.00 (2.0 to 2.0) times as fast. At")
+    assert facts["failures"] == []
+
+
+def test_bench_passes_dtype_order_and_batch_on(models, quick, monkeypatch):
+    seen, real = [], benchmark.run
+    monkeypatch.setattr(benchmark, "run", lambda models, x, *more: seen.append(x) or real(models, x, *more))
+    options = ["--dtype", "bfloat16", "--channels-last", "--input", "5x3x9x9", "--batch", "4"]
+    assert run("bench", f"{models}:net", *options).exit_code == 0
+    assert [tuple(x.shape) for x in seen] == [(1, 3, 9, 9), (4, 3, 9, 9)]
+    assert all(x.dtype is torch.bfloat16 and x.is_contiguous(memory_format=torch.channels_last) for x in seen)
+    assert not torch.equal(seen[1][0], seen[1][1])
+    assert len(seen[:]) == 2
+    run("bench", f"{models}:net", "--input", "1x3x9x9", "--batch", "1")
+    assert len(seen) == 3
+
+
+def test_bench_fails_on_another_output(models, quick, monkeypatch):
+    monkeypatch.setattr(measure, "largest_difference", lambda got, wanted: 2e-4 * float(wanted.abs().max()))
+    result = run("bench", f"{models}:net", "--input", "1x3x9x9")
+    assert result.exit_code == 1
+    assert "differs" in result.stdout
+    assert "error: the output of block differs from that of the model" in result.stderr
+    assert "makes the model" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["{models}:TwoMaps", "--input", "1x3x9x9"], "nothing is replaced: 0 of 1 SE layer"),
+        (["{models}:net", "--input", "9"], "--input is '9'; wanted a batch and the sizes of a sample"),
+        (["{models}:net", "--input", "1x4x9x9"], "on a random input of 1x4x9x9 raised RuntimeError"),
+        (["{models}:net", "--input", "1x3x9x9", "--dtype", "int8"], "--dtype is 'int8'; wanted one of float32"),
+        (["{models}:broken"], "raised RuntimeError: no such weights"),
+        (["nothing"], "SPEC is 'nothing'; wanted module:callable"),
+    ],
+)
+def test_bench_refuses(models, quick, arguments, text):
+    result = run("bench", *(argument.format(models=models) for argument in arguments))
+    assert result.exit_code == 2
+    assert text in result.stderr
+
+
+def test_bench_has_an_example(quick, monkeypatch):
+    """A small network in place of EfficientNet-B0, so that the test is quick."""
+    zoo.import_torchvision()
+    import timm
+
+    real, names = timm.create_model, {"efficientnet_b0": "test_efficientnet"}
+    monkeypatch.setattr(timm, "create_model", lambda name: real(names[name]))
+    result = run("bench", "--input", "1x3x64x64")
+    assert result.exit_code == 0, result.output
+    assert "timm:create_model efficientnet_b0 on cpu, float32" in " ".join(result.stdout.split())
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "neither timm nor torchvision is installed" in run("bench").stderr
+
+
+def a_result(**changes):
+    speed, found = changes.pop("speed", (1.1, 1.2, 1.3)), {"equal": changes.pop("equal", True), "verdict": ""}
+    numbers = {"milliseconds": timing.Spread(1.0, 2.0, 3.0), "speed": timing.Spread(*speed), "rounds": 9}
+    return benchmark.Result(**{"batch": 1, "variant": "layer", "others": 0.0, "found": found} | numbers | changes)
+
+
+@pytest.mark.parametrize(
+    ("results", "text"),
+    [
+        ([{}], "At batch 1, replace(model) makes the model 1.2 (1.1 to 1.3) times as fast."),
+        ([{"speed": (0.9, 1.2, 1.3)}], "At batch 1, no variant is faster in 80 % of the rounds."),
+        ([{"equal": False}], "At batch 1, no variant is faster in 80 % of the rounds."),
+        (
+            [{"variant": "original", "speed": (1.1, 1.1, 1.1)}],
+            "At batch 1, no variant is faster in 80 % of the rounds.",
+        ),
+        (
+            [{}, {"variant": "block", "speed": (1.3, 1.4, 1.5)}],
+            'At batch 1, replace(model, level="block") makes the model 1.4 (1.3 to 1.5) times as fast.',
+        ),
+        (
+            [{"others": 0.3, "speed": (0.9, 1.0, 1.1)}],
+            "Other processes used 30% of the CPU, so do not trust this: measure again. At batch 1, no variant is",
+        ),
+    ],
+)
+def test_the_verdict_of_bench(results, text):
+    assert benchmark.verdict([a_result(**changes) for changes in results]).startswith(text)
