@@ -14,10 +14,12 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import platformdirs
 import torch
@@ -83,6 +85,7 @@ class Library(Backend):
         torch.ops.load_library(path)
         self._native = ctypes.CDLL(str(path))
         self._native.emulator_setup.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_uint64]
+        self._native.emulator_choose_fault.argtypes = [ctypes.c_int]
         self._native.emulator_watch.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_size_t]
         self._native.emulator_plan.restype = ctypes.c_char_p
         self._native.emulator_wide_fraction.restype = ctypes.c_double
@@ -91,6 +94,10 @@ class Library(Backend):
     def setup(self, device: str = "T4", plan: str = "", seed: int = 0) -> None:
         """For the calls that follow: the GPU whose limits hold, the forced plan, the seed of the schedule."""
         self._native.emulator_setup(device.encode(), plan.encode(), seed)
+
+    def choose_fault(self, number: int | None) -> None:
+        """For the calls that follow, in a library `with_faults`; None: no fault."""
+        self._native.emulator_choose_fault(-1 if number is None else number)
 
     def last_plan(self) -> str:
         """Of the last call."""
@@ -153,24 +160,92 @@ class Library(Backend):
         return forcing.force(forcing.Forced(self.name, self))
 
 
-def library() -> Path:
-    """The library of this checkout; ninja compiles what has changed since it was last asked for."""
+def _cache() -> Path:
     cache = Path(os.environ.get("SE_FUSED_CACHE") or platformdirs.user_cache_dir("se_fused")) / "emulator"
     cache /= hashlib.sha256(f"{ROOT}{os.environ.get('SE_FUSED_CXXFLAGS')}".encode()).hexdigest()[:16]
     cache.mkdir(parents=True, exist_ok=True)
+    return cache
+
+
+def library() -> Path:
+    """The library of this checkout; ninja compiles what has changed since it was last asked for."""
+    cache = _cache()
     with FileLock(cache / "lock"):
         return compile_library(ROOT, cache / "build")
 
 
-def objects(but: str) -> dict[str, Path]:
-    """Those of this checkout's library that do not depend on the file `but`, by the name of their source."""
+class Fault(NamedTuple):
+    """A file has the text `old` once. The part of it between two @, or all of it, is to become `new`; both are an
+    expression, or both whole statements."""
+
+    file: str
+    old: str
+    new: str
+
+
+def with_faults(faults: Sequence[Fault]) -> Path:
+    """One library with all faults, of which `choose_fault` takes one by its number: to compile one library for each of
+    50 faults took 6 minutes."""
+    kept, root = objects(*{fault.file for fault in faults}), _cache() / "faults"
+    with FileLock(_cache() / "lock"):
+        texts = {path: _plant(path, faults) for folder in ("csrc", DEVICE, MICROBENCHMARKS) for path in _texts(folder)}
+        for path in root.rglob("*.*"):
+            if path.suffix in SUFFIXES and path.relative_to(root) not in texts:
+                path.unlink()
+        for path, text in texts.items():
+            if not (to := root / path).exists() or to.read_text() != text:
+                to.parent.mkdir(parents=True, exist_ok=True)
+                to.write_text(text)
+        return compile_library(root, root / "build", kept, "-O0")
+
+
+SUFFIXES = (".h", ".cuh", ".cpp", ".cu")
+
+
+def _texts(folder: str) -> list[Path]:
+    return [path.relative_to(ROOT) for path in (ROOT / folder).rglob("*") if path.suffix in SUFFIXES]
+
+
+def _plant(file: Path, faults: Sequence[Fault]) -> str:
+    """The text of a file with its faults; those of one place must have the same part of the text."""
+    text, places = (ROOT / file).read_text(), defaultdict[tuple[int, int], list[int]](list)
+    for number, fault in enumerate(faults):
+        if fault.file == str(file):
+            before, part, after = fault.old.split("@") if "@" in fault.old else ("", fault.old, "")
+            start = _only(file, text, before + part + after) + len(before)
+            places[start, start + len(part)].append(number)
+    if not places:
+        return text
+    next_start = len(text)
+    for (start, end), numbers in sorted(places.items(), reverse=True):
+        assert end <= next_start, f"{file}: two faults overlap: {text[start:end]}"
+        now, next_start = text[start:end], start
+        is_statement = now.rstrip().endswith((";", "}"))
+        for number in numbers:
+            chosen, new = f"::emulator::fault == {number}", faults[number].new
+            now = (
+                f"if ({chosen}) {{\n{new}\n}} else {{\n{now}\n}}" if is_statement else f"({chosen} ? ({new}) : ({now}))"
+            )
+        text = text[:start] + now + text[end:]
+    return '#include "machine.h"\n' + text
+
+
+def _only(file: Path | str, text: str, old: str) -> int:
+    """Where the text has `old`, which must be there once."""
+    assert text.count(old) == 1, f"{file} has {text.count(old)} times: {old}"
+    return text.index(old)
+
+
+def objects(*but: str) -> dict[str, Path]:
+    """Those of this checkout's library that depend on none of the files `but`, by the name of their source."""
     built = library().parent
     command = [str(Path(BIN_DIR) / "ninja"), "-C", str(built), "-t", "deps"]
     listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     needs = {
         stem: set(paths.split()) for stem, paths in re.findall(r"^(\w+)\.o: .*\n((?:    .*\n)+)", listing, re.MULTILINE)
     }
-    return {path.name: built / f"{path.stem}.o" for path in sources(ROOT) if str(ROOT / but) not in needs[path.stem]}
+    others = {str(ROOT / file) for file in but}
+    return {path.name: built / f"{path.stem}.o" for path in sources(ROOT) if not others & needs[path.stem]}
 
 
 def patched(root: Path, file: str, old: str, new: str) -> None:
@@ -179,7 +254,7 @@ def patched(root: Path, file: str, old: str, new: str) -> None:
         shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
     path = root / file
     text = path.read_text()
-    assert text.count(old) == 1, f"{file} has {text.count(old)} times: {old}"
+    _only(file, text, old)
     path.write_text(text.replace(old, new))
 
 
@@ -190,13 +265,14 @@ _runs.set_forkserver_preload(["se_fused", "hypothesis", "pytest"])
 
 def run_apart(calls: Callable[[Path], None], library: Path) -> tuple[bool, str]:
     """Whether `calls(library)` ended well in a process of its own, and what it wrote to stderr."""
-    log = library.with_suffix(".log")
-    process = _runs.Process(target=_logged, args=(calls, library, log))
-    process.start()
-    process.join(600)
-    well = process.exitcode == 0  # None, if it has not ended
-    process.kill()
-    return well, log.read_text()
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        process = _runs.Process(target=_logged, args=(calls, library, log))
+        process.start()
+        process.join(600)
+        well = process.exitcode == 0  # None, if it has not ended
+        process.kill()
+        return well, log.read_text()
 
 
 def _logged(calls: Callable[[Path], None], library: Path, log: Path) -> None:

@@ -155,6 +155,7 @@ EMULATOR_API void emulator_setup(const char* device, const char* plan, uint64_t 
   plans.force(plan);
   emulator::set_seed(seed);
 }
+EMULATOR_API void emulator_choose_fault(int number) { emulator::fault = number; }
 EMULATOR_API const char* emulator_plan() {
   static std::string text;
   text = last_plan->text();

@@ -83,6 +83,8 @@ struct Runtime {
 };
 inline Runtime runtime{};
 
+inline int fault = -1;  // the number of the planted fault that the kernels have, in a library with faults
+
 // The dynamic shared memory that every launch may have, and the larger limit that a kernel may set on the current
 // device.
 constexpr size_t kShared = 48 << 10;

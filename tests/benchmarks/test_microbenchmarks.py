@@ -171,7 +171,7 @@ def test_a_planted_fault_is_caught(name, tmp_path):
     old, new, message = FAULTS[name]
     source = f"{emulator.MICROBENCHMARKS}/microbenchmarks.cu"
     emulator.patched(tmp_path, source, old, new)
-    kept = emulator.objects(but=source)
+    kept = emulator.objects(source)
     library = emulator.compile_library(tmp_path, tmp_path / "build", kept, "-O0")
     well, said = emulator.run_apart(load_and_use, library)
     assert not well, "the fault went unnoticed"

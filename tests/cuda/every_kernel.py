@@ -49,8 +49,9 @@ def apart(t: torch.Tensor) -> torch.Tensor:
     return memory.as_strided(t.shape, t.stride(), margin + t.storage_offset()).copy_(t)
 
 
-def main(path: Path) -> None:
+def main(path: Path, fault: int | None = None) -> None:
     library = emulator.Library(path)
+    library.choose_fault(fault)
     with library.forced():
         for plan, seed, case in itertools.product(PLANS, range(3), CASES):
             if not can_run(plan, case):
