@@ -14,12 +14,18 @@ if importlib.util.find_spec("triton") and not torch.cuda.is_available():
     triton_interpreter.enable()
 
 import se_fused
-from se_fused import backends
+from se_fused import backends, invariance
 
 # The same examples on every machine; HYPOTHESIS_PROFILE=search looks for new ones.
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.register_profile("search", deadline=None, max_examples=2000, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_collection_modifyitems(items):
+    """The long tests come first: at the end, one process ran alone for 40 s."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
 
 # pytest-xdist runs one process for each core; two threads still take every parallel path.
 torch.set_num_threads(2)
@@ -47,6 +53,26 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+_violations = {}
+
+
+@pytest.fixture
+def known_layers(monkeypatch):
+    """Layers of one class, structure and size are examined on the meta device once in a process: its 57 runs take most
+    of the time of `replace` on a layer. For tests in which it is certain what is recognised."""
+    examine = invariance.violation
+
+    def violation(layer, recognised, dims):
+        key = type(layer), repr(layer), recognised, dims
+        if hasattr(layer, "_program"):  # a part of a forward, which its class and children do not tell
+            return examine(layer, recognised, dims)
+        if key not in _violations:
+            _violations[key] = examine(layer, recognised, dims)
+        return _violations[key]
+
+    monkeypatch.setattr(invariance, "violation", violation)
 
 
 @pytest.fixture

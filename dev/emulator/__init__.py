@@ -49,7 +49,7 @@ def sources(root: Path) -> list[Path]:
 
 
 def compile_library(
-    root: Path, output: Path, finished: dict[str, Path] | None = None, optimization: str = "-O1 -g"
+    root: Path, output: Path, finished: dict[str, Path] | None = None, optimization: str = "-O1"
 ) -> Path:
     """The library of the sources under `root`, which is this checkout or a `patched` copy of it.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import io
 import re
 import shutil
@@ -176,17 +177,19 @@ def test_the_figure_at_a_glance(record: Path, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def networks_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A models.csv of two small layers and made-up times in microseconds."""
+def networks_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known_layers: None) -> Path:
+    """A models.csv of two small layers and made-up times in microseconds; one model stands for all networks."""
     microseconds = {"original": 3000.0, "replaced": 2000.0, "in place": 4000.0}
 
     def measure(model: torch.nn.Module, x: torch.Tensor, calls: dict[str, object], seconds: float) -> timing.Measured:
         return timing.Measured({name: [microseconds.get(name, 1000.0)] * 5 for name in calls}, 0.031, 0)
 
     layer = zoo.import_torchvision().ops.SqueezeExcitation
+    model = torch.nn.Sequential(layer(8, 2), layer(8, 2))
     monkeypatch.setattr(networks, "measure", measure)
     monkeypatch.setattr(models, "engine", lambda *_: None)
-    monkeypatch.setattr(networks, "build", lambda *_: (torch.nn.Sequential(layer(8, 2), layer(8, 2)), torch.ones(1)))
+    monkeypatch.setattr(networks, "build", lambda *_: (model, torch.ones(1)))
+    monkeypatch.setattr(networks, "build_variant", functools.cache(networks.build_variant))
     file = tmp_path / "models.csv"
     models.main(out=file, seconds=0, threads=torch.get_num_threads())
     return file

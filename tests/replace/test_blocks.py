@@ -40,7 +40,7 @@ from examples import zoo
 from se_fused import replace, restore
 from se_fused.blocks import FusedBlock
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "known_layers")
 
 
 def found_in(model: nn.Module) -> list[str]:

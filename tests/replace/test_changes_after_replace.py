@@ -20,7 +20,7 @@ import se_fused
 from se_fused import ops
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.usefixtures("one_thread", "known_layers"),
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning"),
 ]
 X = torch.randn(2, 16, 5, 4, dtype=torch.float64)

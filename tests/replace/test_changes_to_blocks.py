@@ -18,7 +18,7 @@ import se_fused
 from se_fused import replace, restore
 from se_fused.blocks import FusedBlock
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "known_layers")
 
 
 def test_in_training_it_is_the_layer_level() -> None:

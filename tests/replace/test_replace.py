@@ -39,7 +39,7 @@ MODELS = {
 }
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "known_layers")
 
 
 def se_model(**options) -> nn.Module:

@@ -19,7 +19,7 @@ from examples import zoo
 from se_fused import replace, restore
 from se_fused.backends import CPU
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "known_layers")
 
 
 @contextmanager
