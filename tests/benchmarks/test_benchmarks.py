@@ -270,6 +270,7 @@ def test_a_median_has_the_digits_that_its_spread_allows(found: tuple[float, ...]
 # Networks.
 
 
+@pytest.mark.usefixtures("known_layers")
 def test_variants_compute_the_same_and_differ_in_what_they_call() -> None:
     model, x = zoo.build("timm:mobilenetv3_small_100").eval(), torch.randn(1, 3, 64, 64)
     variants = {variant: compiled.build_variant(model, variant) for variant in compiled.VARIANTS}

@@ -35,15 +35,26 @@ class Narrow(Inverted):
         return self.bn2(self.project(self.se(self.act(self.bn1(self.conv(x))))))
 
 
-@pytest.fixture
+def begin() -> None:
+    """Begin the process that is forked for each call."""
+    torch.set_num_threads(1)
+    zoo.build("timm:lcnet_050")  # imports what all networks need
+
+
+def forked(function: Callable[..., Any], *args: Any) -> Any:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+        return pool.submit(function, *args).result()
+
+
+@pytest.fixture(scope="module")
 def elsewhere() -> Iterator[Callable[..., Any]]:
-    """Calls a function in a process whose memory can be measured. Each test has a new one: what others have left in the
-    heap would count."""
+    """Calls a function in a process whose memory can be measured. Each call has a new one: what others have left in the
+    heap would count. They are forks of one process: to import torch and timm takes 5 s."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-            yield lambda function, *args: pool.submit(function, *args).result()
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), begin) as pool:
+            yield lambda function, *args: pool.submit(forked, function, *args).result()
 
 
 def of_a_sum(maps: int) -> tuple[int, int]:

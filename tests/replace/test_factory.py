@@ -20,7 +20,7 @@ from timm.models._efficientnet_blocks import SqueezeExcite  # noqa: E402
 from torchvision.models.mobilenetv3 import MobileNetV3, _mobilenet_v3_conf  # noqa: E402
 from torchvision.ops import SqueezeExcitation  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "known_layers")
 HARD = partial(SqueezeExcitation, scale_activation=nn.Hardsigmoid)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from examples import zoo
 from se_fused.replace import FusedSE, replace, restore
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "known_layers")
 
 
 def se_model(**options) -> nn.Module:
