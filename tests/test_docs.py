@@ -31,6 +31,7 @@ def test_the_readmes_python_prints_what_it_says():
     assert output.getvalue() == "".join(expected)
 
 
+@pytest.mark.long
 def test_the_examples_of_coverage_print_what_they_say():
     zoo.import_torchvision()
     text = (ROOT / "docs" / "coverage.md").read_text()

@@ -45,7 +45,7 @@ struct Block {
 struct Fiber {
   FiberContext context;
   void* stack = nullptr;
-  State state;
+  State state = State::kReady;
   Block* block;
   Index thread;
   int number;                // in the cluster

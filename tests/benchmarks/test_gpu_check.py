@@ -42,6 +42,7 @@ def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.long
 def test_a_rehearsal_leaves_at_most_six_files_and_says_what_ran(rehearsal: Path) -> None:
     assert {file.name for file in rehearsal.iterdir()} == {
         "run.json", "smoke.csv", "layer_gpu.csv", "models_gpu.csv", "plans_gpu.csv", "log.txt"
@@ -55,6 +56,7 @@ def test_a_rehearsal_leaves_at_most_six_files_and_says_what_ran(rehearsal: Path)
     assert all(outcomes[part] == ("passed", "2 of 2 cases") for part in ("smoke", "layer", "models", "sweep"))
 
 
+@pytest.mark.long
 def test_every_row_of_a_rehearsal_is_checked_and_interleaved(rehearsal: Path) -> None:
     assert [row["outcome"] for row in rows_of(rehearsal / "smoke.csv")] == ["right", "right"]
     layer = rows_of(rehearsal / "layer_gpu.csv")

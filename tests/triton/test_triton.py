@@ -82,6 +82,7 @@ def check_gradients(case, how):
         assert_close(grad, expected[name], grad.dtype, f"gradient of {name}", factor=4)
 
 
+@pytest.mark.long
 @given(cases().map(small), st.sampled_from(HOW))
 @settings(max_examples=40, phases=NO_SHRINKING)
 def test_every_option_shape_dtype_and_layout(case, how):

@@ -15,6 +15,7 @@ MAPS = {"squeeze_kernel": "loads", "scale_kernel": "stores", "forward_sample_ker
         "batch_norm_kernel": "stores"}  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("target", ["sm_75", "sm_80", "sm_90", "sm_100", "gfx90a", "gfx942"])
 def test_no_spills_and_wide_accesses(target, tmp_path):
     here = Path(__file__).parents[1]
