@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import forked
+
 from se_fused import native
 from se_fused.native import manifest, recipe
 
@@ -85,11 +87,18 @@ class Installation:
         pipe = subprocess.PIPE
         return subprocess.Popen(command, cwd=self.folder, env=self.environment, text=True, stdout=pipe, stderr=pipe)
 
-    def use(self, code: str = USE, as_user: Sequence[str] = ()) -> tuple[str, list[str]]:
-        """Run a call: the backend, and the lines that were printed. Fails if the program fails."""
-        process = self.start(code, as_user)
-        output, said = process.communicate(timeout=300)
-        assert process.returncode == 0, said
+    def use(self, code: str = USE, as_user: Sequence[str] = (), fork: bool = True) -> tuple[str, list[str]]:
+        """Run a call: the backend, and the lines that were printed. Fails if the program fails.
+
+        fork: of a process that has imported torch, in which Python does not start anew.
+        """
+        if as_user or not fork:
+            process = self.start(code, as_user)
+            output, said = process.communicate(timeout=300)
+            status = process.returncode
+        else:
+            status, output, said = forked.run(code, self.folder, self.environment, timeout=300)
+        assert status == 0, said
         return output.strip(), said.splitlines()
 
 

@@ -83,7 +83,7 @@ def test_the_package_may_lie_in_a_folder_of_any_name(place, name):
         place.environment["PYTHONPATH"], code = "", f"import sys; sys.path[:0] = [{str(site)!r}]\n{USE}"
     else:
         place.environment["PYTHONPATH"] = str(site)
-    served, said = place.use(code)
+    served, said = place.use(code, fork=False)
     assert served == "cpu"
     assert one(said, "compiling the CPU kernels")
 
@@ -114,7 +114,7 @@ def test_info_shows_paths_as_they_are(place, encoding):
         "PYTHONIOENCODING": encoding,
         "COLUMNS": "500",
     }
-    shown, _ = place.use("from se_fused.__main__ import app; app(['info'])")
+    shown, _ = place.use("from se_fused.__main__ import app; app(['info'])", fork=False)
     assert "[/red]:smile:" + ("ü" if encoding == "utf-8" else r"\xfc") in shown
 
 
