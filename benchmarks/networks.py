@@ -50,11 +50,12 @@ def build_variant(model: nn.Module, name: str) -> nn.Module:
 def measure(model: nn.Module, x: Tensor, calls: Mapping[str, Callable[[], Tensor]], seconds: float) -> timing.Measured:
     """Microseconds per call, by rounds. Raises AssertionError if an output is not that of `model`, run eagerly."""
     with torch.inference_mode():
-        wanted = model(x)
+        wanted, before = model(x), x.clone()
         for name, call in calls.items():
             # Wide, because the rounding of float32 piles up over a whole network, and compilers round elsewhere.
             if name != "without SE":
                 torch.testing.assert_close(call(), wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()), msg=name)
+            assert torch.equal(x, before), f"{name} writes to the input that all share"
         return timing.measure([timing.Variant(name, call) for name, call in calls.items()], seconds)
 
 

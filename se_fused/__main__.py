@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.util
 import json
@@ -126,9 +127,12 @@ def replace(
 
     Fails if nothing is replaced, a pattern matches no module, or the outputs differ by more than rounding.
     """
-    built, x = given.model(spec, arg or []).eval(), given.random_input(shape)
-    before, x = given.placed(built, x, device, dtype, channels_last)
-    report = se_fused.replace(copy.deepcopy(before), level=level, include=include, exclude=exclude)
+    # What the model prints is no result.
+    quiet = contextlib.redirect_stdout(sys.stderr)
+    with quiet:
+        built, x = given.model(spec, arg or []).eval(), given.random_input(shape)
+        before, x = given.placed(built, x, device, dtype, channels_last)
+        report = se_fused.replace(copy.deepcopy(before), level=level, include=include, exclude=exclude)
     facts: dict[str, Any] = {
         "model": spec,
         **report.as_dict(),
@@ -139,7 +143,8 @@ def replace(
     if not (report.replaced or report.inline):
         failures.append("nothing was replaced")
     else:
-        measured = _measured(spec, before, report.model, x, repeats) | {"convolutions": report.convolutions(x)}
+        with quiet:
+            measured = _measured(spec, before, report.model, x, repeats) | {"convolutions": report.convolutions(x)}
         facts |= measured
         if not measured["equal"]:
             failures.append(f"the output {measured['verdict']}")
@@ -196,11 +201,12 @@ def bench(
     ] = None,
     arg: Annotated[list[str] | None, typer.Option(help="Goes to the callable; text or name=value; repeatable.")] = None,
     shape: Annotated[
-        str,
-        typer.Option("--input", help="Shape of the random input; the first size, the batch, is not used."),
+        str, typer.Option("--input", help="Shape of the random input; the first size, the batch, is not used.")
     ] = "1x3x224x224",
     batch: Annotated[int, typer.Option(min=1, help="The batch size that is measured beside 1.")] = 8,
-    seconds: Annotated[float, typer.Option(min=0, help="Time for all rounds; more, if five rounds take longer.")] = 30,
+    seconds: Annotated[
+        float, typer.Option(min=0, max=86400, help="Time for all rounds; more, if five rounds take longer.")
+    ] = 30,
     device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, ...")] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="float32, float64, float16 or bfloat16; else the model's.")] = None,
     channels_last: Annotated[bool, typer.Option("--channels-last", help="The order of model and input.")] = False,
@@ -212,38 +218,19 @@ def bench(
     """
     if spec is None:
         spec, arg = _example()
-    sample = given.random_input(shape)
-    if sample.dim() < 2 or sample.shape[0] < 1:
-        given.fail(f"--input is {shape!r}; wanted a batch and the sizes of a sample, such as 1x3x224x224")
-    x = sample[:1].expand(batch, *sample.shape[1:]).clone().normal_(generator=torch.Generator().manual_seed(0))
-    model, x = given.placed(given.model(spec, arg or []).eval(), x, device, dtype, channels_last)
-    with torch.inference_mode():
-        given.run(spec, model, x[:1])
-    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-    # Automatic refresh would run in a thread of its own, on the cores that are measured.
-    with Progress(*columns, console=Console(stderr=True), auto_refresh=False) as progress:
-        bar = progress.add_task("replacing SE layers", total=1)
-
-        def show(done: float) -> None:
-            progress.update(bar, completed=done, refresh=True)
-
-        models, report = benchmark.variants(model, show)
-        if not (report.replaced or report.inline):
-            given.fail(f"nothing is replaced: {report}")
-        results: list[benchmark.Result] = []
-        batches = sorted({1, batch})
-        for n in batches:
-            progress.reset(bar, description=f"measuring batch {n}")
-            try:
-                results += benchmark.run(models, x[:n], seconds / len(batches), show)
-            except (ValueError, RuntimeError, TimeoutError) as error:
-                given.fail(f"{spec} at batch {n}: {str(error).splitlines()[0]}")
+    # What the model prints is no result.
+    with contextlib.redirect_stdout(sys.stderr):
+        x = given.random_input(shape, batch)
+        model, x = given.placed(given.model(spec, arg or []).eval(), x, device, dtype, channels_last)
+        with torch.inference_mode():
+            given.run(spec, model, x[:1])
+        results = _benched(spec, model, x, seconds)
     facts: dict[str, Any] = {
         "model": " ".join([spec, *(arg or [])]), "device": device, "dtype": str(x.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(), "torch": torch.__version__, "se_fused": se_fused.__version__,
     }  # fmt: skip
-    different = sorted({result.variant for result in results if not result.found["equal"]})
-    failures = [f"the output of {variant} differs from that of the model" for variant in different]
+    wrong = {result.variant: result.found["verdict"] for result in results if not result.found["equal"]}
+    failures = [f"the output of {variant} {what}" for variant, what in wrong.items()]
     if as_json:
         facts |= {"results": [result.as_dict() for result in results], "verdict": benchmark.verdict(results)}
         typer.echo(json.dumps(facts | {"failures": failures}, indent=2))
@@ -255,6 +242,32 @@ def bench(
         typer.echo(f"error: {failure}", err=True)
     if failures:
         raise typer.Exit(1)
+
+
+def _benched(spec: str, model: nn.Module, x: torch.Tensor, seconds: float) -> list[benchmark.Result]:
+    """The results for one sample and for all of x, with a progress bar on stderr."""
+    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    # Automatic refresh would run in a thread of its own, on the cores that are measured.
+    with Progress(*columns, console=Console(stderr=True), auto_refresh=False) as progress:
+        bar = progress.add_task("replacing SE layers", total=1)
+
+        def show(done: float) -> None:
+            progress.update(bar, completed=done, refresh=True)
+
+        try:
+            models, report = benchmark.variants(model, show)
+            if not (report.replaced or report.inline):
+                given.fail(f"nothing is replaced: {report}")
+            results: list[benchmark.Result] = []
+            batches = sorted({1, len(x)})
+            for n in batches:
+                progress.reset(bar, description=f"measuring batch {n}")
+                results += benchmark.run(models, x[:n], seconds / len(batches), show)
+        except typer.Exit:
+            raise
+        except Exception as error:  # as in given.py: the model is the user's
+            given.fail(f"{spec} raised {given.message(error)}")
+    return results
 
 
 def _example() -> tuple[str, list[str]]:

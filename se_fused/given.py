@@ -18,6 +18,11 @@ def fail(message: str) -> NoReturn:
     raise typer.Exit(2)
 
 
+def message(error: Exception) -> str:
+    """The type and the first line."""
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
 def model(spec: str, given: list[str]) -> nn.Module:
     """What the callable `spec`, "module:callable", returns for the arguments `given`."""
     module, colon, name = spec.partition(":")
@@ -27,7 +32,7 @@ def model(spec: str, given: list[str]) -> nn.Module:
     try:
         built = getattr(importlib.import_module(module), name)(*positional, **named)
     except Exception as error:  # the user's code may raise anything; the message passes it on
-        fail(f"{spec} raised {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        fail(f"{spec} raised {message(error)}")
     if not isinstance(built, nn.Module):
         fail(f"{spec}() gave a {type(built).__name__}; wanted a torch.nn.Module")
     return built
@@ -54,11 +59,20 @@ def sizes(shape: str) -> list[int]:
     return [int(size) for size in shape.split("x")]
 
 
-def random_input(shape: str) -> torch.Tensor:
+def random_input(shape: str, batch: int | None = None) -> torch.Tensor:
+    """A tensor of this shape, with another batch, the first size, if `batch` is given."""
     try:
-        return torch.randn(sizes(shape), generator=torch.Generator().manual_seed(0))
-    except (ValueError, RuntimeError):
+        wanted = sizes(shape)
+        if any(size < 0 for size in wanted) or (batch is not None and len(wanted) < 2):
+            raise ValueError
+    except ValueError:
         fail(f"--input is {shape!r}; wanted sizes joined by x, such as 1x3x224x224")
+    if batch is not None:
+        wanted[0] = batch
+    try:
+        return torch.randn(wanted, generator=torch.Generator().manual_seed(0))
+    except (RuntimeError, OverflowError) as error:
+        fail(f"an input of {'x'.join(map(str, wanted))} cannot be made: {message(error)}")
 
 
 def placed(
@@ -86,5 +100,4 @@ def run(spec: str, model: nn.Module, x: torch.Tensor) -> object:
     try:
         return model(x)
     except Exception as error:  # as in `model`
-        text = str(error).splitlines()[0] if str(error) else ""
-        fail(f"{spec} on a random input of {'x'.join(map(str, x.shape))} raised {type(error).__name__}: {text}")
+        fail(f"{spec} on a random input of {'x'.join(map(str, x.shape))} raised {message(error)}")

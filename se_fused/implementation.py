@@ -25,11 +25,11 @@ def dense(t: Tensor | None, channels_last: bool = False) -> Tensor | None:
 
 
 def _dense_out(t: Tensor, channels_last: bool) -> Tensor:
-    """A tensor that a backend can fill: `t` itself, or if `t` has other strides (a transposed map), a contiguous
-    buffer, from which the caller copies."""
-    if (channels_last or t.is_contiguous()) and not (t.is_neg() or t._is_zerotensor()):
-        return t
-    return torch.empty_like(t, memory_format=torch.contiguous_format)
+    """A tensor that a backend can fill: `t` itself, or a buffer from which the caller copies, because `t` has other
+    strides (a transposed map), is lazily negated or has no memory."""
+    if not (channels_last or t.is_contiguous()):
+        return torch.empty_like(t, memory_format=torch.contiguous_format)
+    return torch.empty_like(t) if t.is_neg() or t._is_zerotensor() else t
 
 
 def _accumulated(t: Tensor | None, x: Tensor) -> Tensor | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -67,7 +69,63 @@ def overlap(a: Tensor, b: Tensor) -> bool:
         return False
     if all(t.is_contiguous() for t in (a, b)):
         return True
-    return bool((_occupied_bytes(a, begin, end - begin) & _occupied_bytes(b, begin, end - begin)).any())
+    try:
+        return _meet(_Places.of(a), _Places.of(b), b.data_ptr() - a.data_ptr(), [_MOST_STEPS])
+    except _TooManySteps:
+        return bool((_occupied_bytes(a, begin, end - begin) & _occupied_bytes(b, begin, end - begin)).any())
+
+
+# Strides that are usual need less than ten; after so many the bytes are counted.
+_MOST_STEPS = 1000
+
+
+class _TooManySteps(Exception):
+    pass
+
+
+class _Places(NamedTuple):
+    """Where elements of `width` bytes lie: steps in bytes, the largest first, and to how many places each leads."""
+
+    width: int
+    steps: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, t: Tensor) -> _Places:
+        width = t.element_size()
+        steps = [(step * width, size) for step, size in zip(t.stride(), t.shape, strict=True) if size > 1 and step > 0]
+        return cls(width, tuple(sorted(steps, reverse=True)))
+
+    @property
+    def largest(self) -> int:
+        return self.steps[0][0] if self.steps else 0
+
+    @property
+    def span(self) -> int:
+        return self.width + sum((size - 1) * step for step, size in self.steps)
+
+    def split(self, step: int) -> tuple[int, _Places]:
+        """How many places `step` leads to, and those within one of them."""
+        return (self.steps[0][1], _Places(self.width, self.steps[1:])) if self.largest == step else (1, self)
+
+
+def _meet(a: _Places, b: _Places, offset: int, left: list[int]) -> bool:
+    """Whether a place of `a` and one of `b`, which begins `offset` bytes after `a`, share a byte.
+
+    The parts to which the largest step leads are compared, of these only the ones whose spans meet.
+    """
+    left[0] -= 1
+    if left[0] < 0:
+        raise _TooManySteps
+    if offset >= a.span or -offset >= b.span:
+        return False
+    step = max(a.largest, b.largest)
+    if step == 0:
+        return True
+    (parts_a, a), (parts_b, b) = a.split(step), b.split(step)
+    # Part j of b begins offset + (j - i) * step after part i of a.
+    first = max(1 - parts_a, -((b.span - 1 + offset) // step))
+    last = min(parts_b - 1, (a.span - 1 - offset) // step)
+    return any(_meet(a, b, offset + k * step, left) for k in range(first, last + 1))
 
 
 def same_elements(a: Tensor, b: Tensor) -> bool:

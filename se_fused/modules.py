@@ -91,7 +91,8 @@ class SqueezeExcite(nn.Module):
                 nn.init.uniform_(b, -bound, bound)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        inplace = self.inplace and not torch.is_grad_enabled()
+        # Under autocast, a residual of a wider dtype makes the result wider than x.
+        inplace = self.inplace and not torch.is_grad_enabled() and (residual is None or residual.dtype == x.dtype)
         return ops.call(x, self.w1, self.b1, self.w2, self.b2, residual, self.options, inplace)
 
     def extra_repr(self) -> str:

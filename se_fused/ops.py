@@ -26,7 +26,7 @@ from . import backends, implementation, reference
 from .arguments import autocast, check, needs_autocast, needs_grad
 from .backends import forcing
 from .observers import decomposes, recorded, under_transform, unobserved
-from .options import SQUEEZES, Codes, HardSigmoid, OptionNames, Options, encode
+from .options import SQUEEZES, Codes, HardSigmoid, OptionNames, Options, encode, refuse
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -258,7 +258,7 @@ def squeeze_excite(
         inplace: write the result over `x` and return `x`. Allowed only while autograd does not record the call.
         out: write the result into this tensor, and return it: of the shape, dtype and device of `x`, any strides; those
             of `x` are fastest. It is `x`, which is the same as `inplace=True`, or has no memory in common with any
-            input. Allowed only while autograd does not record the call.
+            input (a compiler cannot check this). Allowed only while autograd does not record the call.
 
     Returns:
         y, with the shape, dtype and memory format of `x`.
@@ -285,6 +285,8 @@ def call(
     tensors: Any = (x, w1, b1, w2, b2, residual, scale, shift)
     if needs_autocast(x, w2, residual, scale, shift):
         tensors = autocast(*tensors)
+        if inplace and tensors[0] is not x:
+            refuse(ValueError, "inplace", "True", f"False, because autocast makes the result {tensors[0].dtype}")
         x = tensors[0]
     _check(*tensors, SQUEEZES[options.squeeze], inplace, out)
     target = x if inplace else out

@@ -191,6 +191,7 @@ def wheel(tmp_path_factory):
     return wheel
 
 
+@pytest.mark.long
 def test_the_wheel(wheel, place):
     assert re.search(r"-cp\d+-cp\d+-manylinux_2_\d+_", wheel.name)
     shown = subprocess.run([BIN / "auditwheel", "show", wheel], capture_output=True, text=True, check=True).stdout
