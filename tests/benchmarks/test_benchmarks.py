@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import re
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -189,16 +190,27 @@ def test_a_busy_machine_is_refused() -> None:
 
 
 def test_the_share_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two cores for 10 s: this process used 8 s, others 3 and another virtual machine 1."""
-    cpu = SimpleNamespace(
-        user=0.0, nice=0.0, system=0.0, idle=0.0, iowait=0.0, irq=0.0, softirq=0.0, steal=0.0, guest=0.0
-    )
-    mine = [0.0]
-    monkeypatch.setattr("psutil.cpu_times", lambda: SimpleNamespace(**vars(cpu)))
-    monkeypatch.setattr(timing, "time", SimpleNamespace(process_time=lambda: mine[0]))
+    """Two cores for 10 s, of which other processes, one of them ended, use 3 s and another virtual machine 0.5 s."""
+    now, steal = [100.0], [5.0]
+    times = {1: [1.0, 2.0, 0.0, 0.0], 2: [7.0, 0.0, 0.0, 0.0], os.getpid(): [50.0, 1.0, 9.0, 9.0]}
+    kinds = ("user", "system", "children_user", "children_system")
+
+    def process_iter(names: list[str]) -> list[SimpleNamespace]:
+        read = {pid: SimpleNamespace(**dict(zip(kinds, each, strict=True))) for pid, each in times.items()}
+        return [SimpleNamespace(pid=pid, info={"cpu_times": read[pid]}) for pid in times] + [
+            SimpleNamespace(pid=3, info={"cpu_times": None})
+        ]
+
+    monkeypatch.setattr("psutil.process_iter", process_iter)
+    monkeypatch.setattr("psutil.cpu_count", lambda: 2)
+    monkeypatch.setattr("psutil.cpu_times", lambda: SimpleNamespace(steal=steal[0]))
+    monkeypatch.setattr(timing, "time", SimpleNamespace(monotonic=lambda: now[0]))
     others = timing.Others()
-    cpu.user, cpu.system, cpu.idle, cpu.iowait, cpu.steal, mine[0] = 9.0, 2.0, 7.0, 1.0, 1.0, 8.0
-    assert others() == pytest.approx(4 / 20)
+    del times[2]
+    times[1] = [2.0, 3.0, 8.0, 0.0]  # 2 s more, and process 2, which used another second before it ended
+    times[os.getpid()] = [69.0, 1.0, 9.0, 9.0]
+    now[0], steal[0] = 110.0, 5.5
+    assert others() == pytest.approx((2 + 1 + 0.5) / 20)
     assert others() == 0
 
 
