@@ -217,19 +217,16 @@ def ratio(times: Times, name: str, base: str) -> float:
 
 
 def text(found: Spread, rounds: int) -> str:
-    """p50 (p20 to p80). All have two digits, and p50 a third one where the measurement allows it.
+    """p50 (p20 to p80), all to the third digit of p50, and p50 to its second one where the measurement allows no more.
 
     A median over n rounds is known to about (p80 - p20) / sqrt(n): 1.3 times its standard error, if times were normal.
     The third digit is given where it is no smaller than half of that.
     """
-    is_exact = (found.p80 - found.p20) / math.sqrt(rounds) / 2 <= _third_digit(found.p50)
-    return f"{_rounded(found.p50, 3 if is_exact else 2)} ({_rounded(found.p20, 2)} to {_rounded(found.p80, 2)})"
+    third = math.floor(math.log10(max(abs(found.p50), 1e-9))) - 2  # its power of ten
+    is_exact = (found.p80 - found.p20) / math.sqrt(rounds) / 2 <= 10.0**third
+    p50 = _rounded(found.p50, third if is_exact else third + 1)
+    return f"{p50} ({_rounded(found.p20, third)} to {_rounded(found.p80, third)})"
 
 
-def _third_digit(value: float) -> float:
-    return 10.0 ** (math.floor(math.log10(max(abs(value), 1e-9))) - 2)
-
-
-def _rounded(value: float, digits: int) -> str:
-    decimals = digits - 1 - math.floor(math.log10(max(abs(value), 1e-9)))
-    return f"{round(value, decimals):,.{max(0, decimals)}f}"
+def _rounded(value: float, power: int) -> str:
+    return f"{round(value, -power):,.{max(0, -power)}f}"

@@ -400,7 +400,9 @@ def test_bench_prints_one_json_object(models, quick):
     assert all(r["equal"] for r in facts["results"])
     assert facts["results"][1]["speed"] == {"p20": 2, "p50": 2, "p80": 2}
     assert facts["results"][1]["milliseconds"] == {"p20": 0.5, "p50": 0.5, "p80": 0.5}
-    assert facts["verdict"].startswith("At batch 1, replace(model) makes the model 2.00 (2.0 to 2.0) times as fast. At")
+    assert facts["verdict"].startswith(
+        "At batch 1, replace(model) makes the model 2.00 (2.00 to 2.00) times as fast. At"
+    )
     assert facts["failures"] == []
 
 
@@ -577,7 +579,7 @@ def a_result(**changes):
 @pytest.mark.parametrize(
     ("results", "text"),
     [
-        ([{}], "At batch 1, replace(model) makes the model 1.2 (1.1 to 1.3) times as fast."),
+        ([{}], "At batch 1, replace(model) makes the model 1.2 (1.10 to 1.30) times as fast."),
         ([{"speed": (1.01, 1.02, 1.03)}], "At batch 1, no variant with an equal output is faster"),
         ([{"speed": (0.9, 1.2, 1.3)}], "At batch 1, no variant with an equal output is faster"),
         ([{"equal": False}], "At batch 1, no variant with an equal output is faster"),
@@ -587,7 +589,7 @@ def a_result(**changes):
         ),
         (
             [{}, {"variant": "block", "speed": (1.3, 1.4, 1.5)}],
-            'At batch 1, replace(model, level="block") makes the model 1.4 (1.3 to 1.5) times as fast.',
+            'At batch 1, replace(model, level="block") makes the model 1.4 (1.30 to 1.50) times as fast.',
         ),
         (
             [{"others": 0.3, "speed": (0.9, 1.0, 1.1)}],
