@@ -99,7 +99,7 @@ def _panel(axes: Axes, found: dict[str, float]) -> None:
     axes.set_yticks(range(len(_BARS)), [label for label, _ in _BARS.values()])
     axes.set_xticks([1], ["eager"])
     axes.tick_params(length=0, colors=_GREY)
-    axes.margins(x=0.15)
+    axes.margins(x=0.2)
     axes.spines[:].set_visible(False)
 
 

@@ -101,7 +101,7 @@ def short_table(lines: Iterable[Line]) -> str:
         for network in dict.fromkeys(line["network"] for line in lines)
     ]
     header = [f"N = {n}: {text}" for n in batches for text in ("eager ms", "`replace`", '`level="block"`')]
-    return markdown(["network", *header], rows)
+    return f"{markdown(['network', *header], rows)}\n{networks.machine(lines)}"
 
 
 if __name__ == "__main__":

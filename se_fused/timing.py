@@ -220,10 +220,10 @@ def text(found: Spread, rounds: int) -> str:
     """p50 (p20 to p80), all to the third digit of p50, and p50 to its second one where the measurement allows no more.
 
     A median over n rounds is known to about (p80 - p20) / sqrt(n): 1.3 times its standard error, if times were normal.
-    The third digit is given where it is no smaller than half of that.
+    The third digit is left out where half of that is more than five of its units.
     """
     third = math.floor(math.log10(max(abs(found.p50), 1e-9))) - 2  # its power of ten
-    is_exact = (found.p80 - found.p20) / math.sqrt(rounds) / 2 <= 10.0**third
+    is_exact = (found.p80 - found.p20) / math.sqrt(rounds) / 2 <= 5 * 10.0**third
     p50 = _rounded(found.p50, third if is_exact else third + 1)
     return f"{p50} ({_rounded(found.p20, third)} to {_rounded(found.p80, third)})"
 

@@ -579,7 +579,7 @@ def a_result(**changes):
 @pytest.mark.parametrize(
     ("results", "text"),
     [
-        ([{}], "At batch 1, replace(model) makes the model 1.2 (1.10 to 1.30) times as fast."),
+        ([{}], "At batch 1, replace(model) makes the model 1.20 (1.10 to 1.30) times as fast."),
         ([{"speed": (1.01, 1.02, 1.03)}], "At batch 1, no variant with an equal output is faster"),
         ([{"speed": (0.9, 1.2, 1.3)}], "At batch 1, no variant with an equal output is faster"),
         ([{"equal": False}], "At batch 1, no variant with an equal output is faster"),
@@ -589,7 +589,7 @@ def a_result(**changes):
         ),
         (
             [{}, {"variant": "block", "speed": (1.3, 1.4, 1.5)}],
-            'At batch 1, replace(model, level="block") makes the model 1.4 (1.30 to 1.50) times as fast.',
+            'At batch 1, replace(model, level="block") makes the model 1.40 (1.30 to 1.50) times as fast.',
         ),
         (
             [{"others": 0.3, "speed": (0.9, 1.0, 1.1)}],

@@ -323,11 +323,14 @@ def test_the_headline_is_a_function_of_the_records(record: Path, networks_record
         (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
     found = report.read_headline(tmp_path)
     for name, wanted in {
-        "layer_eager": "1.5", "layer_best": "2.0", "layer_out_best": "2.7", "in_place_eager": "3.0",
-        "training_eager": "1.5", "models": "9", "models_batches": "1 and 16", "models_replaced": "1.50 to 1.50",
-        "models_block": "3.00 to 3.00", "coverage_libraries": "12",
+        "layer_eager": "1.5", "layer_best": "1.50 at batch 1 and 1.50 at batch 16", "in_place_eager": "3.0",
+        "layer_out_best": "2.00 at batch 1 and 2.00 at batch 16", "training_eager": "1.5", "models": "9",
+        "models_replaced": "1.50 to 1.50", "models_replaced_mean": "1.50", "models_block": "3.00 to 3.00",
+        "models_block_means": "3.00 at batch 1 and 3.00 at batch 16", "coverage_libraries": "12",
+        "gpu_faster": "33 of 48 calls",
+        "gpu_slower": "8 of 12", "gpu_calls": "0.89 to 1.17", "gpu_graphs": "1.06 to 1.25", "gpu_cases": "540",
     }.items():  # fmt: skip
         assert found[name] == wanted, name
     text = headline.text(found)
-    assert "runs at 1.5 times eager speed, in place at 3.0, and forward with" in text
+    assert "runs at 1.5 times eager speed, in place at 3.0, and forward with backward at 1.5." in text
     assert "{" not in text
