@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -85,7 +86,10 @@ class Installation:
     def start(self, code: str = USE, as_user: Sequence[str] = ()) -> subprocess.Popen[str]:
         command = [*as_user, sys.executable, "-c", code]
         pipe = subprocess.PIPE
-        return subprocess.Popen(command, cwd=self.folder, env=self.environment, text=True, stdout=pipe, stderr=pipe)
+        return subprocess.Popen(
+            command, cwd=self.folder, env=self.environment, text=True, stdout=pipe, stderr=pipe,
+            preexec_fn=_heed_interrupts,
+        )  # fmt: skip
 
     def use(self, code: str = USE, as_user: Sequence[str] = (), fork: bool = True) -> tuple[str, list[str]]:
         """Run a call: the backend, and the lines that were printed. Fails if the program fails.
@@ -100,6 +104,11 @@ class Installation:
             status, output, said = forked.run(code, self.folder, self.environment, timeout=300)
         assert status == 0, said
         return output.strip(), said.splitlines()
+
+
+def _heed_interrupts() -> None:
+    """A shell lets what it runs in the background ignore SIGINT, and a new process inherits that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def processes(folder: Path) -> list[str]:
