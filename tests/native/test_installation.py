@@ -127,14 +127,14 @@ def test_what_killed_builds_left_is_swept(place):
 
 
 @pytest.mark.parametrize("found", ["nothing", "a build that does not load"])
-def test_four_first_imports_at_once_compile_once(place, found):
+def test_eight_first_imports_at_once_compile_once(place, found):
     if found != "nothing":
         of_another_torch(place.build_in(place.cache))
     place.compiler("sleep 0.2")
-    started = [place.start() for _ in range(4)]
+    started = [place.start() for _ in range(8)]
     ended = [process.communicate(timeout=300) for process in started]
-    assert [process.returncode for process in started] == [0] * 4
-    assert [output.strip() for output, _ in ended] == ["cpu"] * 4
+    assert [process.returncode for process in started] == [0] * 8
+    assert [output.strip() for output, _ in ended] == ["cpu"] * 8
     assert place.linked() == 1
     said = [line for _, errors in ended for line in errors.splitlines()]
     assert sum("compiling the CPU kernels" in line for line in said) == 1
