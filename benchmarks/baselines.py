@@ -100,21 +100,11 @@ def _fused_out(i: Inputs, threads: int) -> Variant:
     return Variant("fused_out", call, outputs=(y,))
 
 
-# As users call it; with the weights as constants; with a wrapper in C++ in place of Python; and, which PyTorch calls
-# unsafe, without the guards, which check in each call that what was compiled still applies.
-_COMPILE_OPTIONS: dict[str, dict[str, object]] = {
-    "compile": {},
-    "compile_freezing": {"freezing": True},
-    "compile_cpp": {"cpp_wrapper": True},
-    "compile_unguarded": {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe},
-}
-
-
-def _compile(name: str, i: Inputs, threads: int) -> Variant:
+def _compile(name: str, options: dict[str, object], i: Inputs, threads: int) -> Variant:
     # PyTorch keeps what it compiled by code object, and looks through all of it in each call: each variant has its own.
     code = ClassicSE.forward.__code__.replace(co_name=name)
     layer = type(name, (ClassicSE,), {"forward": FunctionType(code, globals())})(*i.weights)
-    call = torch.compile(layer, dynamic=False, options=_COMPILE_OPTIONS[name])
+    call = torch.compile(layer, dynamic=False, options=options)
     return Variant(name, functools.partial(call, i.x))
 
 
@@ -135,13 +125,14 @@ FUSED: dict[str, Callable[[Inputs, int], Variant]] = {
 }
 BASELINES: dict[str, Callable[[Inputs, int], Variant]] = {
     "eager": _eager,
-    **{name: functools.partial(_compile, name) for name in _COMPILE_OPTIONS if name != "compile_unguarded"},
+    "compile": functools.partial(_compile, "compile", {}),
+    "compile_freezing": functools.partial(_compile, "compile_freezing", {"freezing": True}),  # weights as constants
+    "compile_cpp": functools.partial(_compile, "compile_cpp", {"cpp_wrapper": True}),  # in place of one in Python
     **{name: functools.partial(_engine, name) for name in engines.ENGINES},
 }
-
-
-# They explain the cost of a call, and are no way to run a layer.
-OF_A_CALL = {"compile_unguarded": functools.partial(_compile, "compile_unguarded")}
+# It explains the cost of a call, and is no way to run a layer: the guards check that what was compiled still applies.
+_NO_GUARDS: dict[str, object] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+OF_A_CALL = {"compile_unguarded": functools.partial(_compile, "compile_unguarded", _NO_GUARDS)}
 
 
 def forward(name: str, i: Inputs, threads: int) -> Variant:

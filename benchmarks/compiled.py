@@ -69,10 +69,7 @@ def compiled(model: nn.Module, variant: str, x: Tensor) -> Callable[[], Tensor]:
 def contest(network: str, n: int, seconds: float) -> Iterator[Line]:
     model, x = networks.build(network, n)
     calls = {variant: compiled(model, variant, x) for variant in VARIANTS}
-    layers = str(len(se_fused.replace(model, dry_run=True).replaced))
-    found = networks.measure(model, x, calls, seconds)
-    for variant in VARIANTS:
-        yield {"se_layers": layers, "variant": variant} | networks.columns(found, variant, "original")
+    return networks.lines_of(model, networks.measure(model, x, calls, seconds))
 
 
 def main(

@@ -20,8 +20,6 @@ import torch
 import typer
 from torch import Tensor, nn
 
-import se_fused
-
 from . import engines, layer_cpu, networks
 from .contradictions import refuse
 from .networks import Line
@@ -58,13 +56,9 @@ def engine(name: str, model: nn.Module, x: Tensor, threads: int) -> Callable[[],
 
 def contest(network: str, n: int, seconds: float) -> Iterator[Line]:
     model, x = networks.build(network, n)
-    report = se_fused.replace(model, dry_run=True)
-    layers = str(len(report.replaced) + sum(map(len, report.inline.values())))
     calls: dict[str, Callable[[], Tensor]] = {name: partial(networks.build_variant(model, name), x) for name in EAGER}
     calls |= {name: engine(name, model, x, torch.get_num_threads()) for name in engines.ENGINES}
-    found = networks.measure(model, x, calls, seconds)
-    for variant in VARIANTS:
-        yield {"se_layers": layers, "variant": variant} | networks.columns(found, variant, "original")
+    return networks.lines_of(model, networks.measure(model, x, calls, seconds))
 
 
 def main(
@@ -85,21 +79,14 @@ def short_table(lines: Iterable[Line]) -> str:
     lines = list(lines)
     refuse(lines)
     cells = {(line["network"], line["n"], line["variant"]): line for line in lines}
-    batches, columns = list(dict.fromkeys(line["n"] for line in lines)), ("replaced", "block")
-    rows = [
-        [
-            network,
-            *(
-                text
-                for n in batches
-                for text in (
-                    networks.milliseconds(cells[network, n, "original"]).partition(" ")[0],
-                    *(networks.ratio(cells[network, n, name]) for name in columns),
-                )
-            ),
-        ]
-        for network in dict.fromkeys(line["network"] for line in lines)
-    ]
+    batches = list(dict.fromkeys(line["n"] for line in lines))
+    rows = []
+    for network in dict.fromkeys(line["network"] for line in lines):
+        row = [network]
+        for n in batches:
+            original = networks.milliseconds(cells[network, n, "original"]).partition(" ")[0]
+            row += [original, *(networks.ratio(cells[network, n, name]) for name in ("replaced", "block"))]
+        rows.append(row)
     header = [f"N = {n}: {text}" for n in batches for text in ("eager ms", "`replace`", '`level="block"`')]
     return f"{markdown(['network', *header], rows)}\n{networks.machine(lines)}"
 

@@ -59,13 +59,16 @@ def measure(model: nn.Module, x: Tensor, calls: Mapping[str, Callable[[], Tensor
         return timing.measure([timing.Variant(name, call) for name, call in calls.items()], seconds)
 
 
-def columns(found: timing.Measured, name: str, original: str) -> Line:
-    """The columns of variant `name`: its milliseconds, and the ratio of the time of `original` to its own."""
-    times = found.times[name]
-    facts = {"others": f"{found.others:.3f}", "dropped": str(found.dropped), "rounds": str(len(times))}
-    milliseconds = {f"{p}_ms": f"{t / 1e3:.3f}" for p, t in timing.spread(times)._asdict().items()}
-    ratios = timing.ratio_spread(found.times, original, name)._asdict().items()
-    return facts | milliseconds | {f"ratio_{p}": f"{ratio:.3f}" for p, ratio in ratios}
+def lines_of(model: nn.Module, found: timing.Measured) -> Iterator[Line]:
+    """The line of each variant: its milliseconds, and the ratio of the time of the variant "original" to its own."""
+    report = se_fused.replace(model, dry_run=True)
+    layers = len(report.replaced) + sum(map(len, report.inline.values()))
+    facts = {"se_layers": str(layers), "others": f"{found.others:.3f}", "dropped": str(found.dropped)}
+    for name, times in found.times.items():
+        line = facts | {"variant": name, "rounds": str(len(times))}
+        line |= {f"{p}_ms": f"{t / 1e3:.3f}" for p, t in timing.spread(times)._asdict().items()}
+        ratios = timing.ratio_spread(found.times, "original", name)._asdict().items()
+        yield line | {f"ratio_{p}": f"{ratio:.3f}" for p, ratio in ratios}
 
 
 def record(
@@ -86,8 +89,7 @@ def record(
             where = {"network": network, "n": str(n)}
             for line in contest(network, n):
                 lines.append(facts | where | line)
-                variant = " ".join(line[key] for key in ("mode", "variant") if key in line)
-                typer.echo(f"{network} N={n} {variant}: {line['p50_ms']} ms, {line['ratio_p50']}")
+                typer.echo(f"{network} N={n} {line['variant']}: {line['p50_ms']} ms, {line['ratio_p50']}")
     write(out, lines)
 
 

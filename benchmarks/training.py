@@ -20,7 +20,6 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
 
-import se_fused
 from se_fused import timing
 
 from . import layer_cpu, networks
@@ -68,10 +67,8 @@ def contest(network: str, n: int, seconds: float) -> Iterator[Line]:
     labels = torch.randint(1000, (n,))
     models = {variant: networks.build_variant(model, variant) for variant in VARIANTS}
     check(models["replaced"], model, x, labels)
-    layers = str(len(se_fused.replace(model, dry_run=True).replaced))
-    found = timing.measure([timing.Variant(name, step(m, x, labels)) for name, m in models.items()], seconds)
-    for variant in VARIANTS:
-        yield {"se_layers": layers, "variant": variant} | networks.columns(found, variant, "original")
+    steps = [timing.Variant(name, step(m, x, labels)) for name, m in models.items()]
+    return networks.lines_of(model, timing.measure(steps, seconds))
 
 
 def main(

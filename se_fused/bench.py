@@ -119,13 +119,11 @@ def table(results: Iterable[Result], title: str) -> Table:
         if last is not None and result.batch != last:
             rows.add_section()
         last = result.batch
-        milliseconds, speed = (timing.text(found, result.rounds) for found in (result.milliseconds, result.speed))
-        more = (
-            ("", "")
-            if result.variant == ORIGINAL
-            else (speed, "equal" if result.found["equal"] else result.found["verdict"])
-        )
-        rows.add_row(str(result.batch), result.variant, milliseconds, *more)
+        cells = [str(result.batch), result.variant, timing.text(result.milliseconds, result.rounds)]
+        if result.variant != ORIGINAL:
+            output = "equal" if result.found["equal"] else result.found["verdict"]
+            cells += [timing.text(result.speed, result.rounds), output]
+        rows.add_row(*cells)
     return rows
 
 

@@ -82,3 +82,14 @@ def place(tmp_path):
     from installation import Installation
 
     return Installation(tmp_path)
+
+
+@pytest.fixture
+def models(tmp_path, monkeypatch):
+    """The name of a module of models that can be imported."""
+    from command_line import MODEL
+
+    name = f"models_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text(MODEL)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return name

@@ -33,5 +33,6 @@ def run(code: str, folder: Path, environment: Mapping[str, str], timeout: float)
     process = _FORKS.Process(target=_begin, args=(code, folder, dict(environment), files))
     process.start()
     process.join(timeout)
+    process.kill()
     assert process.exitcode is not None, f"not done after {timeout} s"
     return process.exitcode, files[0].read_text(), files[1].read_text()

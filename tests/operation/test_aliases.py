@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from cases import Case, assert_close, call, truth
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from strided import places, views
 from torch.utils.checkpoint import checkpoint
 
 import se_fused
@@ -140,30 +141,7 @@ def test_batched_gradients(vectorize):
 # In place: x and another tensor lie anywhere in one flat memory.
 
 
-@st.composite
-def views(draw):
-    """x [2, 3, 2, 2] and a residual like it, a w2 [3, 3] or a scale [3], each with its own strides and offset in 64
-    elements."""
-
-    def view(shape):
-        steps = draw(st.lists(st.sampled_from([0, 1, 2, 3, 4, 6, 8, 12, 24]), min_size=len(shape), max_size=len(shape)))
-        room = 63 - sum((size - 1) * step for size, step in zip(shape, steps, strict=True))
-        assume(room >= 0)
-        return shape, steps, draw(st.integers(0, room))
-
-    shapes = {"residual": (2, 3, 2, 2), "w2": (3, 3), "scale": (3,)}
-    name = draw(st.sampled_from(list(shapes)))
-    return view((2, 3, 2, 2)), name, view(shapes[name])
-
-
-def places(shape, steps, offset):
-    grid = torch.full(shape, offset)
-    for axis, (size, step) in enumerate(zip(shape, steps, strict=True)):
-        grid += (torch.arange(size) * step).view(-1, *(1,) * (len(shape) - axis - 1))
-    return grid.flatten().tolist()
-
-
-@given(views(), st.booleans())
+@given(views({"residual": (2, 3, 2, 2), "w2": (3, 3), "scale": (3,)}), st.booleans())
 @settings(max_examples=600)
 def test_in_place_is_right_or_refused_wherever_inputs_lie(drawn, exact):
     x_view, name, other_view = drawn

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from cases import LAYOUTS, Case, assert_close, call, cases, truth
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from strided import places, views
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import se_fused
@@ -55,29 +56,10 @@ def test_on_each_backend(backend, layout, negated):
     assert_close(out, truth(tensors, {}), torch.float32)
 
 
-def places(shape, steps, offset):
-    grid = torch.full(shape, offset)
-    for axis, (size, step) in enumerate(zip(shape, steps, strict=True)):
-        grid += (torch.arange(size) * step).view(-1, *(1,) * (len(shape) - axis - 1))
-    return grid.flatten().tolist()
+INPUTS = {"x": (2, 3, 2, 2), "residual": (2, 3, 2, 2), "w2": (3, 3), "b2": (3,), "shift": (3,)}
 
 
-@st.composite
-def views(draw):
-    """The shape, strides and offset in 64 numbers of out, and the same of one input with its name."""
-
-    def view(shape):
-        steps = [draw(st.integers(0, 12)) for _ in shape]
-        room = 63 - sum((size - 1) * step for size, step in zip(shape, steps, strict=True))
-        assume(room >= 0)
-        return shape, steps, draw(st.integers(0, room))
-
-    shapes = {"x": (2, 3, 2, 2), "residual": (2, 3, 2, 2), "w2": (3, 3), "b2": (3,), "shift": (3,)}
-    name = draw(st.sampled_from(list(shapes)))
-    return view((2, 3, 2, 2)), name, view(shapes[name])
-
-
-@given(views(), st.booleans())
+@given(views(INPUTS), st.booleans())
 @settings(max_examples=600)
 def test_right_or_refused_wherever_it_lies(drawn, exact):
     out_view, name, other_view = drawn
