@@ -7,12 +7,14 @@ layer stay the same.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace as changed
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
 
+from .alike import Alike, paths_of
 from .blocks import Block, BlockSwap, FusedBlock, InlineBlock, find_blocks, find_inline
 from .inside import SWAP
 from .modules import SqueezeExcite
@@ -64,6 +66,7 @@ class _Examination:
         self.include, self.exclude = include, exclude
         self.outcome: dict[nn.Module, Recognised | str] = {}
         self.inline: dict[nn.Module, InlineBlock] = {}
+        self.alike = Alike()
         self._examined: dict[nn.Module, bool] = {}  # by module: the result of `examine`
 
     def _filtered(self, layer: nn.Module) -> str | None:
@@ -90,7 +93,7 @@ class _Examination:
             self.outcome[layer] = "already fused"
             return True
         fused_inside = any(isinstance(module, (Replaced, SqueezeExcite)) for module in layer.modules())
-        found = None if fused_inside else recognise(layer)
+        found = None if fused_inside else self.alike.once(recognise, layer)
         refused = isinstance(found, str)
         if isinstance(found, Recognised):
             found = self._filtered(layer) or found
@@ -101,11 +104,16 @@ class _Examination:
             inside = [self.examine(child) for child in layer.children()]
             if any(inside):
                 return True
-        if refused and self._note_inline(layer, find_inline(layer)):
+        if refused and self._note_inline(layer, self._inline_in(layer)):
             return True
         if found is not None:
             self.outcome[layer] = found
         return found is not None
+
+    def _inline_in(self, module: nn.Module, known: Collection[nn.Module] = ()) -> InlineBlock | str | None:
+        """What `find_inline` finds in `module`."""
+        found = self.alike.once(find_inline, module, known, facts=paths_of(known, module))
+        return changed(found, module=module) if isinstance(found, InlineBlock) else found
 
     def _note_inline(self, module: nn.Module, found: InlineBlock | str | None) -> bool:
         """Note that `module` has SE written into its forward, if that was found. Returns whether it was."""
@@ -140,7 +148,7 @@ class _Examination:
                 continue
             if reason is None and not gates:
                 continue
-            found = find_inline(module)
+            found = self._inline_in(module)
             if self._note_inline(module, found):
                 near = {each: why for each, why in near.items() if each not in gates}
             elif reason is not None and not gates:
@@ -160,7 +168,7 @@ class _Examination:
         known = [inner for inner in module.modules() if inner in found_before]
         reason = near_miss(module, known)
         if reason is not None:
-            found = find_inline(module, known)
+            found = self._inline_in(module, known)
             if not self._note_inline(module, found):
                 near[module] = reason if found is None else f"{reason}; {found}"
 
@@ -220,7 +228,9 @@ def replace(
         seen = relatives(examination.names, [*examination.outcome, *near], examination.inline)
     outcome, inline = examination.outcome, examination.inline
     found = {layer: each for layer, each in outcome.items() if isinstance(each, Recognised)}
-    blocks, alone = find_blocks(model, examination.names, found, inline) if level == "block" else ([], {})
+    blocks, alone = (
+        find_blocks(model, examination.names, found, inline, examination.alike) if level == "block" else ([], {})
+    )
     if not dry_run:
         facts = {layer: (recognised, inplace) for layer, recognised in found.items()}
         outcome.update(change_classes(FusedSE, LayerSwap, facts))

@@ -27,7 +27,7 @@ from ..replaced import Replaced
 from ..swap import Swap
 from .calls import CONVOLUTIONS
 from .program import Program, Value
-from .trace import trace
+from .trace import Known, trace
 
 _TRANSPARENT = (
     *(bool, int, float, complex, str, bytes, Enum, FunctionType, BuiltinFunctionType),
@@ -113,12 +113,13 @@ def read(
     """
     # Two readings in which everything differs. They miss what depends on two of these at once, so `obstacle` refuses a
     # forward that asks for one of the modes by name.
+    known = Known()
     with torch.enable_grad(), torch.autocast("cpu"), _autocast_on_gpus():
-        program = trace(bare, leaves, extras, sample)
+        program = trace(bare, leaves, extras, sample, known=known)
     bare.float().requires_grad_(False)
     try:
         with torch.inference_mode():
-            other = trace(bare, leaves, extras, None if sample is None else sample.float(), modeless)
+            other = trace(bare, leaves, extras, None if sample is None else sample.float(), modeless, known)
     finally:
         bare.double().requires_grad_(True)
     if other != program:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Hashable, Iterator
 from dataclasses import dataclass
+from dataclasses import replace as changed
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from .. import tracing
+from ..alike import Alike, paths_of
 from ..backends import CPU
 from ..equivalence import error_of
 from ..inside import Inside
@@ -52,10 +54,12 @@ def find_blocks(
     names: dict[nn.Module, list[str]],
     layers: dict[nn.Module, Recognised],
     written: dict[nn.Module, InlineBlock],
+    alike: Alike,
 ) -> tuple[list[Block], dict[nn.Module, str]]:
     """The blocks of these SE layers of `model`, inner ones first; and for each layer without one the reason.
 
     names: of every module of `model`, all its dotted names. written: the modules with SE written into their forwards.
+    alike: what was found in modules of the same structure.
     """
     if not CPU.has_fast_path():
         reason = "the CPU kernels, with which its block is compared, are not available"
@@ -66,30 +70,41 @@ def find_blocks(
         if len(names[layer]) > 1:
             alone[layer] = "it is used in several places"
             continue
-        found = _block_of(model, names[layer][0], layers, written)
+        found = _block_of(model, names[layer][0], layers, written, alike)
         if isinstance(found, str):
             alone[layer] = found
         else:
             chosen.setdefault(found, []).append(layer)
     blocks: list[Block] = []
     for block in written.values():
-        joined = _join_inline(block)
+        # Blocks of the same structure share their forwards.
+        joined = alike.once(_join_inline, block.module, block, facts=id(block.forwards))
         if isinstance(joined, str):
             alone[block.module] = joined
         else:
-            blocks.append(joined)
+            blocks.append(changed(joined, module=block.module))
     for module in sorted(chosen, key=lambda module: -names[module][0].count(".")):
         here = {layer: layers[layer] for layer in chosen[module]}
-        found_block = _examine(module, here, {*layers, *written, *(block.module for block in blocks)})
+        replaced = {*layers, *written, *(block.module for block in blocks)}
+        found_block = alike.once(_examine, module, here, replaced, facts=_facts(module, here, replaced))
         if isinstance(found_block, str):
             alone |= dict.fromkeys(here, found_block)
         else:
-            blocks.append(found_block)
+            blocks.append(changed(found_block, module=module))
     return blocks, alone
 
 
+def _facts(module: nn.Module, layers: dict[nn.Module, Recognised], replaced: set[nn.Module]) -> Hashable:
+    """What the layers and the replaced modules of a model say about the modules in `module`."""
+    return paths_of(layers, module), tuple(layers.values()), paths_of(replaced, module)
+
+
 def _block_of(
-    model: nn.Module, name: str, layers: dict[nn.Module, Recognised], written: Collection[nn.Module]
+    model: nn.Module,
+    name: str,
+    layers: dict[nn.Module, Recognised],
+    written: Collection[nn.Module],
+    alike: Alike,
 ) -> nn.Module | str:
     """The module above the layer `name` in which most of its neighbours are found, the smallest if several have as
     many; else the reason why there is none."""
@@ -98,7 +113,8 @@ def _block_of(
     for module in _above(model, name):
         if module in written:
             return "another layer is written into the forward of its block"
-        found = _examine(module, {layer: layers[layer]}, {*layers, *written}, proves=False)
+        here, replaced = {layer: layers[layer]}, {*layers, *written}
+        found = alike.once(_examine, module, here, replaced, False, facts=(_facts(module, here, replaced), False))
         if isinstance(found, str):
             reason = found if best is None else reason
             continue
@@ -152,12 +168,12 @@ def _examine(
     return found or Block(module, {kind: program}, {}, dims, tuple(neighbours))
 
 
-def _join_inline(block: InlineBlock) -> Block | str:
+def _join_inline(module: nn.Module, block: InlineBlock) -> Block | str:
     """`block` with its inline layers joined with their neighbours, or the reason why they are not."""
     joined: dict[Kind, Program] = {}
     neighbours: list[Neighbours] = []
-    with undisturbed_inference(block.module):
-        bare = tracing.bare_copy(block.module)
+    with undisturbed_inference(module):
+        bare = tracing.bare_copy(module)
         for kind, inline in block.forwards.items():
             if kind.training:
                 continue
@@ -176,7 +192,7 @@ def _join_inline(block: InlineBlock) -> Block | str:
             neighbours = neighbours or found
     if not neighbours:
         return "nothing that can be joined with it stands around it"
-    return Block(block.module, joined, block.forwards, block.dims, tuple(neighbours))
+    return Block(module, joined, block.forwards, block.dims, tuple(neighbours))
 
 
 def _dims(bare: nn.Module, neighbours: Neighbours) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from se_layers import (
 from torch import nn
 
 from examples import zoo
+from se_fused import invariance
 from se_fused.recognise import recognise
 from se_fused.recognised import Recognised
 
@@ -84,6 +86,32 @@ def test_weights_are_not_looked_at(dtype: torch.dtype) -> None:
     assert isinstance(recognise(layer), Recognised)
     with torch.device("meta"):
         assert isinstance(recognise(SqueezeExcitation(24, 6)), Recognised)
+
+
+SHAPES = {"contiguous": (0, 1, 2, 3), "channels_last": (0, 2, 3, 1), "transposed": (3, 1, 0, 2)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("order", SHAPES)
+def test_the_quicker_operators_on_the_meta_device_give_the_same(order: str, dtype: torch.dtype) -> None:
+    dense = torch.empty(2, 3, 5, 7, dtype=dtype, device="meta").permute(SHAPES[order]).contiguous()
+    x = dense.permute(torch.tensor(SHAPES[order]).argsort().tolist())
+    aten, matrix = torch.ops.aten, torch.empty(4, 4, dtype=dtype, device="meta")
+    activations = invariance._LIKE_SIGMOID - {aten.clamp.default}
+    calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
+        (aten.mean.dim, (x, [2, 3], True), {}),
+        (aten.mean.dim, (x, [1]), {"dtype": torch.float32}),
+        (aten.addmm.default, (matrix[0], matrix, matrix.t()), {}),
+        (aten.addmm.default, (matrix[0].to(torch.complex64), matrix, matrix), {}),
+        (aten.addmm.default, (matrix[0].double(), matrix, matrix), {}),
+        (aten.clamp.default, (x, 0, 1), {}),
+        (aten.clamp.default, (torch.empty(3, dtype=torch.int64, device="meta"), 0.5), {}),
+        *((func, (given,), {}) for func in activations for given in (x, x[:, ::2], x[0, 0, 0, 0])),
+    ]
+    for func, args, kwargs in calls:
+        got, wanted = invariance._on_meta(func, args, kwargs), func(*args, **kwargs)
+        facts = [(y.shape, y.stride(), y.dtype, y.device, y.storage_offset()) for y in (got, wanted)]
+        assert facts[0] == facts[1], func
 
 
 def test_works_under_any_mode() -> None:

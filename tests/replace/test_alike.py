@@ -1,0 +1,177 @@
+"""Modules of the same structure are examined once, and the result is that of examining each."""
+
+import copy
+import math
+from collections import OrderedDict
+
+import pytest
+import torch
+from se_blocks import Inverted, drawn, image
+from se_layers import Convolutional, varied
+from torch import nn
+
+import se_fused
+from examples import zoo
+from se_fused import invariance
+from se_fused.alike import Alike, structure_of
+
+
+def changed(change, make=Inverted):
+    """A module to which `change` was done."""
+    module = make()
+    change(module)
+    return module
+
+
+def tie(block):
+    block.bn2.weight = block.bn1.weight
+
+
+DIFFERENT = {
+    "an attribute": lambda b: setattr(b, "scale", 2),
+    "the type of a number": lambda b: setattr(b.bn1, "eps", 1),
+    "the sign of zero": lambda b: setattr(b, "offset", -0.0),
+    "the contents of a list": lambda b: setattr(b, "sizes", [1, [2]]),
+    "an attribute inside": lambda b: setattr(b.conv, "padding_mode", "reflect"),
+    "the class of a module inside": lambda b: setattr(b, "act", nn.ReLU()),
+    "a child": lambda b: setattr(b, "drop", nn.Identity()),
+    "no bias": lambda b: setattr(b.se, "bias", None),
+    "a shape": lambda b: setattr(b, "conv", nn.Conv2d(16, 16, 5, padding=2, groups=16)),
+    "a dtype": lambda b: b.half(),
+    "a device": lambda b: b.to("meta"),
+    "strides": lambda b: b.to(memory_format=torch.channels_last),
+    "a parameter that is not trained": lambda b: b.bn1.weight.requires_grad_(False),
+    "a parameter for two": tie,
+    "the mode of a module inside": lambda b: b.bn1.eval(),
+    "a hook": lambda b: b.act.register_forward_hook(print),
+    "the number of batches": lambda b: b.bn1.num_batches_tracked.add_(1),
+    "a norm without statistics": lambda b: setattr(b, "bn1", nn.BatchNorm2d(16, track_running_stats=False)),
+    "a function": lambda b: setattr(b, "function", math.sin),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_what_makes_a_structure_another(name):
+    structure = structure_of(changed(DIFFERENT[name]))
+    assert structure is not None
+    assert structure != structure_of(Inverted())
+    if name != "a hook":  # each has a number of its own
+        assert structure == structure_of(changed(DIFFERENT[name]))
+
+
+def test_numbers_of_tensors_make_no_other_structure():
+    assert structure_of(drawn(Inverted(), 1)) == structure_of(drawn(Inverted(), 2))
+
+
+class Slotted(Convolutional):
+    __slots__ = ("kept",)
+
+
+OPAQUE = {
+    "a buffer": lambda b: b.register_buffer("mask", torch.ones(3)),
+    "a tensor": lambda b: setattr(b, "mask", torch.ones(3)),
+    "an object": lambda b: setattr(b, "config", object()),
+    "an object in a list": lambda b: setattr(b, "configs", [{"a": object()}]),
+    "a kind of dict": lambda b: setattr(b, "names", type("Names", (OrderedDict,), {})()),
+    "slots": lambda b: setattr(b, "se", Slotted()),
+    "a replaced layer": lambda b: se_fused.replace(b),
+}
+
+
+@pytest.mark.parametrize("name", OPAQUE)
+def test_what_has_no_structure(name):
+    assert structure_of(changed(OPAQUE[name])) is None
+
+
+def test_an_examination_is_shared_with_its_facts():
+    alike, calls = Alike(), []
+
+    def examine(module, fact):
+        calls.append((module, fact))
+        return fact
+
+    first, second, third = Inverted(), Inverted(), Inverted("relu")
+    found = [alike.once(examine, each, fact, facts=fact) for fact in (1, 2) for each in (first, second, third)]
+    assert found == [1, 1, 1, 2, 2, 2]
+    assert calls == [(first, 1), (third, 1), (first, 2), (third, 2)]
+
+
+def test_equal_layers_are_examined_once(monkeypatch):
+    calls = []
+    violation = invariance.violation
+    monkeypatch.setattr(
+        "se_fused.equivalence.invariance.violation", lambda *args: (calls.append(args), violation(*args))[1]
+    )
+    report = se_fused.replace(nn.Sequential(*(Convolutional() for _ in range(5)), varied(activation=nn.SiLU)))
+    assert len(report.replaced) == 6
+    assert len(calls) == 2
+
+
+class Sometimes(Convolutional):
+    """SE only if `factor` is 1."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        return super().forward(x) * self.factor
+
+
+def test_layers_of_one_class_that_compute_something_else():
+    model = nn.Sequential(*map(Sometimes, (1, 3, 1, 3)))
+    x = torch.randn(2, 24, 5, 5)
+    wanted = copy.deepcopy(model)(x)
+    report = se_fused.replace(model)
+    assert set(report.replaced) == {"0", "2"}
+    torch.testing.assert_close(model(x), wanted)
+
+
+def test_blocks_of_which_one_layer_is_excluded():
+    model = drawn(nn.Sequential(*(Inverted() for _ in range(4)))).eval()
+    x = image()
+    with torch.no_grad():
+        wanted = copy.deepcopy(model)(x)
+        report = se_fused.replace(model, level="block", exclude="1.se")
+        assert set(report.blocks) == {"0", "2", "3"}
+        torch.testing.assert_close(model(x), wanted, rtol=1e-5, atol=1e-5)
+
+
+class Inline(nn.Module):
+    def __init__(self, act):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16)
+        self.down, self.up, self.act = nn.Conv2d(16, 4, 1), nn.Conv2d(4, 16, 1), act
+
+    def forward(self, x):
+        u = self.act(self.bn(self.conv(x)))
+        return u * torch.sigmoid(self.up(torch.relu(self.down(u.mean((2, 3), keepdim=True)))))
+
+
+def test_blocks_with_a_layer_written_into_them():
+    model = drawn(nn.Sequential(*(Inline(act) for act in (nn.SiLU(), nn.SiLU(), nn.Tanh(), nn.SiLU())))).eval()
+    x = image()
+    with torch.no_grad():
+        wanted = copy.deepcopy(model)(x)
+        report = se_fused.replace(model, level="block")
+        assert set(report.inline) == set(report.blocks) == set("0123")
+        torch.testing.assert_close(model(x), wanted, rtol=1e-5, atol=1e-5)
+        for block in model:
+            block.bn.weight.mul_(2)
+            assert not torch.equal(model(x), wanted)
+            block.bn.weight.div_(2)
+        torch.testing.assert_close(se_fused.restore(model)(x), wanted, rtol=1e-5, atol=1e-5)
+
+
+def facts_of(report):
+    """All that a report says, without the modules themselves."""
+    return {name: repr(value) for name, value in vars(report).items() if name != "model"}
+
+
+@pytest.mark.parametrize("name", ["timm:regnety_002", "torchvision:mobilenet_v3_small"])
+def test_a_report_is_that_of_examining_each(name, monkeypatch):
+    model = zoo.build(name)
+    shared = se_fused.replace(model, level="block", dry_run=True)
+    monkeypatch.setattr("se_fused.alike.structure_of", lambda module: None)
+    assert facts_of(shared) == facts_of(se_fused.replace(model, level="block", dry_run=True))
+    assert shared.replaced
