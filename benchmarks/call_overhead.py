@@ -5,7 +5,6 @@ python -m benchmarks.call_overhead COMMIT [--out benchmarks/results/call_overhea
 
 from __future__ import annotations
 
-import csv
 import subprocess
 import sys
 import tempfile
@@ -18,8 +17,8 @@ import typer
 
 from se_fused import timing
 
-from . import ROOT, layer_cpu
-from .text import markdown
+from . import ROOT, layer_cpu, networks
+from .text import markdown, spread_of
 
 RECORD = layer_cpu.RECORD.with_name("call_overhead.csv")
 # Where code and memory of a process lie is decided at its start and changes its times, so several pairs take part.
@@ -77,57 +76,74 @@ def ask(process: subprocess.Popen[str], call: str) -> float:
     return float(process.stdout.readline()) / 1e3
 
 
+def pair(earlier: Path, rounds: int) -> timing.Measured:
+    """The times of each call in one pair of processes, by the call and "before" or "after"."""
+    times: timing.Times = {}
+    with worker(earlier) as (old, calls), worker(ROOT) as (new, _):
+        others = timing.Others(mine=(old.pid, new.pid))
+        for i in range(rounds):
+            for call in calls:
+                turns = [("before", old), ("after", new)]
+                for side, process in turns if i % 2 else reversed(turns):
+                    times.setdefault(f"{call} {side}", []).append(ask(process, call))
+        return timing.Measured(times, others(), 0)
+
+
+def measure(earlier: Path, rounds: int) -> timing.Measured:
+    """The times of PAIRS pairs. Raises BusyMachine if others use the CPU during most pairs."""
+    kept: list[timing.Measured] = []
+    dropped = 0
+    while len(kept) < PAIRS:
+        found = pair(earlier, rounds // PAIRS)
+        if found.others <= timing.QUIET:
+            kept.append(found)
+        elif (dropped := dropped + 1) > timing.PATIENCE * PAIRS:
+            raise timing.BusyMachine(f"other processes use {found.others:.0%} of the CPU")
+    times = {name: [us for each in kept for us in each.times[name]] for name in kept[0].times}
+    return timing.Measured(times, max(each.others for each in kept), dropped * (rounds // PAIRS))
+
+
 def main(
     before: Annotated[str, typer.Argument(help="The commit to compare with.")],
     out: Annotated[Path, typer.Option(help="The CSV to write.")] = RECORD,
     rounds: Annotated[int, typer.Option(min=PAIRS)] = 300,
 ) -> None:
     conditions = layer_cpu.conditions(1) | {"before": before}
-    facts = {key: conditions[key] for key in ("date", "commit", "before", "cpu", "torch")}
+    facts = {key: conditions[key] for key in ("date", "commit", "before", "cpu", "threads", "torch")}
     with tempfile.TemporaryDirectory() as folder:
         earlier = Path(folder, "before")
         git = ["git", "-C", str(ROOT)]
         subprocess.run([*git, "worktree", "add", "--detach", "--quiet", str(earlier), before], check=True)
         try:
-            times: dict[str, timing.Times] = {}
-            for _ in range(PAIRS):
-                with worker(earlier) as (old, calls), worker(ROOT) as (new, _):
-                    for i in range(rounds // PAIRS):
-                        for call in calls:
-                            turns = [("before", old), ("after", new)]
-                            for side, process in turns if i % 2 else reversed(turns):
-                                found = times.setdefault(call, {"before": [], "after": []})
-                                found[side].append(ask(process, call))
+            found = measure(earlier, rounds)
         finally:
             subprocess.run([*git, "worktree", "remove", "--force", str(earlier)], check=True)
     lines = []
-    for call, found in times.items():
-        ratios = [after / earlier for after, earlier in zip(found["after"], found["before"], strict=True)]
-        p20, p50, p80 = (f"{ratio:.3f}" for ratio in timing.spread(ratios))
-        us = {f"{side}_us": f"{timing.spread(values).p50:.2f}" for side, values in found.items()}
-        ratio = {"after_by_before": p50, "p20": p20, "p80": p80}
-        lines.append(facts | {"call": call, "rounds": len(ratios)} | us | ratio)
-        typer.echo(f"{call}: {us['before_us']} us before, {us['after_us']} after, ratio {p50} ({p20} to {p80})")
-    with out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
+    for call in dict.fromkeys(name.split()[0] for name in found.times):
+        sides = {side: found.times[f"{call} {side}"] for side in ("before", "after")}
+        line = facts | {"call": call, "others": f"{found.others:.3f}", "dropped": str(found.dropped)}
+        line |= {"rounds": str(len(sides["after"]))}
+        for side, times in sides.items():
+            line |= {f"{side}_{p}_us": f"{us:.3f}" for p, us in timing.spread(times)._asdict().items()}
+        ratios = timing.ratio_spread(found.times, f"{call} after", f"{call} before")._asdict().items()
+        lines.append(line | {f"ratio_{p}": f"{ratio:.3f}" for p, ratio in ratios})
+        typer.echo(", ".join(row(lines[-1])))
+    networks.write(out, lines)
 
 
-def table(lines: Iterable[dict[str, str]]) -> str:
+def row(line: networks.Line) -> list[str]:
+    """The call, its microseconds at both commits, and their ratio."""
+    columns = ("before_{}_us", "after_{}_us", "ratio_{}")
+    rounds = int(line["rounds"])
+    return [line["call"].replace("_", " "), *(timing.text(spread_of(line, column), rounds) for column in columns)]
+
+
+def table(lines: Iterable[networks.Line]) -> str:
     """The CSV as a table."""
     lines = list(lines)
-    rows = [
-        [line["call"].replace("_", " "), line["before_us"], line["after_us"],
-         f"{line['after_by_before']} ({line['p20']} to {line['p80']})"]
-        for line in lines
-    ]  # fmt: skip
-    line = lines[0]
-    return (
-        markdown(["call", f"µs at {line['before']}", f"µs at {line['commit']}", "later / earlier (p20 to p80)"], rows)
-        + f"\n{line['cpu']}, one thread, PyTorch {line['torch']}, {line['date']}; "
-        f"{line['rounds']} interleaved rounds.\n"
-    )
+    before, after = lines[0]["before"], lines[0]["commit"]
+    header = ["call", f"µs at {before}", f"µs at {after}", f"{after} / {before}"]
+    return f"{markdown(header, map(row, lines))}\n{networks.machine(lines)}"
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ def main(
     processes: Annotated[int, typer.Option(help="How many processes, with one thread each.")] = 2,
 ) -> None:
     conditions = layer_cpu.conditions(torch.get_num_threads())
-    facts = {key: conditions[key] for key in ("date", "commit", "torch")}
+    facts = {key: conditions[key] for key in ("date", "commit", "cpu", "torch")}
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=start_process) as pool:
         chosen = smallest(pool.map(look_at, names(), chunksize=16))
         with out.open("w", newline="") as file:
@@ -186,7 +186,7 @@ def table(lines: Iterable[Line]) -> str:
         rows.append([f"{library} {version}", str(len(some)), *sums])
     header = ["library", "networks", "SE layers replaced", "joined", *NEIGHBOURS.values()]
     first = lines[0]
-    where = f"PyTorch {first['torch']}, commit {first['commit']}, {first['date']}.\n"
+    where = f"{first['cpu']}, PyTorch {first['torch']}, commit {first['commit']}, {first['date']}.\n"
     return "\n".join(filter(None, (markdown(header, rows), _reasons(lines), _exactness(lines), where)))
 
 

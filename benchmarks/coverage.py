@@ -47,7 +47,7 @@ COUNTS = ("replaced", "inline", "skipped", "near")
 TEXTS = ("skipped_reasons", "near_reasons", "seen", "unreported")
 RESULTS = ("output_difference", "original_error", "replaced_error", "gradient_difference")
 COLUMNS = (
-    *("date", "commit", "torch", "library", "version", "model", "architectures", "parameters"),
+    *("date", "commit", "cpu", "torch", "library", "version", "model", "architectures", "parameters"),
     *COUNTS,
     *TEXTS,
     *RESULTS,
@@ -226,7 +226,7 @@ def main(
     library: Annotated[list[str], typer.Option(help="Only these libraries.")] = [*LIBRARIES],  # noqa: B006
 ) -> None:
     conditions = layer_cpu.conditions(torch.get_num_threads())
-    facts = {key: conditions[key] for key in ("date", "commit", "torch")}
+    facts = {key: conditions[key] for key in ("date", "commit", "cpu", "torch")}
     names = [(each, model) for each in library for model in models(each)]
     with (
         ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=start_process) as pool,

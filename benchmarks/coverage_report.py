@@ -86,7 +86,7 @@ def _summary(lines: Sequence[Line]) -> str:
     header = ["library", "architectures", "kinds", "SE layers", "replaced", "inline", "kept", "near misses"]
     differences = ["kinds run", "equal results", "outputs differ by", "gradients differ by"]
     first = lines[0]
-    where = f"PyTorch {first['torch']}, commit {first['commit']}, {first['date']}.\n"
+    where = f"{first['cpu']}, PyTorch {first['torch']}, commit {first['commit']}, {first['date']}.\n"
     return f"{markdown([*header, *differences], rows)}\n{where}"
 
 

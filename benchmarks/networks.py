@@ -137,8 +137,8 @@ def machine(lines: Sequence[Line]) -> str:
         return " and ".join(dict.fromkeys(line[column] for line in lines))
 
     return (
-        f"{each('cpu')}, {each('threads')} threads, PyTorch {each('torch')}, commit {each('commit')}, "
+        f"{each('cpu')}, threads: {each('threads')}, PyTorch {each('torch')}, commit {each('commit')}, "
         f"{each('date')}; medians (20th to 80th percentile) of {min(int(line['rounds']) for line in lines)} or more "
         f"interleaved rounds, during which other processes used {max(float(line['others']) for line in lines):.0%} of "
-        "the CPU or less. Bold: slower in 80 % of the rounds.\n"
+        "the CPU or less.\n"
     )

@@ -73,12 +73,14 @@ class Others:
 
     The times of processes are added up. Those of the CPUs are samples, taken every 10 ms: beside calls and rests that
     are shorter they gave others up to 7 % of an idle machine. Ended processes count through their parents.
+
+    mine: the numbers of processes that take part in the measurement, besides this one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, mine: Sequence[int] = ()) -> None:
         import psutil  # only here: what runs on a GPU needs PyTorch alone
 
-        self._psutil = psutil
+        self._psutil, self._mine = psutil, {os.getpid(), *mine}
         self._last = self._now()
 
     def _now(self) -> tuple[float, float]:
@@ -86,7 +88,7 @@ class Others:
         others = getattr(self._psutil.cpu_times(), "steal", 0.0)
         for process in self._psutil.process_iter(["cpu_times"]):
             times = process.info["cpu_times"]
-            if process.pid != os.getpid() and times is not None:  # None: it may not be read
+            if process.pid not in self._mine and times is not None:  # None: it may not be read
                 others += times.user + times.system + times.children_user + times.children_system
         return time.monotonic() * (self._psutil.cpu_count() or 1), others
 

@@ -204,8 +204,9 @@ def test_the_share_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("psutil.cpu_count", lambda: 2)
     monkeypatch.setattr("psutil.cpu_times", lambda: SimpleNamespace(steal=steal[0]))
     monkeypatch.setattr(timing, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    others = timing.Others()
+    others = timing.Others(mine=[4])
     del times[2]
+    times[4] = [5.0, 5.0, 5.0, 5.0]
     times[1] = [2.0, 3.0, 8.0, 0.0]  # 2 s more, and process 2, which used another second before it ended
     times[os.getpid()] = [69.0, 1.0, 9.0, 9.0]
     now[0], steal[0] = 110.0, 5.5
