@@ -76,7 +76,7 @@ void push(const void* mine, const void* value, size_t bytes, const void* mbarrie
 }
 
 void deliver() {
-  std::swap(machine.transfers[machine.random() % machine.transfers.size()], machine.transfers.back());
+  std::swap(machine.transfers[machine.random.below(machine.transfers.size())], machine.transfers.back());
   const Transfer arrived = std::move(machine.transfers.back());
   machine.transfers.pop_back();
   std::copy(arrived.data.begin(), arrived.data.end(), arrived.to);

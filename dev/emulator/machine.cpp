@@ -20,6 +20,10 @@ Machine machine;
 namespace {
 
 constexpr int kStay = 200;  // average steps before the scheduler switches to another block: rare, for the caches
+// Stacks begin at different places in their pages, so that what the threads of a block use does not fall into the same
+// sets of the cache.
+constexpr int kColours = 64;
+constexpr size_t kColour = 15 * 64;
 constexpr unsigned char kPoison = 0xff;  // NaN in every floating-point type
 
 std::mutex allowed_mutex;                               // because hosts launch from many threads
@@ -85,7 +89,7 @@ void start(Fiber& fiber, int number, Index block) {
     fiber.context.started = false;
     getcontext(&fiber.context.start);
     fiber.context.start.uc_stack.ss_sp = fiber.stack;
-    fiber.context.start.uc_stack.ss_size = kStack;
+    fiber.context.start.uc_stack.ss_size = kStack - number % kColours * kColour;
     fiber.context.start.uc_link = nullptr;
     makecontext(&fiber.context.start, fiber_main, 0);
   }
@@ -115,28 +119,30 @@ void end_barrier(Block& block) {
 // Wakes the lanes of a warp once all lanes in the mask have reached the same shuffle.
 void try_shuffle(const Fiber& one, int count) {
   const int base = one.number / kWarp * kWarp;
-  Fiber* lanes[kWarp]{};
-  uint64_t values[kWarp]{};
+  const auto takes_part = [&](int lane) { return lane < kWarp && (one.mask >> lane & 1); };
   for (int lane = 0; lane < kWarp; ++lane) {
-    if (!(one.mask >> lane & 1)) continue;
-    Fiber* fiber = base + lane < count ? machine.fibers[base + lane].get() : nullptr;
+    if (!takes_part(lane)) continue;
+    const Fiber* fiber = base + lane < count ? machine.fibers[base + lane].get() : nullptr;
     if (!fiber || fiber->state != State::kShuffle) return;
     if (fiber->mask != one.mask || fiber->line != one.line) {
       machine.error = "divergent shuffle at line " + std::to_string(one.line);
       return;
     }
-    lanes[lane] = fiber;
-    values[lane] = fiber->value;
+  }
+  uint64_t values[kWarp];
+  for (int lane = 0; lane < kWarp; ++lane) {
+    if (takes_part(lane)) values[lane] = machine.fibers[base + lane]->value;
   }
   if (one.mask == ~0u) count_reads(base, kWarp);
   for (int lane = 0; lane < kWarp; ++lane) {
-    if (!lanes[lane]) continue;
-    if (lanes[lane]->partner >= kWarp || !lanes[lanes[lane]->partner]) {
+    if (!takes_part(lane)) continue;
+    Fiber& fiber = *machine.fibers[base + lane];
+    if (!takes_part(fiber.partner)) {
       machine.error = "a shuffle at line " + std::to_string(one.line) + " reads a lane outside its mask";
       return;
     }
-    lanes[lane]->value = values[lanes[lane]->partner];
-    wake(*lanes[lane]);
+    fiber.value = values[fiber.partner];
+    wake(fiber);
   }
 }
 
@@ -171,16 +177,16 @@ void run_cluster(Index block, int count) {
   }
   int done = 0;
   // The average number of steps before a transfer arrives, or before all transfers arrive.
-  const unsigned pace = 1u << machine.random() % 9;
-  const bool all = machine.random() % 2 == 0;
+  const unsigned pace = 1u << machine.random.below(9);
+  const bool all = machine.random.below(2) == 0;
   std::vector<int>* ready = &machine.blocks[0].ready;
   while (done < count && machine.error.empty()) {
-    if (!machine.transfers.empty() && machine.random() % pace == 0) {
+    if (!machine.transfers.empty() && machine.random.below(pace) == 0) {
       deliver();
       while (all && !machine.transfers.empty() && machine.error.empty()) deliver();
     }
     if (!machine.error.empty()) break;
-    if (ready->empty() || machine.random() % kStay == 0) {
+    if (ready->empty() || machine.random.below(kStay) == 0) {
       std::vector<std::vector<int>*> candidates;
       for (Block& other : machine.blocks) {
         if (!other.ready.empty()) candidates.push_back(&other.ready);
@@ -193,9 +199,9 @@ void run_cluster(Index block, int count) {
         machine.error = stuck(count);
         break;
       }
-      ready = candidates[machine.random() % candidates.size()];
+      ready = candidates[machine.random.below(candidates.size())];
     }
-    std::swap((*ready)[machine.random() % ready->size()], ready->back());
+    std::swap((*ready)[machine.random.below(ready->size())], ready->back());
     Fiber& fiber = *machine.fibers[ready->back()];
     ready->pop_back();
     to_fiber(fiber);
@@ -247,7 +253,7 @@ size_t allowed_shared(const void* kernel) {
   return allowed[{kernel, runtime.device}];
 }
 
-void set_seed(uint64_t seed) { machine.random.seed(seed); }
+void set_seed(uint64_t seed) { machine.random.state = seed; }
 
 bool lies_in(const Block& block, const void* p, size_t bytes) {
   const auto offset = static_cast<const unsigned char*>(p) - block.shared.data();

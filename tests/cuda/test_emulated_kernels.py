@@ -75,7 +75,7 @@ def alignment(case):
 
 def cluster_plans(case, backward):
     """The cluster plans that can run the case, of every size and block length."""
-    positions, options = math.prod(case.spatial), case.options
+    positions, options, aligned_to = math.prod(case.spatial), case.options, alignment(case)
     channels_last = positions == 1 or (map_order(case) and case.c > 1)
 
     def can_run(plan):
@@ -83,7 +83,7 @@ def cluster_plans(case, backward):
             native.load_extension().plan(
                 native.load_extension().preset("H200"), n=case.n, c=case.c, r=case.r or 0, l=positions,
                 dtype=str(case.dtype).removeprefix("torch."), backward=backward, forced=plan,
-                channels_last=channels_last, alignment=alignment(case), residual=case.residual == "map",
+                channels_last=channels_last, alignment=aligned_to, residual=case.residual == "map",
                 squeeze=SQUEEZES.index(options.get("squeeze", "mean")),
                 pre_act=case.affine or options.get("pre_act") is not None,
                 post_act=options.get("post_act") is not None,
