@@ -20,6 +20,8 @@ _NAMED = (
 )
 _TUPLES, _LISTS = (tuple, torch.Size), (list, deque)
 _DICTS = (dict, OrderedDict)
+# Of a tensor that is the same in the copy. To read so many takes 1 ms.
+_MOST_NUMBERS = 10_000
 Found = TypeVar("Found")
 
 
@@ -53,8 +55,9 @@ def paths_of(modules: Collection[nn.Module], root: nn.Module) -> tuple[str, ...]
 
 
 def structure_of(module: nn.Module) -> Hashable | None:
-    """Everything that a copy of `module` with random parameters and batch norms consists of: classes, attributes, and
-    the shapes, strides and dtypes of tensors. None if it holds other tensors, or objects that cannot be compared."""
+    """Everything that a copy of `module` with random parameters and batch norms consists of: classes, attributes, the
+    shapes, strides and dtypes of tensors, and the numbers of other tensors. None if it holds large ones of these, or
+    objects that cannot be compared."""
     try:
         return _Structure().of(module)
     except _Opaque:
@@ -77,7 +80,7 @@ class _Structure:
             return cls, repr(value)  # which tells 0.0 from -0.0
         if isinstance(value, _NAMED):
             return value
-        if cls in _TUPLES:
+        if cls in _TUPLES or (isinstance(value, tuple) and hasattr(cls, "_fields")):
             return cls, tuple(map(self.of, value))
         if id(value) in self._met:
             return "met", self._met[id(value)]
@@ -90,8 +93,9 @@ class _Structure:
             return cls, tuple((self.of(key), self.of(each)) for key, each in value.items())
         if cls is nn.Parameter or id(value) in self._random:
             return cls, value.dtype, value.layout, value.device, value.shape, value.stride(), value.requires_grad
-        if cls is Tensor and value.dim() == 0:
-            return cls, value.dtype, value.device, None if value.is_meta else repr(value.item())
+        if cls is Tensor and value.numel() <= _MOST_NUMBERS:
+            numbers = None if value.is_meta else repr(value.tolist())
+            return cls, value.dtype, value.layout, value.device, value.shape, value.stride(), numbers
         if isinstance(value, nn.Module) and not any(vars(base).get("__slots__") for base in cls.__mro__):
             if isinstance(value, _BatchNorm):
                 self._random |= {id(value.running_mean), id(value.running_var)} - {id(None)}

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections import OrderedDict
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -21,6 +22,15 @@ def changed(change, make=Inverted):
     module = make()
     change(module)
     return module
+
+
+class Sizes(NamedTuple):
+    n: int
+    c: int
+
+
+class Special(torch.Tensor):
+    pass
 
 
 def tie(block):
@@ -46,6 +56,9 @@ DIFFERENT = {
     "a hook": lambda b: b.act.register_forward_hook(print),
     "the number of batches": lambda b: b.bn1.num_batches_tracked.add_(1),
     "a norm without statistics": lambda b: setattr(b, "bn1", nn.BatchNorm2d(16, track_running_stats=False)),
+    "the numbers of a buffer": lambda b: b.register_buffer("mask", torch.ones(3)),
+    "a named tuple": lambda b: setattr(b, "sizes", Sizes(1, 2)),
+    "the numbers in a named tuple": lambda b: setattr(b, "sizes", Sizes(1, 3)),
     "a function": lambda b: setattr(b, "function", math.sin),
 }
 
@@ -55,6 +68,7 @@ def test_what_makes_a_structure_another(name):
     structure = structure_of(changed(DIFFERENT[name]))
     assert structure is not None
     assert structure != structure_of(Inverted())
+    assert all(structure != structure_of(changed(change)) for other, change in DIFFERENT.items() if other != name)
     if name != "a hook":  # each has a number of its own
         assert structure == structure_of(changed(DIFFERENT[name]))
 
@@ -68,8 +82,9 @@ class Slotted(Convolutional):
 
 
 OPAQUE = {
-    "a buffer": lambda b: b.register_buffer("mask", torch.ones(3)),
-    "a tensor": lambda b: setattr(b, "mask", torch.ones(3)),
+    "a large buffer": lambda b: b.register_buffer("mask", torch.ones(99, 999)),
+    "a large tensor": lambda b: setattr(b, "mask", torch.ones(99, 999)),
+    "a kind of tensor": lambda b: setattr(b, "mask", nn.Buffer(torch.ones(3)).as_subclass(Special)),
     "an object": lambda b: setattr(b, "config", object()),
     "an object in a list": lambda b: setattr(b, "configs", [{"a": object()}]),
     "a kind of dict": lambda b: setattr(b, "names", type("Names", (OrderedDict,), {})()),
