@@ -97,8 +97,8 @@ def elementwise(place, name, dtype, every=1):
 def test_every_activation(backend, place, name, dtype):
     if dtype is torch.float64 and backend not in ("cpu", "T4"):
         pytest.skip("H200: float64 goes in two passes; Triton: the code is the same, and the interpreter slow")
-    # Each pair is a sample there, which takes the interpreter 30 ms. A third of them has every value and every gradient;
-    # all go through the same code at the other places.
+    # Each pair is a sample there, which takes the interpreter 30 ms. A third has every value and every gradient; all of
+    # them go through the same code at the other places.
     every = 3 if (backend, place) == ("triton", "pre_act") else 1
     tensors, options, g, wanted = elementwise(place, name, dtype, every)
     tensors = {key: t if t is None else t.to(dtype) for key, t in tensors.items()}
