@@ -200,9 +200,7 @@ View view_of(const py::object& tensor) {
   return out;
 }
 
-py::object output(py::handle x, py::handle out = py::none()) {
-  return out.is_none() ? py::handle(empty_like)(x) : py::reinterpret_borrow<py::object>(out);
-}
+py::object new_like(py::handle x) { return py::handle(empty_like)(x); }
 
 // Runs `compute`, which returns a Python object. None if it throws: for an error, or inputs that need a conversion. The
 // way around reports or converts them.
@@ -224,10 +222,11 @@ py::object forward(py::handle x, py::handle w1, py::handle b1, py::handle w2, py
   Inputs in;
   View s_view, out_view;
   NormViews before;
+  const bool is_in_place = out.ptr() == x.ptr();
   const bool has_norm = !norm.is_none();
   if (!run.forward || !view(x, in.x) || !view(w1, in.w1) || !view(b1, in.b1) || !view(w2, in.w2) || !view(b2, in.b2) ||
       !view(residual, in.residual) || !view(scale, in.scale) || !view(shift, in.shift) || !view(s, s_view) ||
-      !view(out, out_view) || (has_norm && !before.read(norm))) {
+      (!is_in_place && !view(out, out_view)) || (has_norm && !before.read(norm))) {
     PyErr_Clear();
     return py::none();
   }
@@ -243,12 +242,16 @@ py::object forward(py::handle x, py::handle w1, py::handle b1, py::handle w2, py
       f.scale = affine->scale, f.shift = affine->shift;
     }
     f.s = const_cast<void*>(weight_data("s", s_view, f.n, f.c, accumulator_dtype(f)));
-    if (out_view.data != in.x.data) {
+    py::object y = out.is_none() ? new_like(x) : py::reinterpret_borrow<py::object>(out);
+    if (is_in_place) {
+      out_view = in.x;
+    } else if (out.is_none()) {
+      out_view = view_of(y);
+    } else if (out_view.data != in.x.data) {
       require_apart("out", out_view, "x", in.x);
       require_apart("out", out_view, "residual", in.residual);
     }
-    py::object y = output(x, out);
-    f.y = y_data(view_of(y), in, channels_last);
+    f.y = y_data(out_view, in, channels_last);
     const py::gil_scoped_release without_gil;
     run.forward(&f);
     return y;
@@ -268,7 +271,7 @@ py::object batch_norm(py::handle x, py::handle residual, bool inplace, int64_t a
     fill_batch_norm(f, in.x, in.residual, act, channels_last);
     const Affine affine(before, f.c, f.dtype);
     f.scale = affine.scale, f.shift = affine.shift;
-    py::object y = inplace ? py::reinterpret_borrow<py::object>(x) : output(x);
+    py::object y = inplace ? py::reinterpret_borrow<py::object>(x) : new_like(x);
     f.y = y_data(view_of(y), in, channels_last);
     const py::gil_scoped_release without_gil;
     run.batch_norm(&f);
@@ -287,7 +290,7 @@ py::object fold(py::handle weight, py::handle bias, const py::tuple& norm) {
     require(w.dim >= 2 && w.numel() > 0 && is_dense(w), "no dense weight");
     require(element_bytes(w.dtype) > 2, "a half-precision weight times a scale could underflow");
     const Affine affine(after, w.sizes[0], w.dtype);
-    py::object folded = output(weight), shift = output(norm[2]);
+    py::object folded = new_like(weight), shift = new_like(norm[2]);
     const View f = view_of(folded), s = view_of(shift);
     require(is_dense(f) && s.dtype == w.dtype, "a result of another layout or dtype");
     w.dtype == DType::kFloat64 ? fold_rows<double>(w, b, affine, f, s) : fold_rows<float>(w, b, affine, f, s);

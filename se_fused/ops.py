@@ -278,7 +278,7 @@ def call(
 ) -> Tensor:  # fmt: skip
     """`squeeze_excite` with encoded options: `Options`, which a layer makes once, or a plain tuple."""
     fast_path = _CPU.fast_path if _C._len_torch_function_stack() == 0 else _CPU.fast_path_under_mode
-    y = fast_path(x, w1, b1, w2, b2, residual, *codes, inplace=inplace, scale=scale, shift=shift, out=out)
+    y = fast_path(x, w1, b1, w2, b2, residual, scale, shift, inplace, out, *codes)
     if y is not None:
         return y
     options = Options(*codes)

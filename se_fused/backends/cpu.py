@@ -57,8 +57,7 @@ class Cpu(Compiled):
 
     def fast_path(
         self, x: Tensor, w1: Tensor | None, b1: Tensor | None, w2: Tensor, b2: Tensor | None, residual: Tensor | None,
-        *options: Any, inplace: bool, scale: Tensor | None = None, shift: Tensor | None = None,
-        out: Tensor | None = None,
+        scale: Tensor | None, shift: Tensor | None, inplace: bool, out: Tensor | None, *options: Any,
     ) -> Tensor | None:  # fmt: skip
         """Run inference on dense CPU tensors without Python checks and dispatcher, and return y.
 
@@ -73,7 +72,7 @@ class Cpu(Compiled):
         if self.unchecked is None or type(x) is not Tensor or type(inplace) is not bool:
             return None
         try:
-            if needs_grad(x, w1, b1, w2, b2, residual, scale, shift, out):
+            if torch.is_grad_enabled() and needs_grad(x, w1, b1, w2, b2, residual, scale, shift, out):
                 return None
         except AttributeError:
             return None  # not a tensor
@@ -92,7 +91,7 @@ class Cpu(Compiled):
             torch.autograd.graph.increment_version(out)
         return y
 
-    def fast_path_under_mode(self, *args: Any, **more: Any) -> Tensor | None:
+    def fast_path_under_mode(self, *args: Any) -> Tensor | None:
         """`fast_path` under a mode that sees every PyTorch function: only the mode of `torch.set_default_device`.
 
         It affects only the creation of tensors, but PyTorch would call it for each attribute of a tensor.
@@ -100,7 +99,7 @@ class Cpu(Compiled):
         if _C._len_torch_function_stack() > 1 or type(_C._get_function_stack_at(0)) is not DeviceContext:
             return None
         with _C.DisableTorchFunction():
-            return self.fast_path(*args, **more)
+            return self.fast_path(*args)
 
 
 def _load_operators(path: Path) -> Path:
