@@ -29,7 +29,7 @@ from examples import zoo
 
 from . import layer_cpu
 from .coverage import ROUNDING, Line, Network, difference, smallest, start_process, total
-from .libraries import build, build_bare, wake
+from .libraries import build, build_bare, models, wake
 from .text import markdown
 
 RECORD = layer_cpu.RECORD.with_name("census.csv")
@@ -37,6 +37,7 @@ N, SIDE = 2, 128
 # Beyond this a network is counted but not run: it would take a minute, and more than a gigabyte.
 MOST_PARAMETERS = 200_000_000
 RESULTS = ("side", "error", "classes", "original_error", "block_error")
+LIBRARIES = ("timm", "torchvision")
 # The columns of neighbours, with their titles in the table.
 NEIGHBOURS = {
     "norm": "batch norm before",
@@ -50,17 +51,6 @@ NEIGHBOURS = {
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # An SE layer has at most two weights and two biases.
 _SE_PARAMETERS = 4
-
-
-def names() -> list[tuple[str, str]]:
-    torchvision = zoo.import_torchvision()
-    import timm
-
-    models = {
-        "timm": timm.list_models(),
-        "torchvision": torchvision.models.list_models(module=torchvision.models),
-    }
-    return [(library, model) for library, listed in models.items() for model in listed]
 
 
 _known: dict[Hashable, bool] = {}
@@ -157,7 +147,8 @@ def main(
     conditions = layer_cpu.conditions(torch.get_num_threads())
     facts = {key: conditions[key] for key in ("date", "commit", "cpu", "torch")}
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=start_process) as pool:
-        chosen = smallest(pool.map(look_at, names(), chunksize=16))
+        names = [(library, model) for library in LIBRARIES for model in models(library)]
+        chosen = smallest(pool.map(look_at, names, chunksize=16))
         with out.open("w", newline="") as file:
             writer: csv.DictWriter[str] | None = None
             for network, found in zip(chosen, pool.map(examine, chosen), strict=True):

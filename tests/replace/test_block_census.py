@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from torch import nn
 
@@ -24,6 +26,18 @@ def test_a_line(name: str) -> None:
     line = RECORD[name]
     found = census.counts(replace(libraries.build_bare(line["library"], line["model"]), level="block"))
     assert found == {key: line[key] for key in found}
+
+
+def test_the_benchmark_writes_such_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = {"timm": ("resnet18", "lcnet_050", "lcnet_035"), "torchvision": ()}
+    assert all(set(names) <= set(libraries.models(library)) for library, names in listed.items())
+    monkeypatch.setattr(census, "models", listed.get)
+    census.main(tmp_path / "census.csv", processes=1)
+    (line,) = report.read(tmp_path / "census.csv")
+    wanted = RECORD["timm:lcnet_035"]
+    assert line.keys() == wanted.keys()
+    varies = {"date", "commit", "cpu", "torch", "error", "original_error", "block_error"}
+    assert {key: line[key] for key in line.keys() - varies} == {key: wanted[key] for key in line.keys() - varies}
 
 
 @pytest.mark.parametrize("name", RECORD)
