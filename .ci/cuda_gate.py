@@ -17,7 +17,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 
 import sass
@@ -33,8 +32,9 @@ REGISTERS, INSTRUCTIONS = (ROOT / "csrc" / "cuda" / name for name in ("registers
 SYMBOLS = ROOT / "tests" / "cuda" / "torch_2_10_symbols.txt"
 MICROBENCHMARKS = ROOT / "dev" / "microbenchmarks" / "microbenchmarks.cu"
 SASS_OF = "90"
-# Architectures 8.x are compiled together: they share the steps up to PTX, which take half the time.
-TOGETHER = [tuple(group) for _, group in groupby(gpus.ARCHITECTURES, lambda sm: sm[0] if sm[0] == "8" else sm)]
+# Compiled together, because they share the steps up to PTX, which take half the time.
+TOGETHER = (("75",), ("80", "86", "89"), ("90",), ("100", "120"))
+assert sum(TOGETHER, ()) == gpus.ARCHITECTURES
 LONGEST = (
     "forward_two_pass",
     "backward_two_pass",

@@ -37,7 +37,6 @@ N, SIDE = 2, 128
 # Beyond this a network is counted but not run: it would take a minute, and more than a gigabyte.
 MOST_PARAMETERS = 200_000_000
 RESULTS = ("side", "error", "classes", "original_error", "block_error")
-LIBRARIES = ("timm", "torchvision")
 # The columns of neighbours, with their titles in the table.
 NEIGHBOURS = {
     "norm": "batch norm before",
@@ -51,6 +50,13 @@ NEIGHBOURS = {
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # An SE layer has at most two weights and two biases.
 _SE_PARAMETERS = 4
+
+
+def names() -> list[tuple[str, str]]:
+    """All networks of timm that may have gates, and those of torchvision that classify."""
+    torchvision = zoo.import_torchvision().models
+    classifiers = torchvision.list_models(module=torchvision)
+    return [*(("timm", name) for name in models("timm")), *(("torchvision", name) for name in classifiers)]
 
 
 _known: dict[Hashable, bool] = {}
@@ -147,8 +153,7 @@ def main(
     conditions = layer_cpu.conditions(torch.get_num_threads())
     facts = {key: conditions[key] for key in ("date", "commit", "cpu", "torch")}
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=start_process) as pool:
-        names = [(library, model) for library in LIBRARIES for model in models(library)]
-        chosen = smallest(pool.map(look_at, names, chunksize=16))
+        chosen = smallest(pool.map(look_at, names(), chunksize=16))
         with out.open("w", newline="") as file:
             writer: csv.DictWriter[str] | None = None
             for network, found in zip(chosen, pool.map(examine, chosen), strict=True):

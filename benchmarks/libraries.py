@@ -21,7 +21,7 @@ from examples import zoo
 _ASLEEP = 1e-3
 # Words in the source of a network that has a channel gate: SE, or one of its relatives.
 _GATES = re.compile(
-    r"squeeze_?(and_?)?excit|\bSE(Block|Module|Layer)|se_(layer|ratio|module)|(create|get)_attn|channel_?att|cbam"
+    r"squeeze_?(and_?)?excit|(\b|Effective)SE(Block|Module|Layer)|se_(layer|ratio|module)|(create|get)_attn|channel_?att|cbam"
     r"|\beca|\bese\b|selective_?kernel|split_?attn",
     re.IGNORECASE,
 )
