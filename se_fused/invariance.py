@@ -130,7 +130,7 @@ def _on_meta(func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
             return args[0].sigmoid()
         if func is _aten.mean.dim:
             return args[0].sum(*args[1:], **kwargs)
-        if func is _aten.addmm.default and args[0].dtype is args[1].dtype:
+        if func is _aten.addmm.default and args[0].dtype is args[1].dtype and args[0].shape == args[2].shape[1:]:
             return args[1].mm(args[2])
     return func(*args, **kwargs)
 

@@ -26,6 +26,7 @@ from .relatives import relatives
 from .replaced import Replaced, change_classes, original_class
 from .report import Report
 from .swap import LayerSwap, compute
+from .tracing import weight_shapes
 from .undisturbed import undisturbed
 
 # A gate is multiplied with its map by one of so many modules around it.
@@ -93,7 +94,8 @@ class _Examination:
             self.outcome[layer] = "already fused"
             return True
         fused_inside = any(isinstance(module, (Replaced, SqueezeExcite)) for module in layer.modules())
-        found = None if fused_inside else self.alike.once(recognise, layer)
+        is_possible = not fused_inside and weight_shapes(layer) is not None
+        found = self.alike.once(recognise, layer) if is_possible else None
         refused = isinstance(found, str)
         if isinstance(found, Recognised):
             found = self._filtered(layer) or found

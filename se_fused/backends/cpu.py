@@ -84,7 +84,7 @@ class Cpu(Compiled):
             if out is not None:
                 return None
             out = x
-        if out is not None and is_locked_inference_tensor(out):
+        if out is not None and (not isinstance(out, Tensor) or is_locked_inference_tensor(out)):
             return None
         y: Tensor | None = self.unchecked.forward(x, w1, b1, w2, b2, residual, out, *options, scale, shift, None, None)
         if out is not None and y is not None:

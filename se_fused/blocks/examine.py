@@ -27,7 +27,7 @@ from ..replaced import Replaced
 from ..swap import Swap
 from .calls import CONVOLUTIONS
 from .program import Program, Value
-from .trace import Known, trace
+from .trace import trace
 
 _TRANSPARENT = (
     *(bool, int, float, complex, str, bytes, Enum, FunctionType, BuiltinFunctionType),
@@ -43,6 +43,13 @@ _EVEN_SIDES = {1: ((8,), (6,)), 2: ((8, 12), (6, 10)), 3: ((4, 6, 2), (2, 4, 8))
 
 def obstacle(module: nn.Module) -> str | None:
     """A property of `module` that keeps it from being a block and that tracing does not show."""
+    try:
+        return _obstacle(module)
+    except Exception as error:  # foreign objects may fail in any way
+        return f"its block cannot be looked through: {type(error).__name__}: {error}".splitlines()[0]
+
+
+def _obstacle(module: nn.Module) -> str | None:
     cls = type(module)
     if isinstance(module, (nn.ModuleList, nn.ModuleDict, torch._dynamo.OptimizedModule)):
         return "it is not part of a block"
@@ -113,13 +120,13 @@ def read(
     """
     # Two readings in which everything differs. They miss what depends on two of these at once, so `obstacle` refuses a
     # forward that asks for one of the modes by name.
-    known = Known()
+    whole: list[FunctionType] = []
     with torch.enable_grad(), torch.autocast("cpu"), _autocast_on_gpus():
-        program = trace(bare, leaves, extras, sample, known=known)
+        program = trace(bare, leaves, extras, sample, whole=whole)
     bare.float().requires_grad_(False)
     try:
         with torch.inference_mode():
-            other = trace(bare, leaves, extras, None if sample is None else sample.float(), modeless, known)
+            other = trace(bare, leaves, extras, None if sample is None else sample.float(), modeless, whole)
     finally:
         bare.double().requires_grad_(True)
     if other != program:

@@ -20,7 +20,6 @@ import inspect
 import itertools
 import operator
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
 from types import FunctionType, MappingProxyType
 from typing import Any
 
@@ -36,30 +35,11 @@ from .program import Call, Number, Program, Value, no_fused
 
 
 class _AsksRank(Exception):
-    """A forward asks for the rank of a value, or for the length of a size. calls: those before the question."""
+    """A forward asks for the rank of a value, by number, or for the length of a size. calls: those before it."""
 
-    def __init__(self, calls: tuple[Call, ...]) -> None:
+    def __init__(self, calls: tuple[Call, ...], number: int) -> None:
         super().__init__("its forward asks for the rank of a map")
-        self.calls = calls
-
-
-@dataclass
-class Known:
-    """What was found out while a forward was traced: the ranks of maps and the lengths of sizes, by the number of the
-    value, and the functions that must be called whole."""
-
-    ranks: dict[int, int] = field(default_factory=dict)
-    whole: list[FunctionType] = field(default_factory=list)
-
-    def measure(self, calls: tuple[Call, ...], root: nn.Module, x: Tensor, numbers: list[Any]) -> None:
-        """Run these calls on x, and note the ranks."""
-        values = (Value(0), *(Value(call.number) for call in calls))
-        run = Program(calls, values, len(numbers)).bind(root, no_fused)
-        with torch.random.fork_rng(devices=[]):
-            results = run(x.clone(), *numbers)
-        for value, result in zip(values, results, strict=True):
-            if isinstance(result, (Tensor, tuple)):
-                self.ranks[value.number] = result.dim() if isinstance(result, Tensor) else len(result)
+        self.calls, self.number = calls, number
 
 
 class _Proxy(fx.Proxy):
@@ -136,7 +116,7 @@ class _Tracer(fx.Tracer):
     def rank_of(self, node: Any) -> int:
         number = list(self.graph.nodes).index(node)
         if number not in self._ranks:
-            raise _AsksRank(_calls(self.graph)[0])
+            raise _AsksRank(_calls(self.graph)[0], number)
         return self._ranks[number]
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
@@ -172,14 +152,14 @@ def trace(
     extras: Mapping[str, Any] = MappingProxyType({}),
     sample: Tensor | None = None,
     modeless: Collection[nn.Module] = (),
-    known: Known | None = None,
+    whole: list[FunctionType] | None = None,
 ) -> Program:
     """Read the forward of `module` off, for one argument x. Modules in `leaves` are called whole, and so are functions
     that torch.fx cannot follow.
 
     extras: further arguments by name, of which a `Number` becomes a value of the program; the others have defaults.
     sample: an x; the forward may ask for the ranks of maps, for which calls are run on it. modeless: modules whose
-    modes the forward may not read. known: what another reading of it found out; it gets what this one finds out.
+    modes the forward may not read. whole: functions that are known to be called whole; others are added.
 
     Raises:
         Exception: whatever torch.fx or the forward raises where the calls depend on the numbers or sizes of x.
@@ -192,28 +172,32 @@ def trace(
         raise ValueError("its forward takes several inputs")
     if first.kind not in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD):
         raise ValueError("its forward takes any inputs")
-    known = known or Known()
+    whole = [] if whole is None else whole
+    ranks: dict[int, int] = {}
     numbers = [each.example for each in extras.values() if isinstance(each, Number)]
     while True:
         states = random_states()
         try:
-            with calling_whole(known.whole), calling_functions_of_autograd_whole():
-                calls, result = _calls(_graph(module, _Tracer(leaves, known.ranks), extras, modeless))
+            with calling_whole(whole), calling_functions_of_autograd_whole():
+                calls, result = _calls(_graph(module, _Tracer(leaves, ranks), extras, modeless))
         except _AsksRank as asked:
             if sample is None:
                 raise
-            known.measure(asked.calls, module, sample, numbers)
+            run = Program(asked.calls, Value(asked.number), len(numbers)).bind(module, no_fused)
+            with torch.random.fork_rng(devices=[]):
+                value = run(sample.clone(), *numbers)
+            ranks[asked.number] = value.dim() if isinstance(value, Tensor) else len(value)
         except Exception as error:
             function = function_of(error)
-            if function is None or function in known.whole:
+            if function is None or function in whole:
                 raise
-            known.whole.append(function)
+            whole.append(function)
         else:
             break
     if not are_equal(states, random_states()):
         raise ValueError("its forward draws random numbers that its calls depend on")
-    own = {name for name, _ in itertools.chain(module.named_parameters(), module.named_buffers())}
-    strange = next((call.target for call in calls if call.kind == "attribute" and call.target not in own), None)
+    known = {name for name, _ in itertools.chain(module.named_parameters(), module.named_buffers())}
+    strange = next((call.target for call in calls if call.kind == "attribute" and call.target not in known), None)
     if strange is not None:
         raise ValueError(f"it uses a tensor that is no parameter or buffer of it: {strange}")
     if any(isinstance(leaf, torch.device) for call in calls for leaf in tree_leaves((call.args, call.kwargs))):

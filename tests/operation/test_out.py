@@ -136,8 +136,10 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_ones_are_named(name):
     make, error, message = BAD[name]
-    with pytest.raises(error, match=f"squeeze_excite: {message}"):
-        call(se_fused.squeeze_excite, Case(c=8, r=2, spatial=(5, 7)).tensors(), {}, out=make())
+    tensors = Case(c=8, r=2, spatial=(5, 7)).tensors()
+    for grad in (True, False) if name != "requires grad" else (True,):
+        with torch.set_grad_enabled(grad), pytest.raises(error, match=f"squeeze_excite: {message}"):
+            call(se_fused.squeeze_excite, tensors, {}, out=make())
 
 
 def test_refused_where_autograd_records():

@@ -7,6 +7,7 @@ import logging
 import pickle
 import random
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -73,6 +74,55 @@ def test_whole_networks_train(build: str) -> None:
     for a, b in zip(*gradients, strict=True):
         assert float((a - b).abs().max()) <= 1e-7 * float(b.abs().max().clamp_min(1e-6 * largest))
     assert calls_in(model, x) >= 16
+
+
+def gated(block: nn.Module, x: Tensor) -> Tensor:
+    return x * torch.sigmoid(block.fc2(torch.relu(block.fc1(x.mean((2, 3), keepdim=True)))))
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(C, C, 3, padding=1)
+        self.fc1, self.fc2 = nn.Conv2d(C, 4, 1), nn.Conv2d(4, C, 1)
+
+
+class Masked(Plain):
+    """It asks for the rank of an argument, which may be a number."""
+
+    def forward(self, x: Tensor, mask: Any = None) -> Tensor:
+        x = self.conv(x)
+        return gated(self, x if mask is None else x * (mask.unsqueeze(1) if mask.dim() == 3 else mask))
+
+
+def statistics(x: Tensor) -> Tensor:
+    return x.mean((2, 3)) if x.dtype is torch.float64 else x.mean()
+
+
+class DependsOnDtype(Plain):
+    """A rank in it depends on the dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return gated(self, x * 3 if statistics(x).dim() == 0 else x)
+
+
+class Unsqueezes(Plain):
+    """The rank of a value changes in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = gated(self, self.conv(x))
+        z = y + 1 if y.dim() == 4 else y - 1
+        v = y.unsqueeze_(1)
+        return z if v.dim() == 5 else v
+
+
+@pytest.mark.parametrize(("cls", "count"), [(Masked, 1), (DependsOnDtype, 0), (Unsqueezes, 1)])
+def test_questions_for_ranks(cls: type[nn.Module], count: int) -> None:
+    block, x = drawn(cls()).eval(), image()
+    wanted = block(x)
+    assert sum(map(len, replace(block).inline.values())) == count
+    assert_same(block(x), wanted)
 
 
 class Sharing(Block):
