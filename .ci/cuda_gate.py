@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import sass
@@ -32,9 +33,8 @@ REGISTERS, INSTRUCTIONS = (ROOT / "csrc" / "cuda" / name for name in ("registers
 SYMBOLS = ROOT / "tests" / "cuda" / "torch_2_10_symbols.txt"
 MICROBENCHMARKS = ROOT / "dev" / "microbenchmarks" / "microbenchmarks.cu"
 SASS_OF = "90"
-# Compiled together, because they share the steps up to PTX, which take half the time.
-TOGETHER = (("75",), ("80", "86", "89"), ("90",), ("100", "120"))
-assert sum(TOGETHER, ()) == gpus.ARCHITECTURES
+# Architectures 8.x are compiled together: they share the steps up to PTX, which take half the time.
+TOGETHER = [tuple(group) for _, group in groupby(gpus.ARCHITECTURES, lambda sm: sm[0] if sm[0] == "8" else sm)]
 LONGEST = (
     "forward_two_pass",
     "backward_two_pass",
