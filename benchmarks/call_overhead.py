@@ -143,7 +143,7 @@ def table(lines: Iterable[networks.Line]) -> str:
     lines = list(lines)
     before, after = lines[0]["before"], lines[0]["commit"]
     header = ["call", f"µs at {before}", f"µs at {after}", f"{after} / {before}"]
-    return f"{markdown(header, map(row, lines))}\n{networks.machine(lines)}"
+    return f"{markdown(header, map(row, lines))}\n{networks.machine(lines, bold='')}"
 
 
 if __name__ == "__main__":

@@ -153,7 +153,7 @@ def table(lines: Iterable[Line]) -> str:
                     cells = [_cell([line for line in some if line["way"] == way]) for way in WAYS[1:]]
                     rows.append([str(n), "gates" if gates == "1" else "no gates", size, count, *cells])
     header = ["N", "before the convolution", "size", "convolutions", *(f"{way} / {WAYS[0]}" for way in WAYS[1:])]
-    return f"{markdown(header, rows)}\n{_of_the_rule(lines)} {networks.machine(lines)}"
+    return f"{markdown(header, rows)}\n{_of_the_rule(lines)} {networks.machine(lines, bold='')}"
 
 
 def _cell(lines: list[Line]) -> str:

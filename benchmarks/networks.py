@@ -130,8 +130,8 @@ def table(lines: Iterable[Line], variants: Sequence[str]) -> str:
     return f"{markdown(header, rows)}\n{machine(lines)}"
 
 
-def machine(lines: Sequence[Line]) -> str:
-    """The line under a table: machines, versions and commits."""
+def machine(lines: Sequence[Line], bold: str = " Bold: slower in 80 % of the rounds.") -> str:
+    """The line under a table: machines, versions and commits, and what is bold."""
 
     def each(column: str) -> str:
         return " and ".join(dict.fromkeys(line[column] for line in lines))
@@ -139,6 +139,6 @@ def machine(lines: Sequence[Line]) -> str:
     return (
         f"{each('cpu')}, threads: {each('threads')}, PyTorch {each('torch')}, commit {each('commit')}, "
         f"{each('date')}; medians (20th to 80th percentile) of {min(int(line['rounds']) for line in lines)} or more "
-        f"interleaved rounds, during which other processes used {max(float(line['others']) for line in lines):.0%} of "
-        "the CPU or less.\n"
+        f"interleaved rounds, during which other processes used {max(float(line['others']) for line in lines):.1%} of "
+        f"the CPU or less.{bold}\n"
     )

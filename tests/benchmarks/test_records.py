@@ -212,7 +212,7 @@ def test_the_table_of_networks(networks_record: Path) -> None:
             assert f"| {label} | 3.00 (3.00 to 3.00) | 1.50 (1.50 to 1.50) | {loss} | 3.00 (3.00 to 3.00) |" in text
     assert "| geometric mean |  |  | 1.50 | **0.75** | 3.00 | 3.00 | 3.00 | 3.00 |" in text
     assert "medians (20th to 80th percentile) of 5 or more interleaved rounds" in text
-    assert "other processes used 3% of the CPU or less" in text
+    assert "other processes used 3.1% of the CPU or less" in text
     short = models.short_table(report.read(networks_record))
     cells = "3.00 | 1.50 (1.50 to 1.50) | 3.00 (3.00 to 3.00)"
     assert f"| timm:efficientnet_b0 | {cells} | {cells} |" in short

@@ -18,9 +18,9 @@ RECORD = {f"{line['library']}:{line['model']}": line for line in report.read(cen
 @pytest.mark.parametrize(
     "name",
     [
-        "timm:test_byobnet", "timm:test_efficientnet", "timm:test_maxvit", "timm:test_nfnet", "timm:lcnet_035",
-        "timm:legacy_seresnet18", "timm:hgnet_tiny", "timm:ese_vovnet39b", "timm:repghostnet_050",
-        "torchvision:mobilenet_v3_small",
+        "timm:test_byobnet", "timm:test_efficientnet", "timm:test_efficientnet_gn", "timm:test_maxvit",
+        "timm:test_nfnet", "timm:lcnet_035", "timm:legacy_seresnet18", "timm:hgnet_tiny",
+        "timm:ese_vovnet39b", "timm:repghostnet_050", "torchvision:mobilenet_v3_small",
     ],
 )  # fmt: skip
 def test_a_line(name: str) -> None:
