@@ -25,7 +25,8 @@ _NAMED = (
 )
 _SEQUENCES = (list, set, tuple, torch.Size)
 _DICTS = (dict, OrderedDict)
-# Objects and numbers of one structure. A stage of a large network has 5,000; a model may hold a table of millions.
+# Objects and numbers of one structure. A block of timm's seresnet50 has 445, a stage of its legacy_senet154 9,939; a
+# model may hold a table of millions.
 _MOST = 10_000
 Found = TypeVar("Found")
 

@@ -230,9 +230,9 @@ def replace(
         seen = relatives(examination.names, [*examination.outcome, *near], examination.inline)
     outcome, inline = examination.outcome, examination.inline
     found = {layer: each for layer, each in outcome.items() if isinstance(each, Recognised)}
-    blocks, alone = (
-        find_blocks(model, examination.names, found, inline, examination.alike) if level == "block" else ([], {})
-    )
+    blocks, alone = list[Block](), dict[nn.Module, str]()
+    if level == "block":
+        blocks, alone = find_blocks(model, examination.names, found, inline, examination.alike)
     if not dry_run:
         facts = {layer: (recognised, inplace) for layer, recognised in found.items()}
         outcome.update(change_classes(FusedSE, LayerSwap, facts))

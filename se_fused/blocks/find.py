@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from dataclasses import replace as changed
 from functools import partial
@@ -85,18 +85,21 @@ def find_blocks(
             blocks.append(changed(joined, module=block.module))
     for module in sorted(chosen, key=lambda module: -names[module][0].count(".")):
         here = {layer: layers[layer] for layer in chosen[module]}
-        replaced = {*layers, *written, *(block.module for block in blocks)}
-        found_block = alike.once(_examine, module, here, replaced, facts=_facts(module, here, replaced))
+        found_block = _examined(module, here, {*layers, *written, *(block.module for block in blocks)}, alike)
         if isinstance(found_block, str):
             alone |= dict.fromkeys(here, found_block)
         else:
-            blocks.append(changed(found_block, module=module))
+            blocks.append(found_block)
     return blocks, alone
 
 
-def _facts(module: nn.Module, layers: dict[nn.Module, Recognised], replaced: set[nn.Module]) -> Hashable:
-    """What the layers and the replaced modules of a model say about the modules in `module`."""
-    return paths_of(layers, module), tuple(layers.values()), paths_of(replaced, module)
+def _examined(
+    module: nn.Module, layers: dict[nn.Module, Recognised], replaced: set[nn.Module], alike: Alike, proves: bool = True
+) -> Block | str:
+    """`_examine`, or what it found in a module of the same structure."""
+    facts = paths_of(layers, module), tuple(layers.values()), paths_of(replaced, module), proves
+    found = alike.once(_examine, module, layers, replaced, proves, facts=facts)
+    return found if isinstance(found, str) else changed(found, module=module)
 
 
 def _block_of(
@@ -113,8 +116,7 @@ def _block_of(
     for module in _above(model, name):
         if module in written:
             return "another layer is written into the forward of its block"
-        here, replaced = {layer: layers[layer]}, {*layers, *written}
-        found = alike.once(_examine, module, here, replaced, False, facts=(_facts(module, here, replaced), False))
+        found = _examined(module, {layer: layers[layer]}, {*layers, *written}, alike, proves=False)
         if isinstance(found, str):
             reason = found if best is None else reason
             continue
@@ -135,7 +137,7 @@ def _above(model: nn.Module, name: str) -> Iterator[nn.Module]:
 
 
 def _examine(
-    module: nn.Module, layers: dict[nn.Module, Recognised], replaced: set[nn.Module], proves: bool = True
+    module: nn.Module, layers: dict[nn.Module, Recognised], replaced: set[nn.Module], proves: bool
 ) -> Block | str:
     """`module` as a block of these SE layers, or the reason why it is none.
 

@@ -282,17 +282,14 @@ def test_a_batch_that_takes_less_time_than_one_sample_is_not_published(networks_
             table(report.read(networks_record))
 
 
+OF_THE_RUN = {
+    "date": "2026-01-02", "commit": "abc", "cpu": "a CPU", "torch": "2", "library": "a", "version": "1"
+}  # fmt: skip
+
+
 def test_the_table_of_what_replace_covers() -> None:
     line = dict.fromkeys(coverage.COLUMNS, "") | dict.fromkeys(coverage.COUNTS, "0")
-    line |= {
-        "date": "2026-01-02",
-        "commit": "abc",
-        "cpu": "a CPU",
-        "torch": "2",
-        "library": "a",
-        "version": "1",
-        "architectures": "4",
-    }
+    line |= OF_THE_RUN | {"architectures": "4"}
     none = line | {"model": "x", "skipped": "3", "skipped_reasons": "3 it is far", "seen": "Eca: it is near, 2 modules"}
     exact = dict(zip(coverage.RESULTS, ("2.0e-07", "1.0e-07", "1.0e-07", "1.0e-15"), strict=True))
     fused = line | {"model": "y", "replaced": "5", "inline": "2", "near": "1", "near_reasons": "1 it is wide"} | exact
@@ -311,16 +308,7 @@ def test_the_table_of_what_replace_covers() -> None:
 
 
 def test_the_table_of_what_is_joined() -> None:
-    line = {
-        "date": "2026-01-02",
-        "commit": "abc",
-        "cpu": "a CPU",
-        "torch": "2",
-        "library": "a",
-        "version": "1",
-        "model": "x",
-    }
-    line |= dict.fromkeys(census.NEIGHBOURS, "2") | dict.fromkeys(census.RESULTS, "")
+    line = OF_THE_RUN | {"model": "x"} | dict.fromkeys(census.NEIGHBOURS, "2") | dict.fromkeys(census.RESULTS, "")
     line |= {"layers": "9", "joined": "4", "reasons": "2 it is far | 3 it is wide"}
     exact = {"error": "2.0e-06", "classes": "equal"}
     apart = {"error": "3.0e-05", "classes": "different", "original_error": "5.0e-05", "block_error": "4.0e-05"}
