@@ -75,13 +75,13 @@ __device__ Channels<A> channel_values(const Backward& f, const Partial<A>& parti
   A *chunk = shared_memory<A>(), *warps = chunk + kGemvChunk, *values = warps + kWarpSums<T>;
   const Channels<A> out(values, tile.channels);
   const int64_t n = tile.n;
-  const Matrix<T> w1{f.w1, f.weight_dtype, f.c}, w2{f.w2, f.weight_dtype, f.c};
-  if (f.dx && f.r) {
-    staged_gemv_t<1>(w1.from(0, tile.c0), f.r, tile.channels, 1, chunk, warps, out.dz_per_position,
-                     [&](int, int64_t k) { return load_one(dp1 + n * f.r + k); });
-  } else if (f.dx) {
-    staged_gemv_t<1>(w2.from(0, tile.c0), f.c, tile.channels, 1, chunk, warps, out.dz_per_position,
-                     [&](int, int64_t k) { return gate_gradient(f, n, k, partial.gate(f, n, k)); });
+  if (f.dx) {
+    // One product for both forms (dp1 W1, or dp2 W2 where R = 0), because it is most of the kernel's code.
+    const Matrix<T> w{f.r ? f.w1 : f.w2, f.weight_dtype, f.c};
+    staged_gemv_t<1>(w.from(0, tile.c0), f.r ? f.r : f.c, tile.channels, 1, chunk, warps, out.dz_per_position,
+                     [&](int, int64_t k) {
+                       return f.r ? load_one(dp1 + n * f.r + k) : gate_gradient(f, n, k, partial.gate(f, n, k));
+                     });
   }
   for (int i = threadIdx.x; i < tile.channels; i += kThreads) {
     A max = 0, ties = 0;

@@ -127,6 +127,13 @@ __device__ Vector<V, T> load_shared(const T* p) {
 #endif
 }
 
+// Lets a function that is not inlined access what its parameter points to as shared memory.
+__device__ inline void assume_shared([[maybe_unused]] const void* p) {
+#ifdef __CUDACC__
+  __builtin_assume(__isShared(p));
+#endif
+}
+
 template <class T>
 __device__ Accumulator<T> load_one(const T* p) {
   Accumulator<T> v[1];

@@ -135,21 +135,28 @@ __device__ PipelinedVector<Fetch, Finish> pipelined(Fetch fetch, Finish finish) 
   return {fetch, finish};
 }
 
-// chunk[k] = v(s, k0 + k) for k < length. A PipelinedVector overlaps its fetches.
+// chunk[k] = v(s, k0 + k) for k < length <= kGemvChunk, by a block of kThreads. A PipelinedVector overlaps its fetches.
 template <class A, class V>
-__device__ void stage_vector(A* chunk, int s, int64_t k0, int length, const V& v) {
+__device__ void stage_vector(A* chunk, int s, int k0, int length, const V& v) {
   for (int k = thread(); k < length; k += threads()) chunk[k] = v(s, k0 + k);
 }
 template <class A, class Fetch, class Finish>
-__device__ void stage_vector(A* chunk, int s, int64_t k0, int length, const PipelinedVector<Fetch, Finish>& v) {
-  in_batches<4>(
-      thread(), length, threads(), [&](int k) { return v.fetch(s, k0 + k); },
-      [&](int k, const auto& fetched) { chunk[k] = v.finish(fetched, s, k0 + k); });
+__device__ void stage_vector(A* chunk, int s, int k0, int length, const PipelinedVector<Fetch, Finish>& v) {
+  constexpr int kAll = kGemvChunk / kThreads;
+  decltype(v.fetch(s, k0)) fetched[kAll]{};
+#pragma unroll
+  for (int j = 0; j < kAll; ++j) {
+    if (const int k = thread() + j * kThreads; k < length) fetched[j] = v.fetch(s, k0 + k);
+  }
+#pragma unroll
+  for (int j = 0; j < kAll; ++j) {
+    if (const int k = thread() + j * kThreads; k < length) chunk[k] = v.finish(fetched[j], s, k0 + k);
+  }
 }
 
 // chunk[s][k] = v(s, k0 + k) for k < length. v is not called for s >= samples, whose chunk is 0.
 template <int kS, class A, class V>
-__device__ void stage_chunk(A* chunk, int samples, int64_t k0, int length, const V& v) {
+__device__ void stage_chunk(A* chunk, int samples, int k0, int length, const V& v) {
   __syncthreads();  // all threads have read the last chunk
   for (int s = 0; s < kS; ++s) {
     if (s < samples) {
@@ -164,10 +171,10 @@ __device__ void stage_chunk(A* chunk, int samples, int64_t k0, int length, const
 // sums[s][i] = sum_k m[i, k] v(s, k) for i < rows, k < depth.
 // Shared memory: chunk [kS][kGemvChunk], sums [kS][rows]. All threads see the sums at the end.
 template <int kS, class T, class A, class V>
-__device__ void staged_gemv(const Matrix<T>& m, int rows, int64_t depth, int samples, A* chunk, A* sums,
-                            int64_t rotation, const V& v) {
-  for (int64_t k0 = 0; k0 < depth; k0 += kGemvChunk) {
-    const int length = depth - k0 < kGemvChunk ? static_cast<int>(depth - k0) : kGemvChunk;
+__device__ void staged_gemv(const Matrix<T>& m, int rows, int depth, int samples, A* chunk, A* sums, int64_t rotation,
+                            const V& v) {
+  for (int k0 = 0; k0 < depth; k0 += kGemvChunk) {
+    const int length = depth - k0 < kGemvChunk ? depth - k0 : kGemvChunk;
     stage_chunk<kS>(chunk, samples, k0, length, v);
     gemv<kS>(m.from(0, k0), rows, length, chunk, kGemvChunk, sums, rotation, k0 > 0);
   }
@@ -179,10 +186,12 @@ template <class T>
 constexpr int kWarpSums = kWarps * kWarp * 16 / sizeof(T);
 
 // sums[s][j] = sum_k v[s * stride + k] m[k, j] for j < columns, k < depth; `more` adds to sums instead. All threads see
-// the sums at the end. Shared memory: warps [kWarpSums].
+// the sums at the end. Shared memory: warps [kWarpSums]. A function of its own, so that it is compiled once for all
+// kernels of a source.
 template <int kS, class T, class A>
-__device__ void gemv_t(const Matrix<T>& m, int depth, int columns, const A* v, int stride, A* warps, A* sums,
-                       bool more = false) {
+__noinline__ __device__ void gemv_t(Matrix<T> m, int depth, int columns, const A* v, int stride, A* warps, A* sums,
+                                    bool more = false) {
+  assume_shared(v), assume_shared(warps), assume_shared(sums);
   constexpr int kRows = kS == 1 ? 4 : 1;
   with_weights(m, columns, [&](const auto* data, auto weights) {
     constexpr int W = decltype(weights)::value;
@@ -217,12 +226,14 @@ __device__ void gemv_t(const Matrix<T>& m, int depth, int columns, const A* v, i
       }
 #pragma unroll
       for (int s = 0; s < kS; ++s) {
+        for (int offset = kWarp / 2; offset >= by_row.size; offset /= 2) {
 #pragma unroll
-        for (int i = 0; i < W; ++i) {
-          for (int offset = kWarp / 2; offset >= by_row.size; offset /= 2) {
-            partial[s][i] += shuffle_xor(partial[s][i], offset);
-          }
-          if (thread() % kWarp < by_row.size) warps[thread() / kWarp * columns_per_step + rank * W + i] = partial[s][i];
+          for (int i = 0; i < W; ++i) partial[s][i] += shuffle_xor(partial[s][i], offset);
+        }
+        if (thread() % kWarp < by_row.size) {
+          A* to = warps + thread() / kWarp * columns_per_step + rank * W;
+#pragma unroll
+          for (int i = 0; i < W; ++i) to[i] = partial[s][i];
         }
         __syncthreads();
         for (int j = thread(); j < columns_per_step && j0 + j < columns; j += threads()) {
@@ -239,10 +250,10 @@ __device__ void gemv_t(const Matrix<T>& m, int depth, int columns, const A* v, i
 // sums[s][j] = sum_k v(s, k) m[k, j] for j < columns, k < depth. Shared memory: chunk [kS][kGemvChunk], warps as for
 // gemv_t, sums [kS][columns].
 template <int kS, class T, class A, class V>
-__device__ void staged_gemv_t(const Matrix<T>& m, int64_t depth, int columns, int samples, A* chunk, A* warps, A* sums,
+__device__ void staged_gemv_t(const Matrix<T>& m, int depth, int columns, int samples, A* chunk, A* warps, A* sums,
                               const V& v) {
-  for (int64_t k0 = 0; k0 < depth; k0 += kGemvChunk) {
-    const int length = depth - k0 < kGemvChunk ? static_cast<int>(depth - k0) : kGemvChunk;
+  for (int k0 = 0; k0 < depth; k0 += kGemvChunk) {
+    const int length = depth - k0 < kGemvChunk ? depth - k0 : kGemvChunk;
     stage_chunk<kS>(chunk, samples, k0, length, v);
     gemv_t<kS>(m.from(k0, 0), length, columns, chunk, kGemvChunk, warps, sums, k0 > 0);
   }

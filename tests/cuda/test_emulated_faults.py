@@ -14,7 +14,7 @@ from dev import emulator
 PARTS_OF_OTHERS = "if (f.r) gemv_t<1>(w2.from(c0, 0), own, depth, dp2, 0, work, hidden_part);\n"
 SCALE = "tile.for_each_vector(ScaleOperation<T, {}<T>, kPlain, Tile>{{f, {}, s, tile.c0}});"
 MAP = "{static_cast<const T*>(f.x)}"
-MERGED = "if (sums) merge_splits(sums + first, splits, c, [&](A sum) { part.sum += sum; });"
+MERGED = "if (kPlain || sums) merge_splits(sums + first, splits, c, [&](A sum) { part.sum += sum; });"
 # By name: the file under csrc/cuda, a text that it has once, the replacement of the part between two @ (dev/emulator),
 # the message that must appear, and the calls, if they are not those of every_kernel.
 FAULTS = {
