@@ -52,7 +52,8 @@ struct Device {
   int capability;  // 90 for sm_90
   int sm_count;
   int64_t shared_per_block, shared_per_sm;  // bytes: the most that one block can have; what all blocks of an SM share
-  // How many clusters of 1, 2, 4, 8 and 16 blocks can run at once with one block per SM; clusters exist from sm_90 on.
+  // How many clusters of 1, 2, 4, 8 and 16 blocks can run at once with one block per SM. More than one block needs
+  // sm_90; one block is a cluster from sm_80 on.
   std::array<int, 5> clusters;
   double bytes_per_us;  // bytes that a copy reads and writes per microsecond
   int64_t l2_bytes;

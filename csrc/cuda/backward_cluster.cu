@@ -33,7 +33,7 @@ template <class T, class Tile, bool kPlain, class A = Accumulator<T>>
 __global__ void __launch_bounds__(kMostBackwardThreads, 1)
     backward_cluster_kernel(const __grid_constant__ Backward f, A* ds, A* dp1, Elementwise e, Divisor by,
                             ClusterConfig config, Reduction reduction) {
-#ifdef SE_FUSED_HAS_CLUSTERS
+#ifdef SE_FUSED_HAS_CLUSTER_KERNELS
   using X = std::conditional_t<kPlain, Global<T>, MaybeStaged<T>>;
   using M = Maps<T, StagedTile<T>, X, kPlain, const Backward&>;
   using Operation = GateGradientOperation<T, M, kPlain>;

@@ -1,6 +1,7 @@
 // Queries the limits of a device.
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <stdexcept>
 
 #include "kernels.h"
@@ -61,10 +62,12 @@ Device device_limits(int index) {
       {},
       kCopyEfficiency * 2e-3 * attribute(cudaDevAttrMemoryClockRate) * attribute(cudaDevAttrGlobalMemoryBusWidth) / 8,
       attribute(cudaDevAttrL2CacheSize)};
-  // A library for older GPUs runs on a newer one by its PTX, which lacks the cluster kernels.
+  // A library for older GPUs runs on a newer one by its PTX, which has what the older ones have.
   cudaFuncAttributes code{};
   check(cudaFuncGetAttributes(&code, occupant));
-  if (device.capability < 90 || code.ptxVersion < 90) return device;
+  const int version = std::min(device.capability, code.ptxVersion);
+  if (version >= 80) device.clusters[0] = device.sm_count;
+  if (version < 90) return device;
   const auto shared = static_cast<int>(device.shared_per_block);
   check(cudaFuncSetAttribute(occupant, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
   check(cudaFuncSetAttribute(occupant, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));

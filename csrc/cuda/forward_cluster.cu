@@ -6,7 +6,8 @@
 //           4. compute h from the sum of all blocks' parts, and the gates of the block's channels
 //           5. compute y from shared memory
 // Bytes:  reads x and the residual once and writes y once, which is the minimum. Every weight is read once per sample.
-// Needs:  sm_90 or newer, and a sample that fits: a block has up to 227 KB of shared memory.
+// Needs:  a sample that fits: a block has up to 227 KB of shared memory. sm_90 for more than one block per sample, and
+//         sm_80 for one.
 // Why:    there is no workspace and no counter, and a block waits only for the blocks of its cluster, which run
 // together.
 #include "cluster.cuh"
@@ -21,7 +22,7 @@ template <class T, class Tile, bool kPlain, class A = Accumulator<T>>
 __global__ void __launch_bounds__(kMostForwardThreads, 1)
     forward_cluster_kernel(const __grid_constant__ Forward f, Elementwise e, Divisor by, ClusterConfig config,
                            Reduction reduction) {
-#ifdef SE_FUSED_HAS_CLUSTERS
+#ifdef SE_FUSED_HAS_CLUSTER_KERNELS
   const Tile tile(f, e, by, blockIdx.x);
   const Cluster cluster(config.size);
   const int own = tile.channels, r = static_cast<int>(f.r), depth = static_cast<int>(f.r ? f.r : f.c);

@@ -5,7 +5,7 @@
 #include <set>
 #include <stdexcept>
 #include <string>
-#include <utility>
+#include <tuple>
 
 #include "device.cuh"
 
@@ -17,23 +17,23 @@ inline void check(cudaError_t error, const char* name, const Plan& plan) {
                            plan.text());
 }
 
-// Allows `kernel` clusters of 16 blocks and all shared memory on the current device, so that as many blocks fit on an
-// SM as the plan assumes. It is done once, under a lock and before the first launch, because another thread may be
-// about to launch the same kernel.
-inline void allow_clusters(const void* kernel, const char* name, const Plan& plan) {
+// Allows `kernel` all shared memory on the current device, so that as many blocks fit on an SM as the plan assumes,
+// and, if there are `several` blocks per cluster, clusters of 16. It is done once, under a lock and before the first
+// launch, because another thread may be about to launch the same kernel.
+inline void allow_clusters(const void* kernel, bool several, const char* name, const Plan& plan) {
   static std::mutex mutex;  // guards `allowed`
-  static std::set<std::pair<const void*, int>> allowed;
+  static std::set<std::tuple<const void*, int, bool>> allowed;
   int device = 0;
   check(cudaGetDevice(&device), name, plan);
   const std::lock_guard<std::mutex> lock(mutex);
-  if (allowed.count({kernel, device})) return;
+  if (allowed.count({kernel, device, several})) return;
   auto set = [&](cudaFuncAttribute attribute, int64_t value) {
     check(cudaFuncSetAttribute(kernel, attribute, static_cast<int>(value)), name, plan);
   };
   set(cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_per_block);
   set(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
-  set(cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  allowed.insert({kernel, device});
+  if (several) set(cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  allowed.insert({kernel, device, several});
 }
 
 // Launches `kernel` with the grid, clusters and shared memory of the plan's launch `name`.
@@ -50,8 +50,9 @@ void launch(const Plan& plan, const char* name, void* stream, void (*kernel)(Par
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {static_cast<unsigned>(planned.cluster), 1, 1};
   config.attrs = &attribute;
-  config.numAttrs = planned.cluster > 0;
-  if (planned.cluster > 0) allow_clusters(reinterpret_cast<const void*>(kernel), name, plan);
+  const bool several = planned.cluster > 1;  // a launch without the attribute has clusters of one block on every GPU
+  config.numAttrs = several;
+  if (planned.cluster > 0) allow_clusters(reinterpret_cast<const void*>(kernel), several, name, plan);
   check(cudaLaunchKernelEx(&config, kernel, arguments...), name, plan);
 }
 

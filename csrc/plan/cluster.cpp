@@ -64,7 +64,7 @@ std::string why_not(Plan& plan, const Device& device, const PlanOverrides& overr
       return "the channels of a sample do not divide among " + blocks +
              (plan.call.channels_last ? " in whole 16 bytes" : "");
     }
-    return "each of " + blocks + " would need " + std::to_string(shared_bytes(plan, kThreads)) +
+    return (size == 1 ? "" : "each of ") + blocks + " would need " + std::to_string(shared_bytes(plan, kThreads)) +
            " bytes of shared memory; " + device.name + " has " + std::to_string(device.shared_per_block);
   }
   return "size=" + std::to_string(*overrides.size) + "; wanted 1, 2, 4, 8 or 16";
@@ -84,7 +84,9 @@ void add_launches(Plan& plan, int threads) {
 std::string plan_cluster(Plan& plan, const Device& device, const PlanOverrides& overrides) {
   const Call& call = plan.call;
   if (call.dtype == DType::kFloat64) return "its kernels are not compiled for float64";
-  if (device.clusters[0] == 0) return device.name + " has no clusters: they need sm_90 and kernels compiled for it";
+  if (device.clusters[0] == 0) {
+    return device.name + " has no clusters: they need sm_90, or sm_80 for one block, and kernels compiled for it";
+  }
   const bool forward = call.direction == Direction::kForward;
   if (!forward && !writes_maps(call)) return "the call needs no gradient of a map";
   if (overrides.threads) one_of("threads", {256, 512}, *overrides.threads);

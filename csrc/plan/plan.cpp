@@ -205,8 +205,8 @@ const std::vector<Device>& device_presets() {
   // others are predicted: clusters in proportion to the SMs, copies at 85 to 92 % of the memory's peak.
   static const std::vector<Device> presets{
       {"T4", 75, 40, 64 * kKiB, 64 * kKiB, {}, 0.26e6, 4 * kMiB},
-      {"A100", 80, 108, 163 * kKiB, 164 * kKiB, {}, 1.75e6, 40 * kMiB},
-      {"RTX 4090", 89, 128, 99 * kKiB, 100 * kKiB, {}, 0.92e6, 72 * kMiB},
+      {"A100", 80, 108, 163 * kKiB, 164 * kKiB, {108}, 1.75e6, 40 * kMiB},
+      {"RTX 4090", 89, 128, 99 * kKiB, 100 * kKiB, {128}, 0.92e6, 72 * kMiB},
       {"H100", 90, 132, 227 * kKiB, 228 * kKiB, {132, 66, 30, 15, 7}, 3.0e6, 50 * kMiB},
       {"H200", 90, 132, 227 * kKiB, 228 * kKiB, {132, 66, 30, 15, 7}, 4.25e6, 50 * kMiB},
       {"B200", 100, 148, 227 * kKiB, 228 * kKiB, {148, 74, 36, 16, 8}, 6.8e6, 126 * kMiB},

@@ -13,7 +13,7 @@ import se_fused
 from dev import emulator
 from se_fused.blocks.operators import operators_of
 
-PLANS = ("splits=2", "rows=3", "cluster size=2 threads=256", "cluster size=2 threads=512")
+PLANS = ("splits=2", "rows=3", "cluster size=2 threads=256", "cluster size=2 threads=512", "cluster size=1")
 CASES = (
     Case(n=2, c=27, r=6, spatial=(7, 7), dtype=torch.float16),
     Case(n=1, c=2, r=1, spatial=(64, 80)),

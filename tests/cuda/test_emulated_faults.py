@@ -104,6 +104,12 @@ FAULTS = {
         "  cluster.sync();\n" + PARTS_OF_OTHERS,
         "elements differ by more than",
     ),
+    "a missing barrier where a cluster is one block": (
+        "cluster.cuh",
+        "if (size == 1) return __syncthreads();",
+        "if (size == 1) return;",
+        "elements differ by more than",
+    ),
     "hidden units that are not all there": (
         "forward_cluster.cu",
         "@__syncthreads();@\n  cluster.arrive();",

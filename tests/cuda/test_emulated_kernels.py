@@ -33,7 +33,7 @@ def served(cuda):
         yield
 
 
-GPUS = ("T4", "H200")  # two_pass; clusters if a sample fits
+GPUS = ("T4", "RTX 4090", "H200")  # two_pass; one block or a cluster of several if a sample fits
 SIZES = (1, 2, 4, 8)  # 16 takes long here, so only the named shapes use it
 THREADS = (256, 512)
 SEEDS = st.integers(0, 2**32)

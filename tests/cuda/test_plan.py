@@ -195,9 +195,26 @@ def test_no_cluster_if_the_device_can_run_none():
         cluster(sliced)
     with pytest.raises(ValueError, match="a slice of an H200 has no clusters of 8 blocks"):
         cluster(sliced, forced="size=8")
-    with pytest.raises(ValueError, match="A100 has no clusters: they need sm_90"):
-        cluster(C.preset("A100"))
+    with pytest.raises(ValueError, match="T4 has no clusters: they need sm_90, or sm_80 for one block"):
+        cluster(C.preset("T4"))
     assert "not cluster: each of 16 blocks would need" in str(plan(forced="", c=64, l=300 * 300))
+
+
+def test_before_sm_90_one_block_holds_a_sample_that_fits():
+    a100, rtx, t4 = map(C.preset, ("A100", "RTX 4090", "T4"))
+    fits = {"n": 256, "c": 512, "r": 32, "l": 7 * 7}  # 49 KiB
+    for device in (a100, rtx):
+        ((name, blocks, _, size, _),) = plan(device, forced="", **fits).launches
+        assert (name, blocks, size) == ("forward_cluster", 256, 1)
+        assert plan(device, forced="cluster", **fits, backward=True).launches[0][3] == 1
+    assert plan(t4, forced="", **fits).launches[0][0] == "squeeze"
+    larger = fits | {"c": 72, "r": 24, "l": 28 * 28}  # 110 KiB
+    assert plan(a100, forced="", **larger).launches[0][0] == "forward_cluster"
+    chosen = plan(rtx, forced="", **larger)
+    assert chosen.launches[0][0] == "squeeze"
+    assert re.search(r"not cluster: 1 block would need \d+ bytes of shared memory; RTX 4090 has 101376", str(chosen))
+    with pytest.raises(ValueError, match="A100 has no clusters of 2 blocks"):
+        cluster(a100, forced="size=2", **fits)
 
 
 def test_the_bytes_of_the_maps_in_a_cluster():
