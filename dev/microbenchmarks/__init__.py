@@ -79,12 +79,12 @@ def sums_of_exchange(blocks: int, count: int, size: int, rounds: int) -> Tensor:
 
 
 def measure(library: Microbenchmarks, us_of: Timer, clusters: Mapping[int, int], shared_bytes: int) -> Iterator[Row]:
-    """Check and time every microbenchmark. A GPU without clusters has no rows.
+    """Check and time every microbenchmark. A GPU without clusters of several blocks has no rows.
 
     clusters: by size, the number of clusters that the GPU can run at once. shared_bytes: shared memory per block.
     Raises Failed.
     """
-    if any(clusters.values()):
+    if any(resident for size, resident in clusters.items() if size > 1):
         yield from _exchanges(library, us_of, clusters)
         yield from _staging(library, us_of, shared_bytes)
 

@@ -39,7 +39,7 @@ def stage(device, seed, blocks, sixteens, chunks):
 SEEDS = st.integers(0, 2**32)
 
 
-@given(SEEDS, st.sampled_from([1, 2, 4, 8]), st.integers(1, LARGEST_COUNT), st.integers(1, 4), st.booleans())
+@given(SEEDS, st.sampled_from([2, 4, 8]), st.integers(1, LARGEST_COUNT), st.integers(1, 4), st.booleans())
 @settings(max_examples=20)
 def test_exchanges(device, seed, size, count, rounds, by_push):
     exchange(device, seed, size, count, rounds, by_push)
@@ -69,7 +69,8 @@ def test_measure_gives_every_row(monkeypatch):
     rows = list(microbenchmarks.measure(Device(), times, clusters, 100 << 10))
     assert len(rows) == 3 * 3 * 2 + 3 * 5  # no clusters of 16 blocks, no staged tile of 200 KB
     assert ("exchange by push", "8 blocks, 64 numbers", 1 / 64, "us") in rows
-    assert list(microbenchmarks.measure(Device(), lambda call: 1.0, dict.fromkeys(clusters, 0), 64 << 10)) == []
+    for none in (dict.fromkeys(clusters, 0), dict.fromkeys(clusters, 0) | {1: 108}):
+        assert list(microbenchmarks.measure(Device(), lambda call: 1.0, none, 64 << 10)) == []
     monkeypatch.setattr(Device, "exchange", lambda self, out, *_, **__: out.zero_())
     with pytest.raises(microbenchmarks.Failed, match="exchange by barrier, 2 blocks, 16 numbers: wrong sums"):
         next(microbenchmarks.measure(Device(), lambda call: 1.0, clusters, 0))
