@@ -34,10 +34,9 @@ REGISTERS, INSTRUCTIONS = (ROOT / "csrc" / "cuda" / name for name in ("registers
 SYMBOLS = ROOT / "tests" / "cuda" / "torch_2_10_symbols.txt"
 MICROBENCHMARKS = ROOT / "dev" / "microbenchmarks" / "microbenchmarks.cu"
 SASS_OF = "90"
-# Architectures 8.x, and those from 10.0 on, are compiled together: they share the steps up to PTX, which take half the
-# time. The machine code is the one that each would have by itself.
-SHARED = {"80": "8", "86": "8", "89": "8", "100": "10", "120": "10"}
-TOGETHER = [tuple(group) for _, group in groupby(gpus.ARCHITECTURES, lambda sm: SHARED.get(sm, sm))]
+# Those of one major version, and all from 10.0 on, are compiled together: they share the steps up to PTX, which take
+# half the time. sm_120 had the same machine code from sm_100's PTX as from its own.
+TOGETHER = [tuple(group) for _, group in groupby(gpus.ARCHITECTURES, lambda sm: min(int(sm) // 10, 10))]
 LONGEST = (
     "forward_two_pass",
     "backward_two_pass",

@@ -14,7 +14,7 @@
 
 namespace se::cuda {
 
-// What the blocks of a cluster of several do together.
+// What only a cluster of several blocks does.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 #define SE_FUSED_HAS_CLUSTERS
 struct Peers : cooperative_groups::cluster_group {
@@ -22,7 +22,7 @@ struct Peers : cooperative_groups::cluster_group {
   static __device__ void barrier_arrive_relaxed() { __cluster_barrier_arrive_relaxed(); }
 };
 #else
-struct Peers {
+struct Peers {  // never called
   static constexpr bool kExist = false;
   static __device__ void barrier_arrive() {}
   static __device__ void barrier_arrive_relaxed() {}

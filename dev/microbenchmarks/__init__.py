@@ -84,16 +84,15 @@ def measure(library: Microbenchmarks, us_of: Timer, clusters: Mapping[int, int],
     clusters: by size, the number of clusters that the GPU can run at once. shared_bytes: shared memory per block.
     Raises Failed.
     """
-    if any(resident for size, resident in clusters.items() if size > 1):
-        yield from _exchanges(library, us_of, clusters)
+    several = {size: resident for size, resident in clusters.items() if size > 1 and resident > 0}
+    if several:
+        yield from _exchanges(library, us_of, several)
         yield from _staging(library, us_of, shared_bytes)
 
 
 def _exchanges(library: Microbenchmarks, us_of: Timer, clusters: Mapping[int, int]) -> Iterator[Row]:
     """The time of one exchange, while all clusters run at once: the time that each of 64 more adds to a launch."""
     for (size, resident), count in itertools.product(clusters.items(), (16, 64, LARGEST_COUNT)):
-        if size == 1 or resident == 0:
-            continue
         out = torch.empty(resident * size, count, device="cuda")
         for name, by_push in (("exchange by barrier", False), ("exchange by push", True)):
             what, times = f"{size} blocks, {count} numbers", []
